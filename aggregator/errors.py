@@ -1,0 +1,45 @@
+"""Errors of the aggregator.
+
+TunefleetError                 anything a person is to read as one line (protocol.errors)
+└── AggregatorError            the aggregator could not do what it was asked
+    ├── MergeError             a round that cannot be merged, and whose update is to blame
+    ├── UnknownRule            a merge rule that is neither built in nor installed
+    └── BadRuleSettings        a rule was given settings that it does not have
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from protocol.errors import TunefleetError
+
+
+class AggregatorError(TunefleetError):
+    """The aggregator could not do what it was asked."""
+
+
+class MergeError(AggregatorError):
+    """A round that cannot be merged.
+
+    `device` and `module` say whose update is to blame and where; None where no single one is.
+    """
+
+    def __init__(self, why: str, *, device: str | None = None, module: str | None = None) -> None:
+        where = [f"device {device}"] if device is not None else []
+        where += [f"module {module}"] if module is not None else []
+        super().__init__(f"cannot merge: {', '.join(where)}{': ' if where else ''}{why}")
+        self.device = device
+        self.module = module
+
+
+class UnknownRule(AggregatorError):
+    """A merge rule that is neither built in nor installed."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        self.known = tuple(known)
+        super().__init__(f"there is no merge rule {name!r}; there are {', '.join(self.known)}")
+
+
+class BadRuleSettings(AggregatorError):
+    """A merge rule was given a setting that it does not have, or a value that it cannot use."""

@@ -1,0 +1,23 @@
+"""Merge the updates of a round: every rule is a weighting x a combination.
+
+                     what the shares of the devices are spread over
+                     evenly          among the holders     anchored to the previous
+                   ┌───────────────┬─────────────────────┬──────────────────────────
+    factor average │ fedavg        │                     │
+                   │ hetlora       │                     │
+    product        │ flexlora      │ segment             │ anchored
+    stack          │ flora         │                     │
+
+A *weighting* says how much each device counts (its share: by examples, by norm) and how much
+each of its directions does. A *combination* turns one module's weighted updates into one pair
+of factors. The named rules are one line each in `rules`; an empty square is a rule nobody has
+published, and one line away.
+
+Read in this order: `round_view` (what a rule sees), `lowrank` (the algebra), `weighting`,
+`combine`, `rules`, and `trust` (one result a device instead of one for all).
+"""
+
+from aggregator.merge.round_view import Merged, RoundView, Update
+from aggregator.merge.rules import RULES, Rule, merge
+
+__all__ = ["RULES", "Merged", "RoundView", "Rule", "Update", "merge"]

@@ -1,0 +1,112 @@
+"""How one module's weighted updates become one pair of factors.
+
+mean(B)·mean(A) ≠ mean(BA): a factor average loses Σp_k(B_k-B̄)(A_k-Ā), a product average only
+what the rank cannot hold. All three report what they lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from aggregator.merge.lowrank import (
+    Combined,
+    Split,
+    Term,
+    revived,
+    split_factors,
+    stack_basis,
+    stacked,
+    truncate,
+)
+from aggregator.merge.round_view import Directions
+from protocol.adapter import Factors
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """Hold one contributor to a module: a device, or the previous global.
+
+    Row i of `factors.a` is the shared direction `directions[i]` and weighs `weights[i]`.
+    `scale` is s of the adapter that the factors come from.
+    """
+
+    factors: Factors
+    directions: Directions
+    weights: np.ndarray
+    scale: float
+
+    @property
+    def term(self) -> Term:
+        """The contribution as a weighted scaled delta."""
+        return Term(self.factors, self.weights * self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUpdates:
+    """Hold all that a combination needs of one module of `shape` (d_out, d_in).
+
+    `rank` and `scale` are the result's; `seed` is the module's own.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    contributions: tuple[Contribution, ...]
+    split: Split
+    seed: int
+
+    @property
+    def terms(self) -> list[Term]:
+        """The contributions as weighted scaled deltas."""
+        return [c.term for c in self.contributions]
+
+
+Combination = Callable[[LayerUpdates], Combined]
+
+
+def factor_average(layer: LayerUpdates) -> Combined:
+    """Average A and B apart, direction by direction; who lacks a direction counts as zero in it.
+
+    B̄[:, h] = Σp_k B_k[:, h], Ā[h] = Σp_k A_k[h] (zero-padded to R). A foreign scale is folded
+    into B alone, and `split` has no meaning here. Source: HetLoRA, arXiv 2401.06432.
+    """
+    d_out, d_in = layer.shape
+    a, b = np.zeros((layer.rank, d_in)), np.zeros((d_out, layer.rank))
+    for c in layer.contributions:
+        a[c.directions] += c.weights[:, None] * c.factors.a
+        b[:, c.directions] += c.weights * c.factors.b * (c.scale / layer.scale)
+    average = Term(Factors(a, b), np.full(layer.rank, -layer.scale))
+    total = _norm(layer.terms)
+    factors = revived(Factors(a, b), layer.seed)
+    return Combined(factors, np.zeros(0), total, _norm([*layer.terms, average]))
+
+
+def product(layer: LayerUpdates) -> Combined:
+    """Average the products: the best rank-R approximation of ΣpΔW.
+
+    Source: FlexLoRA, arXiv 2402.11505.
+    """
+    return truncate(
+        layer.terms, layer.shape, layer.rank, scale=layer.scale, split=layer.split, seed=layer.seed
+    )
+
+
+def stack(layer: LayerUpdates) -> Combined:
+    """Stack the factors, exact at rank Σr_k, and compress the stack to R.
+
+    Compressed, it is the same ΔW as `product`; the exact stack is `lowrank.stacked`. Source:
+    FLoRA, arXiv 2409.05976.
+    """
+    exact = stacked(layer.terms, 1.0)
+    leading = stack_basis(exact).leading(np.ones(exact.rank), layer.rank)
+    return split_factors(*leading, layer.rank, layer.scale, layer.split, layer.seed)
+
+
+def _norm(terms: list[Term]) -> float:
+    """Return ‖Σ terms‖_F by the trace formula."""
+    exact = stacked(terms, 1.0)
+    squared = np.sum((exact.b.T @ exact.b) * (exact.a @ exact.a.T))
+    return float(np.sqrt(max(float(squared), 0.0)))

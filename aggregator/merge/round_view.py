@@ -1,0 +1,129 @@
+"""What a merge rule sees of a round, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from aggregator.errors import MergeError
+from protocol.adapter import Adapter, Factors, Shapes, module_rank
+
+Directions = npt.NDArray[np.intp]
+"""Ascending indices (r,) of the shared adapter's directions: one a row of A and column of B."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Hold what one device sent: its factors after training, and where they belong.
+
+    `adapter` holds absolute factors, not changes, and only of the directions that the device
+    trained: row i of A and column i of B of a module are the shared direction
+    `directions[module][i]`. With `directions = top` these are 0 … r-1. Ranks may differ from
+    module to module, and a module may have rank 0.
+    """
+
+    device: str
+    adapter: Adapter
+    directions: Mapping[str, Directions]
+    examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundView:
+    """Hold a round as a merge rule sees it.
+
+    `previous` is the global version of rank `rank` that every update started from, `rank` also
+    that of the result; a module narrower than it has the rank it can have. `seed` decides the
+    rows of A that re-seed dead directions.
+    """
+
+    previous: Adapter
+    updates: Sequence[Update]
+    shapes: Shapes
+    rank: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Hold the result of a round.
+
+    `adapter` is float32, `weights` the share that each device had, and `residual` what the
+    combination lost: ‖weighted sum - result‖_F / ‖weighted sum‖_F over all modules.
+    """
+
+    adapter: Adapter
+    weights: dict[str, float]
+    residual: float
+
+
+def completed(update: Update, held: Adapter) -> Update:
+    """Put what a device trained over the full adapter that it held: trained + frozen remainder.
+
+    The result covers all directions of `held`, in its scale. This is the full_j of personal
+    adapters over the anchored form.
+    """
+    layers: dict[str, Factors] = {}
+    ratio = update.adapter.scale / held.scale
+    for module, whole in held.layers.items():
+        trained, at = update.adapter.layers[module], update.directions[module]
+        a, b = whole.a.copy(), whole.b.copy()  # (R, d_in), (d_out, R)
+        a[at] = trained.a
+        b[:, at] = trained.b * ratio
+        layers[module] = Factors(a, b)
+    every = {module: np.arange(whole.rank) for module, whole in layers.items()}
+    return replace(update, adapter=Adapter(layers, held.scale), directions=every)
+
+
+def check(view: RoundView) -> None:
+    """Refuse a round that cannot be merged.
+
+    Raises:
+        MergeError: there is no update, or one (it is named, and its module) has modules, shapes,
+            directions or values that it may not have.
+    """
+    if not view.updates:
+        raise MergeError("the round has no update")
+    _check_adapter(view, view.previous, None)
+    for module, shape in view.shapes.items():
+        held = module_rank(shape, view.rank)
+        if view.previous.layers[module].rank != held:
+            raise MergeError(f"the previous global has not rank {held}", module=module)
+    for update in view.updates:
+        if update.examples < 0:
+            raise MergeError(f"it counts {update.examples} examples", device=update.device)
+        _check_adapter(view, update.adapter, update.device)
+        _check_directions(view, update)
+
+
+def _check_adapter(view: RoundView, adapter: Adapter, device: str | None) -> None:
+    """Check names, shapes and values; `device` is None for the previous global."""
+    if not (np.isfinite(adapter.scale) and adapter.scale > 0):
+        raise MergeError(f"the scale {adapter.scale} is not a positive number", device=device)
+    if strange := set(adapter.layers) ^ set(view.shapes):
+        raise MergeError("the job and the adapter differ in it", device=device, module=min(strange))
+    for module, (d_out, d_in) in view.shapes.items():
+        a, b = adapter.layers[module].a, adapter.layers[module].b
+        if a.ndim != 2 or a.shape[1] != d_in or b.shape != (d_out, a.shape[0]):
+            why = f"A {a.shape} and B {b.shape} are not (r, {d_in}) and ({d_out}, r)"
+            raise MergeError(why, device=device, module=module)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise MergeError("it has NaN or infinite values", device=device, module=module)
+
+
+def _check_directions(view: RoundView, update: Update) -> None:
+    """Check that every row of A has one direction of the shared adapter, in ascending order."""
+    for module, shape in view.shapes.items():
+        at = update.directions.get(module)
+        rank, held = update.adapter.layers[module].rank, module_rank(shape, view.rank)
+        if (
+            at is None
+            or at.shape != (rank,)
+            or (rank and (at[0] < 0 or at[-1] >= held or (np.diff(at) <= 0).any()))
+        ):
+            why = f"its directions are not {rank} ascending numbers below {held}"
+            raise MergeError(why, device=update.device, module=module)

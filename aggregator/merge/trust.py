@@ -1,0 +1,147 @@
+"""Trust weights: one merged adapter a device, from the devices it has most in common with.
+
+Pure functions: scores (K, K) of how far device i trusts adapter j, their softmax, and the merge
+of all rows. Who measures what, and when, is wired elsewhere. Source of the three scores: arXiv
+2404.09753; the formulas here are those of docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from aggregator.errors import BadRuleSettings, MergeError
+from aggregator.merge.lowrank import (
+    Float64Array,
+    Split,
+    Term,
+    module_seed,
+    split_factors,
+    stack_basis,
+    stacked,
+)
+from aggregator.merge.round_view import RoundView, check
+from aggregator.merge.rules import as_float32
+from protocol.adapter import Adapter, Factors
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogits:
+    """Hold one adapter's k largest logits at each position of the public probe.
+
+    `indices` and `values` are (positions, k): token ids, and their logits; all others count 0.
+    """
+
+    indices: npt.NDArray[np.integer]
+    values: npt.NDArray[np.floating]
+
+
+def softmax_rows(scores: Float64Array, temperature: float = 1.0) -> Float64Array:
+    """Return w_i = softmax(score_i / temperature) for each row of `scores` (K, K).
+
+    A score of -inf weighs nothing: nobody measured that pair.
+
+    Raises:
+        BadRuleSettings: the temperature is not a positive number.
+        MergeError: a score is NaN or +inf, or a row has nothing but -inf.
+    """
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise BadRuleSettings(f"temperature must be a positive number, not {temperature}")
+    highest = scores.max(axis=1, keepdims=True)  # NaN if any is
+    if not np.isfinite(highest).all():
+        row = int(np.flatnonzero(~np.isfinite(highest))[0])
+        raise MergeError(f"row {row} of the trust scores has no usable highest score")
+    powers = np.exp((scores - highest) / temperature)
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def cosine_scores(gram: Float64Array) -> Float64Array:
+    """Return cos(ΔW_i, ΔW_j) (K, K) from a round's Gram; a zero delta is like itself alone."""
+    norms = np.sqrt(np.diag(gram))
+    scale = np.outer(norms, norms)
+    cosines = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
+    np.fill_diagonal(cosines, 1.0)
+    return np.asarray(np.clip(cosines, -1.0, 1.0))
+
+
+def validation_scores(losses: Float64Array) -> Float64Array:
+    """Return -loss: `losses[i, j]` is adapter j's mean nats a token on device i's trust split."""
+    return -losses
+
+
+def prediction_distance(probes: Sequence[TopLogits]) -> Float64Array:
+    """Return D_ij (K, K): L1 distance between top-k logits, a mean over the probe's positions.
+
+    Only the tokens that some device names at a position are laid out there, at most K·k.
+
+    Raises:
+        MergeError: two devices answered on a different number of positions.
+    """
+    total = np.zeros((len(probes), len(probes)))
+    if len({len(probe.indices) for probe in probes}) > 1:
+        raise MergeError("the devices answered on different numbers of probe positions")
+    positions = len(probes[0].indices) if probes else 0
+    owner = np.repeat(np.arange(len(probes)), [probe.indices.shape[1] for probe in probes])
+    for at in range(positions):
+        tokens = np.concatenate([probe.indices[at] for probe in probes])
+        named, column = np.unique(tokens, return_inverse=True)
+        logits = np.zeros((len(probes), len(named)))
+        logits[owner, column] = np.concatenate([probe.values[at] for probe in probes])
+        for i, own in enumerate(logits):
+            total[i] += np.abs(logits - own).sum(axis=1)
+    return total / max(positions, 1)
+
+
+def prediction_scores(distance: Float64Array, tau: float | None = None) -> Float64Array:
+    """Return score_ij = -τ·D_ij / mean_j(D_ij), τ = 10/K by default; 0 where a row is all zero."""
+    devices = len(distance)
+    mean = distance.mean(axis=1, keepdims=True)
+    relative = np.divide(distance, mean, out=np.zeros_like(distance), where=mean > 0)
+    return np.asarray(-(10 / devices if tau is None else tau) * relative)
+
+
+def personal(view: RoundView, rows: Float64Array, *, split: Split = "left") -> list[Adapter]:
+    """Merge one adapter for each update: i gets the best rank-R form of Σ_j rows[i, j]·ΔW_j.
+
+    `rows` (K, K), row and column in the order of the updates. The stacks are decomposed once a
+    module (see `lowrank.StackBasis`), then each device costs one small eigenproblem and two thin
+    products. The previous global takes no part: for the anchored form give updates that are
+    `round_view.completed`.
+
+    Raises:
+        MergeError: the round cannot be merged, or `rows` is not a row of weights for each update.
+    """
+    check(view)
+    devices = len(view.updates)
+    if rows.shape != (devices, devices) or not np.isfinite(rows).all() or (rows < 0).any():
+        raise MergeError(f"trust rows must be ({devices}, {devices}) and not negative")
+    if not np.allclose(rows.sum(axis=1), 1.0):
+        raise MergeError("a row of trust weights does not sum to 1")
+    results: list[dict[str, Factors]] = [{} for _ in view.updates]
+    for module in view.shapes:
+        for layers, factors in zip(
+            results, _personal_layer(view, module, rows, split), strict=True
+        ):
+            layers[module] = as_float32(factors, module)
+    return [Adapter(layers, view.previous.scale) for layers in results]
+
+
+def _personal_layer(
+    view: RoundView, module: str, rows: Float64Array, split: Split
+) -> list[Factors]:
+    """Return one module's factors for each device."""
+    layers = [update.adapter.layers[module] for update in view.updates]
+    terms = [
+        Term(f, np.full(f.rank, u.adapter.scale)) for f, u in zip(layers, view.updates, strict=True)
+    ]
+    basis = stack_basis(stacked(terms, 1.0))
+    rank, scale = view.previous.layers[module].rank, view.previous.scale
+    seed = module_seed(view.seed, module)
+    ranks = [f.rank for f in layers]
+    return [
+        split_factors(*basis.leading(np.repeat(row, ranks), rank), rank, scale, split, seed).factors
+        for row in rows
+    ]

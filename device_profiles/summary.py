@@ -1,0 +1,215 @@
+"""What a replay of a fleet ends with: one summary, and how its figures are said.
+
+`fleet-replay` writes the summary as JSON; `tables` shows it on a terminal and `report` as a page.
+Every figure that was not measured is None; a NaN or an infinity is read as "not measured", so
+that a diverged run still gets its report.
+
+Units: losses are held-out nats per token, memory is MiB, traffic is bytes, durations are seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Measured = float | None
+"""A measured number, or None where nothing (or nothing finite) was measured."""
+
+MEMORY_BAND = 0.25
+"""How far a measured peak may lie from its prediction, as a share of the prediction."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_was_not_measured(cls, fields: Any) -> Any:
+        """Leave out fields that are None, NaN or infinite, so that their defaults stand."""
+        if not isinstance(fields, Mapping):
+            return fields
+        return {key: value for key, value in fields.items() if _is_known(value)}
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+class Losses(_Record):
+    """Compare held-out losses, in nats per token; lower is better."""
+
+    base: Measured = None
+    """The base model with no adapter."""
+    local: Measured = None
+    """After the same steps on the device's own text alone, never merged."""
+    merged: Measured = None
+    """With the last common adapter at its full rank."""
+    merged_on_device: Measured = None
+    """With the last common adapter cut to the rank the device holds."""
+
+
+class DeviceSummary(_Record):
+    """Tell how one device went through the replay."""
+
+    name: str
+    profile: str = ""
+    """Slug of the device profile, as in `device_profiles/<slug>.toml`."""
+    title: str = ""
+    """The profile's name for people."""
+    text: str = ""
+    """What text the device has."""
+    budget_mib: Measured = None
+    """What the whole process may take, its floor included."""
+    floor_mib: Measured = None
+    """What the process takes before the first training step."""
+    predicted_mib: Measured = None
+    """Predicted peak, above the floor."""
+    peak_mib: Measured = None
+    """Measured peak, above the floor."""
+    rank_start: int | None = None
+    rank_end: int | None = None
+    held_rank: int | None = None
+    """Rank of the common adapter that the device keeps."""
+    plan: str = ""
+    """Short text of the training plan: micro-batch, tokens, accumulation, checkpointing, dtype."""
+    loss: Losses = Losses()
+    bytes_up: int = 0
+    bytes_down: int = 0
+    tokens: int = 0
+    """Tokens trained on, over all rounds."""
+
+    @property
+    def room_mib(self) -> float | None:
+        """Return what the budget leaves above the floor, in MiB; None where there is no room."""
+        if self.budget_mib is None:
+            return None
+        room_mib = self.budget_mib - (self.floor_mib or 0.0)
+        return room_mib if room_mib > 0 else None
+
+    @property
+    def memory_as_predicted(self) -> bool | None:
+        """Tell whether the measured peak lies within `MEMORY_BAND` of the predicted one."""
+        if not self.predicted_mib or self.peak_mib is None:
+            return None
+        return abs(self.peak_mib / self.predicted_mib - 1) <= MEMORY_BAND
+
+    @property
+    def gain(self) -> float | None:
+        """Return by what share the merged loss lies below the local one; negative if above."""
+        return gain(self.loss.local, self.loss.merged)
+
+
+class DeviceRound(_Record):
+    """Tell what one device did in one round."""
+
+    rank: int | None = None
+    loss: Measured = None
+    """Held-out nats per token of the shared adapter it held at the round's start."""
+    train_loss: Measured = None
+    """Mean nats per token on its own text while training."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    weight: Measured = None
+    """Its share in the merge, 0 to 1."""
+
+
+class Round(_Record):
+    """Tell what one round did; a device that took no part is missing from `devices`."""
+
+    round: int
+    version: int | None = None
+    """Version of the common adapter that the round's merge published."""
+    merge_s: Measured = None
+    devices: dict[str, DeviceRound] = Field(default_factory=dict)
+
+
+class Summary(_Record):
+    """Hold a whole replay: its settings, its end, and its rounds."""
+
+    rule: str = ""
+    """The rule that merges deltas of unequal rank."""
+    seed: int | None = None
+    rounds: int | None = None
+    wall_s: Measured = None
+    base_model: str = ""
+    base_parameters: int | None = None
+    memory_scale: Measured = None
+    """Factor on every device's memory, so that a small base stands for a large one."""
+    ladder: tuple[int, ...] = ()
+    """The ranks that a plan may choose from."""
+    rank_max: int | None = None
+    remainder: Literal["frozen", "dropped"] | str = ""
+    """What becomes of directions above a device's rank."""
+    directions: Literal["top", "rotating"] | str = ""
+    """Which directions a device of low rank trains."""
+    broker: str = ""
+    loss: Losses = Losses()
+    """Means over the devices."""
+    devices: tuple[DeviceSummary, ...] = ()
+    history: tuple[Round, ...] = ()
+
+    @property
+    def mean_loss(self) -> Losses:
+        """Return `loss`, its gaps filled with the mean over the devices that have the figure."""
+        found = {
+            field: own if own is not None else mean(getattr(d.loss, field) for d in self.devices)
+            for field, own in self.loss
+        }
+        return Losses(**found)
+
+
+def read_summary(summary: Summary | Mapping[str, Any]) -> Summary:
+    """Return `summary` as a `Summary`.
+
+    Raises:
+        pydantic.ValidationError: a field holds something else than its kind; it names the field.
+    """
+    return summary if isinstance(summary, Summary) else Summary.model_validate(dict(summary))
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are there, or None if there are none."""
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
+
+
+def gain(before: float | None, after: float | None) -> float | None:
+    """Return 1 - after/before: the share by which a loss fell; negative if it rose."""
+    if not before or after is None:
+        return None
+    return (before - after) / before
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes in decimal units with three figures: "512 B", "4.20 MB"."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = 1
+    while count >= 999.5 * 1000**power and power < 4:
+        power += 1
+    scaled = count / 1000**power
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:.{digits}f} {'kMGT'[power - 1]}B"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration with its unit: "0.18 s", "42 s", "3 min 20 s", "1 h 05 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def rank_path(device: DeviceSummary) -> str:
+    """Return "16 → 11", or the one rank where it did not change."""
+    start, end = device.rank_start, device.rank_end
+    known = [str(rank) for rank in dict.fromkeys((start, end)) if rank is not None]
+    return " → ".join(known) or "\N{EN DASH}"

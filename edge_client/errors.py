@@ -1,0 +1,38 @@
+"""Errors of the edge_client package.
+
+TunefleetError
+└── EdgeError                  something on this device keeps it from taking part
+    ├── NoPlanFits             no rank, batch and length fit the memory there is
+    ├── ModelError             the base model is not there, or not one that can be trained
+    ├── DataError              the owner's text is missing, unreadable or too short
+    ├── ConfigError            a setting is missing, unknown or out of bounds
+    └── WorkerError            the training process died or broke its protocol
+"""
+
+from __future__ import annotations
+
+from protocol.errors import TunefleetError
+
+
+class EdgeError(TunefleetError):
+    """Something on this device keeps it from taking part."""
+
+
+class NoPlanFits(EdgeError):
+    """No rank, micro-batch and sequence length fit the memory that there is."""
+
+
+class ModelError(EdgeError):
+    """The base model is not there, or is not one that can be trained here."""
+
+
+class DataError(EdgeError):
+    """The owner's text is missing, unreadable or too short to train on."""
+
+
+class ConfigError(EdgeError):
+    """A setting is missing, unknown or out of bounds."""
+
+
+class WorkerError(EdgeError):
+    """The training process died, was killed, or said something unexpected."""

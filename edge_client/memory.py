@@ -1,0 +1,186 @@
+"""How much memory training takes: measured where it can be, predicted from that.
+
+peak above the floor = base weights
+                     + LoRA·(weights, gradients, two Adam moments)
+                     + frozen remainder
+                     + fixed + tokens·(activations of a token + rank·intermediates of a token)
+
+The floor (interpreter, libraries, tokenizer and data) and the constants of the last line are
+measured on the device by two probe steps for each way of training (`calibrate` in
+edge_client.trainer.worker); the rest is counted. All sizes are MiB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocol.adapter import Shapes, module_rank, parameter_count
+
+MIB = float(1 << 20)
+TRAINED_BYTES = 4 + 4 + 8
+"""Bytes of a trained number: float32 weight, gradient, two Adam moments."""
+FROZEN_BYTES = {"f32": 4, "bf16": 2}
+"""Bytes of a number of the frozen remainder: it lies in the dtype of the base."""
+INTERMEDIATE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of training, for which a probe was run."""
+
+    dtype: str
+    checkpointing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a probe step took: its peak above the floor, in MiB."""
+
+    tokens: int
+    rank: int
+    peak_mib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What a step takes beside weights and LoRA state: `fixed_mib + tokens·token_mib`."""
+
+    fixed_mib: float
+    token_mib: float
+
+
+def lora_mib(shapes: Shapes, rank: int) -> float:
+    """Return weights, gradients and Adam moments of an adapter of `rank`."""
+    return parameter_count(shapes, rank) * TRAINED_BYTES / MIB
+
+
+def remainder_mib(shapes: Shapes, rank: int, held: int, dtype: str) -> float:
+    """Return the frozen directions that a device of `rank` holds beside, up to `held`."""
+    if held <= rank:
+        return 0.0
+    rest = parameter_count(shapes, held) - parameter_count(shapes, rank)
+    return rest * FROZEN_BYTES[dtype] / MIB
+
+
+def intermediate_mib(shapes: Shapes, rank: int) -> float:
+    """Return what a token keeps of A·x (r,) in every module for the backward pass."""
+    return sum(module_rank(s, rank) for s in shapes.values()) * INTERMEDIATE_BYTES / MIB
+
+
+def fit(
+    probes: tuple[Probe, Probe], shapes: Shapes, weights_mib: float, *, checkpointing: bool
+) -> Activations:
+    """Return the constants that two probes of different length imply.
+
+    With checkpointing one block's intermediates exist at a time, so they are left to the slope.
+    """
+
+    def rest(probe: Probe) -> float:
+        known = weights_mib + lora_mib(shapes, probe.rank)
+        if not checkpointing:
+            known += probe.tokens * intermediate_mib(shapes, probe.rank)
+        return probe.peak_mib - known
+
+    short, long = sorted(probes, key=lambda p: p.tokens)
+    slope = max(0.0, (rest(long) - rest(short)) / (long.tokens - short.tokens))
+    return Activations(fixed_mib=rest(long) - slope * long.tokens, token_mib=slope)
+
+
+def predict_mib(
+    shapes: Shapes,
+    *,
+    weights_mib: float,
+    activations: Activations,
+    way: Way,
+    rank: int,
+    held: int,
+    tokens: int,
+) -> float:
+    """Return the predicted peak above the floor of training `tokens` positions at a time."""
+    total = weights_mib + lora_mib(shapes, rank) + remainder_mib(shapes, rank, held, way.dtype)
+    total += activations.fixed_mib + tokens * activations.token_mib
+    if not way.checkpointing:
+        total += tokens * intermediate_mib(shapes, rank)
+    return total
+
+
+# -- measuring this process ------------------------------------------------------------------------
+
+
+def resident_mib() -> float:
+    """Return the resident memory of this process now."""
+    if sys.platform == "linux":
+        return _status_mib("VmRSS")
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / MIB
+
+
+def peak_mib() -> float:
+    """Return the largest resident memory since the process began or `reset_peak` was called."""
+    if sys.platform == "linux":
+        return _status_mib("VmHWM")
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+def reset_peak() -> None:
+    """Let the peak start again from what is resident now (Linux; elsewhere it can't)."""
+    if sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def bound_library_caches() -> None:
+    """Keep oneDNN from caching a kernel for each of a thousand shapes; before torch is imported."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
+def return_freed_memory() -> None:
+    """Give freed heap pages back to the system (glibc)."""
+    if libc := _libc():
+        libc.malloc_trim(0)
+
+
+def make_peaks_predictable() -> None:
+    """Have glibc map tensors one by one, so that freed ones leave the process at once.
+
+    Left to itself the allocator keeps and fragments what training frees, by up to a third of the
+    peak and never twice alike. Transparent huge pages would round small tensors up to 2 MiB.
+    """
+    if libc := _libc():
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+        libc.mallopt(m_mmap_threshold, 128 * 1024)
+        libc.mallopt(m_trim_threshold, 128 * 1024)
+        libc.mallopt(m_arena_max, 1)
+        pr_set_thp_disable = 41
+        libc.prctl(pr_set_thp_disable, 1, 0, 0, 0)
+
+
+def offer_to_oom_killer() -> None:
+    """Ask the kernel to end this process before others when memory runs out (Linux)."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("800")
+    except OSError:
+        return
+
+
+def _libc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") else None  # musl has none
+
+
+def _status_mib(field: str) -> float:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    return int(found[1]) / 1024 if found else 0.0

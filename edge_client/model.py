@@ -1,0 +1,202 @@
+"""The frozen base model: found by name, described without loading it, loaded for training.
+
+Every module here that is linear and repeats from layer to layer is a target of the adapter,
+whatever its family calls it. torch and transformers are imported where they are needed only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_client.errors import ModelError
+from protocol.messages import BaseModelInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BASE_TINY = "base-tiny"
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+def find_model(name: str) -> Path:
+    """Return the folder of a model: the built-in `base-tiny`, a folder, or a hub id.
+
+    Raises:
+        ModelError: there is no such folder, and no hub gave the model.
+    """
+    if name == BASE_TINY:
+        import base_tiny
+
+        return base_tiny.PATH
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json: it is not a model folder")
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"no model folder at {name!r}; give a folder, a hub id, or {BASE_TINY!r}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # a hub fails in many ways: all mean the same to the user
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"can't get the model {name!r} from a hub ({why}); download it elsewhere and give "
+            "its folder"
+        ) from None
+
+
+def describe_model(name: str) -> BaseModelInfo:
+    """Return what a job says of a model: its hash, size and target modules.
+
+    Only the configuration is read into a model (on torch's meta device); weights are hashed.
+
+    Raises:
+        ModelError: the folder holds no causal language model that transformers loads.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = find_model(name)
+    config = _config(folder)
+    with torch.device("meta"), _quiet():
+        model = AutoModelForCausalLM.from_config(config)
+    return BaseModelInfo(
+        name=BASE_TINY if name == BASE_TINY else folder.name,
+        sha256=model_hash(folder),
+        parameters=sum(p.numel() for p in model.parameters()),
+        modules=find_targets(model),
+    )
+
+
+def model_hash(folder: Path) -> str:
+    """Return the SHA-256 over a model's weights and tokenizer: what must be equal in a fleet.
+
+    Raises:
+        ModelError: the folder has no weights.
+    """
+    weights = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")
+    weights = weights or sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    if not weights:
+        raise ModelError(f"{folder} has no weights (*.safetensors)")
+    total = hashlib.sha256()
+    for path in [*weights, folder / "tokenizer.json"]:
+        if path.is_file():
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest() if _HAS_DIGEST
+                             else hashlib.sha256(file.read()).digest())
+    return total.hexdigest()
+
+
+_HAS_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
+
+
+def find_targets(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the modules that carry an adapter, with the (d_out, d_in) of their weight.
+
+    They are the linear modules inside the model's repeated blocks: its longest ModuleList. That
+    leaves out embeddings and the output head. GPT-2's Conv1D stores its weight as (d_in, d_out).
+
+    Raises:
+        ModelError: there are none.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ModelError("the model has no repeated blocks to adapt")
+    prefix = max(lists, key=lambda pair: len(pair[1]))[0]
+    targets: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if name.startswith(f"{prefix}."):
+            if isinstance(module, nn.Linear):
+                targets[name] = (module.out_features, module.in_features)
+            elif isinstance(module, Conv1D):
+                targets[name] = (module.weight.shape[1], module.weight.shape[0])
+    if not targets:
+        raise ModelError(f"the model's blocks ({prefix}) have no linear modules to adapt")
+    return targets
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a causal language model, frozen and without dropout, in `dtype`.
+
+    Raises:
+        ModelError: transformers can't load it.
+    """
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    config = _config(folder)
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation="sdpa"
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"can't load the model in {folder}: {_first_line(error)}") from None
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: there is none, or it can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"can't load the tokenizer in {folder}: {_first_line(error)}") from None
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"can't read {folder / 'config.json'}: {_first_line(error)}") from None
+    config.use_cache = False
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing while it loads: what matters comes as an error."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

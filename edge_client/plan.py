@@ -1,0 +1,169 @@
+"""Choose how a device trains: the largest rank that its memory holds, then the fastest way.
+
+Pure: the budget and the measured constants come in, the plan comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from edge_client.errors import NoPlanFits
+from edge_client.memory import Activations, Way, predict_mib
+from protocol.adapter import Shapes
+from protocol.messages import Training
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+SHORTEST_TOKENS = 64
+REFERENCE_PARAMETERS = 135e6
+"""SmolLM2-135M: what recorded devices stand to in a replay (`budget_above_floor`)."""
+RESERVE_SHARE = 0.05
+"""Share of a device's memory that is left alone, for what else runs on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured on this device for one model: constants of the memory model."""
+
+    floor_mib: float
+    weights_mib: dict[str, float]
+    """dtype → base weights as they lie in memory."""
+    activations: dict[Way, Activations]
+
+    @property
+    def fixed_mib(self) -> float:
+        """What training takes above the floor with any model: buffers of the libraries."""
+        return max(0.0, min(a.fixed_mib for a in self.activations.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train: sizes that fit the budget, and the prediction they rest on."""
+
+    rank: int
+    """Directions that the device trains."""
+    held: int
+    """Directions of the shared adapter that it holds: the others are its frozen remainder."""
+    micro_batch: int
+    seq_len: int
+    checkpointing: bool
+    dtype: str
+    threads: int
+    predicted_mib: float
+    """Predicted peak above the floor."""
+    budget_mib: float
+    """What may be used above the floor."""
+
+    def __str__(self) -> str:
+        way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype
+        return f"rank {self.rank} of {self.held} held, {self.micro_batch}×{self.seq_len} tokens, {way}"
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def memory_budget(
+    *, total_mib: float, available_mib: float, limit_mib: float | None, cap_mib: float | None
+) -> float:
+    """Return what a training process may take in all, its floor included.
+
+    min(available, cgroup limit, the owner's cap) less a reserve of the device's memory.
+    """
+    bounds = [available_mib, *(b for b in (limit_mib, cap_mib) if b is not None)]
+    return min(bounds) - RESERVE_SHARE * min(total_mib, limit_mib or total_mib)
+
+
+def budget_above_floor(
+    budget_mib: float, calibration: Calibration, memory_scale: float = 1.0
+) -> float:
+    """Return what of a budget is left for the model: the floor taken off, the rest scaled.
+
+    A replay with a small base model divides the model-dependent part of a recorded device's
+    memory by `memory_scale`, so that the small model stands to it as SmolLM2-135M would. What
+    the libraries take with any model is not divided.
+    """
+    fixed = calibration.fixed_mib
+    return fixed + (budget_mib - calibration.floor_mib - fixed) / memory_scale
+
+
+def choose_plan(
+    shapes: Shapes,
+    calibration: Calibration,
+    *,
+    budget_mib: float,
+    ladder: Sequence[int],
+    shared_rank: int,
+    training: Training,
+    native_bf16: bool,
+    threads: int,
+) -> Plan:
+    """Return the best plan that fits `budget_mib` above the floor.
+
+    A device that can hold the whole shared adapter does (`shared_rank`; 0 when the job drops the
+    remainder): training in its context is worth more than rank. Then comes the largest rank; at
+    one rank the dtype the CPU is fast in, no checkpointing, the larger micro-batch. Sequences are
+    cut only when even the smallest rank does not fit with whole ones.
+
+    Raises:
+        NoPlanFits: nothing fits; says what the smallest would take.
+    """
+
+    def preference(plan: Plan) -> tuple[object, ...]:
+        fast = plan.dtype == ("bf16" if native_bf16 else "f32")
+        whole = plan.held >= shared_rank
+        return whole, plan.rank, plan.held, fast, not plan.checkpointing, plan.micro_batch
+
+    least = float("inf")
+    seq_len = training.max_tokens
+    while seq_len >= min(SHORTEST_TOKENS, training.max_tokens):
+        every = [
+            _plan(shapes, calibration, way, budget_mib, rank, held, micro_batch, seq_len, threads)
+            for way in calibration.activations
+            for rank in ladder
+            for held in ([h for h in ladder if rank <= h <= shared_rank] or [rank])
+            for micro_batch in MICRO_BATCHES
+            if micro_batch == 1 or micro_batch * seq_len <= training.tokens_per_step
+        ]
+        least = min(least, *(plan.predicted_mib for plan in every))
+        fitting = [plan for plan in every if plan.predicted_mib <= budget_mib]
+        if fitting:
+            return max(fitting, key=preference)
+        seq_len //= 2
+    raise NoPlanFits(
+        f"the smallest plan needs {least:.0f} MiB above a floor of {calibration.floor_mib:.0f} "
+        f"MiB, this device has {budget_mib:.0f} MiB there; free memory, raise the cap, or take a "
+        "smaller base model"
+    )
+
+
+def _plan(
+    shapes: Shapes,
+    calibration: Calibration,
+    way: Way,
+    budget_mib: float,
+    rank: int,
+    held: int,
+    micro_batch: int,
+    seq_len: int,
+    threads: int,
+) -> Plan:
+    predicted = predict_mib(
+        shapes,
+        weights_mib=calibration.weights_mib[way.dtype],
+        activations=calibration.activations[way],
+        way=way,
+        rank=rank,
+        held=held,
+        tokens=micro_batch * seq_len,
+    )
+    return Plan(
+        rank,
+        held,
+        micro_batch,
+        seq_len,
+        way.checkpointing,
+        way.dtype,
+        threads,
+        predicted,
+        budget_mib,
+    )

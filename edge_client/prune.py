@@ -1,0 +1,57 @@
+"""HetLoRA self-pruning: a device gives up rank that its text does not need (arXiv 2401.06432).
+
+The loss carries λ·Σ_ℓ ‖B_ℓ[:, m:]‖_F·‖A_ℓ[m:, :]‖_F, which presses on the tail of each adapter
+and leaves its head alone. When local training has made the tail's product smaller than it was
+when it was received, the device cuts its rank to m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.adapter import Adapter
+
+if TYPE_CHECKING:
+    import torch
+
+
+def head_rank(rank: int, gamma: float, rank_min: int) -> int:
+    """Return m = max(r_min, min(r−1, ⌊γr⌋)): where the tail starts, and the rank after a cut.
+
+    The tail always holds at least one direction, unless the rank is already the smallest.
+    """
+    return max(rank_min, min(rank - 1, int(gamma * rank))) if rank > rank_min else rank
+
+
+def tail_product(adapter: Adapter, head: int) -> float:
+    """Return Σ_ℓ ‖B_ℓ[:, m:]‖_F·‖A_ℓ[m:, :]‖_F of an adapter."""
+    return float(
+        sum(
+            np.linalg.norm(f.b[:, head:]) * np.linalg.norm(f.a[head:])
+            for f in adapter.layers.values()
+        )
+    )
+
+
+def penalty(
+    factors: Iterable[tuple[torch.Tensor, torch.Tensor]], head: int
+) -> torch.Tensor | float:
+    """Return the same sum over (A (r, d_in), B (d_out, r)) with a gradient into the tails.
+
+    A tail that is exactly zero (B before the first step) has no direction to shrink in, and the
+    norm no gradient there: it counts as zero.
+    """
+    total: torch.Tensor | float = 0.0
+    for a, b in factors:
+        tail_a, tail_b = a[head:], b[:, head:]
+        if tail_a.numel() and bool(tail_b.detach().any()) and bool(tail_a.detach().any()):
+            total = total + tail_b.norm() * tail_a.norm()
+    return total
+
+
+def rank_after(received: float, trained: float, rank: int, head: int) -> int:
+    """Return the rank a device goes on with: m if the tail got strictly smaller, else its own."""
+    return head if 0 < received and trained < received else rank

@@ -1,0 +1,55 @@
+"""What a trainer is: numpy in, numpy out, whatever computes in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from edge_client.data import Batch
+from edge_client.plan import Plan
+from protocol.adapter import Adapter
+from protocol.messages import Pruning, Training
+
+OnStep = Callable[[int, float], None]
+"""Called after each optimiser step with its number (from 1) and its loss (nats a token)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a round of local training came to."""
+
+    steps: int
+    tokens: int
+    """Tokens that counted in the loss."""
+    loss: float
+    """Mean over the steps, nats a token."""
+    seconds: float
+
+
+class Trainer(Protocol):
+    """Train the `trained` part of an adapter in the context of the `frozen` part."""
+
+    def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
+        """Take the adapter to train (rank r) and the rest of the shared one (rank R−r)."""
+        ...
+
+    def train(
+        self,
+        batches: Iterator[Batch],
+        *,
+        settings: Training,
+        learning_rate: float,
+        pruning: Pruning | None,
+        on_step: OnStep,
+    ) -> TrainReport:
+        """Run `settings.steps` optimiser steps of `settings.tokens_per_step` tokens each."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Return the mean loss over all counted tokens, in nats a token."""
+        ...
+
+    def adapter(self) -> Adapter:
+        """Return the trained part as it is now."""
+        ...

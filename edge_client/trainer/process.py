@@ -1,0 +1,81 @@
+"""The agent's side of the training process: start it, ask it, and say so when it died."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+from edge_client.errors import WorkerError
+from edge_client.trainer.worker import serve
+
+
+class TrainingProcess:
+    """Run a `Worker` in a fresh process (spawned: it shares no memory with the agent)."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection: Connection
+        self._connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=serve, args=(theirs,), name="training", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def call(
+        self, name: str, *, on_progress: Callable[[Any], None] | None = None, **arguments: Any
+    ) -> Any:
+        """Have the worker do something and return its answer.
+
+        Raises:
+            WorkerError: the process died (was killed for its memory, say) or failed.
+            EdgeError: what the worker itself found wrong, as it said it.
+        """
+        try:
+            self._connection.send((name, arguments))
+            while True:
+                reply = self._connection.recv()
+                if not reply.progress:
+                    break
+                if on_progress is not None:
+                    on_progress(reply.value)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join(5)
+            raise WorkerError(f"the training process {self._how_it_ended()}") from None
+        if reply.error is not None:
+            raise reply.error
+        if reply.crash:
+            raise WorkerError(f"the training process failed in {name}:\n{reply.crash}")
+        return reply.value
+
+    def stop(self) -> None:
+        """End the process; what it holds is lost."""
+        self._connection.close()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def __enter__(self) -> TrainingProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _how_it_ended(self) -> str:
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            return "was killed (signal 9), as the kernel does when memory runs out"
+        if code is not None and code < 0:
+            return f"ended by signal {-code}"
+        return f"ended with status {code}"

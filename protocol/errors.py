@@ -1,0 +1,80 @@
+"""Errors of the protocol package.
+
+TunefleetError                 anything a person is to read as one line
+├── ProtocolError              a peer said something that may not be said
+│   ├── MalformedMessage       not JSON, a field missing or out of bounds
+│   ├── UnsupportedVersion     another major version of the protocol
+│   ├── BadSignature           unsigned, wrongly signed, or signed by somebody else
+│   ├── BadTensors             names, shapes, dtypes or values not those that were announced
+│   └── BadChunk               a chunk that its manifest does not know
+└── TransportError             the link to the broker
+    ├── BrokerUnreachable      no connection, or none in time
+    └── DeliveryRefused        the broker took the connection but not the message
+"""
+
+from __future__ import annotations
+
+
+class TunefleetError(Exception):
+    """Say what was wrong, where, and what to do; the commands print it as one line."""
+
+
+class ProtocolError(TunefleetError):
+    """A peer sent something that the protocol does not allow."""
+
+
+class MalformedMessage(ProtocolError):
+    """A message that could not be read: not JSON, a field missing or out of bounds."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"malformed message on {where}: {why}")
+        self.where = where
+        self.why = why
+
+
+class UnsupportedVersion(ProtocolError):
+    """A message of another major version."""
+
+    def __init__(self, theirs: object, ours: int) -> None:
+        super().__init__(
+            f"the other side speaks protocol version {theirs}, this program version {ours}; "
+            "install the same release of tunefleet on both"
+        )
+
+
+class BadSignature(ProtocolError):
+    """A message that is unsigned, wrongly signed, or signed with an unknown key."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"signature refused on {where}: {why}")
+
+
+class BadTensors(ProtocolError):
+    """Tensor bytes whose names, shapes, dtypes or values are not those that were announced."""
+
+
+class BadChunk(ProtocolError):
+    """A chunk that its manifest does not know: wrong index, length or hash."""
+
+
+class TransportError(TunefleetError):
+    """The link to the broker failed."""
+
+
+class BrokerUnreachable(TransportError):
+    """No broker answered at the address, or it refused the connection."""
+
+    def __init__(self, address: str, why: str) -> None:
+        super().__init__(
+            f"no MQTT broker at {address} ({why}); start one, or name another with --broker"
+        )
+        self.address = address
+
+
+class DeliveryRefused(TransportError):
+    """The broker did not take a message: not authorised, too large, over quota."""
+
+    def __init__(self, topic: str, why: str) -> None:
+        super().__init__(f"the broker refused a message on {topic}: {why}")
+        self.topic = topic
+        self.why = why

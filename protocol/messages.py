@@ -1,0 +1,235 @@
+"""What devices and the aggregator say to each other, as checked types.
+
+Hostile bytes become one of these once, at the door (`protocol.signing.open_message`). Unknown
+fields are ignored, so that a minor version may add some; every number is bounded and finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from protocol import VERSION
+from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_count, chunk_hash, file_hash, split
+from protocol.tensors import Encoding
+from protocol.topics import NAME
+
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
+Text = Annotated[str, StringConstraints(max_length=500)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+UploadId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+ChunkHash = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{22}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Message(BaseModel):
+    """Base of all messages: frozen, tolerant of fields of later minor versions."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class BaseModelInfo(Message):
+    """Name the frozen model that everybody adapts, and the modules that carry an adapter."""
+
+    name: Text
+    sha256: Sha256
+    parameters: Count
+    modules: Annotated[dict[Text, tuple[Dimension, Dimension]], Field(min_length=1)]
+    """Target module → (d_out, d_in)."""
+
+
+class Training(Message):
+    """Settings of local training, the same for every device."""
+
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 12
+    tokens_per_step: Annotated[int, Field(ge=16, le=1 << 24)] = 1024
+    max_tokens: Annotated[int, Field(ge=16, le=1 << 17)] = 256
+    learning_rate: Positive = 2e-3
+    learning_rate_by_rank: bool = True
+    """Multiply the rate by √(R/r): with one fixed scale a small rank moves the model less."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clip_norm: Positive = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 2
+
+
+class Pruning(Message):
+    """Settings of HetLoRA self-pruning (arXiv 2401.06432)."""
+
+    enabled: bool = True
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.005
+    rank_min: Rank = 2
+
+
+class Limits(Message):
+    """What the aggregator refuses beyond."""
+
+    upload_bytes: Count = CHUNK_BYTES * MAX_CHUNKS
+    update_norm: Positive = 1e4
+    """Largest Frobenius norm of an upload's change of the scaled product, over all modules."""
+
+
+class Job(Message):
+    """A fine-tuning job: what every device must know before it can take part."""
+
+    protocol: Literal[1] = VERSION
+    job: Name
+    base: BaseModelInfo
+    scale: Positive
+    ladder: Annotated[list[Rank], Field(min_length=1, max_length=32)] = [2, 4, 8, 16, 32, 64]
+    rule: Text = "anchored"
+    rule_settings: dict[Text, Any] = {}
+    remainder: Literal["frozen", "dropped"] = "frozen"
+    directions: Literal["top", "rotating"] = "rotating"
+    training: Training = Training()
+    pruning: Pruning = Pruning()
+    limits: Limits = Limits()
+    encoding_up: Encoding = "bf16"
+    encoding_down: Encoding = "bf16"
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 6
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Job:
+        if sorted(set(self.ladder)) != self.ladder:
+            raise ValueError("ladder must be ascending ranks without repetition, say [2, 4, 8]")
+        if self.directions == "rotating" and self.remainder == "dropped":
+            raise ValueError(
+                "directions = 'rotating' needs remainder = 'frozen': a device that dropped the "
+                "other directions has nothing to rotate over"
+            )
+        return self
+
+    @property
+    def rank(self) -> int:
+        """Rank of the shared adapter: the top of the ladder."""
+        return self.ladder[-1]
+
+
+class Round(Message):
+    """Where the job stands: what devices train now, from which version, until when."""
+
+    protocol: Literal[1] = VERSION
+    job: Name
+    number: Count
+    state: Literal["waiting", "open", "finished"]
+    version: Count
+    """The global version that this round starts from (the last one, when finished)."""
+    deadline: Positive | None = None
+    """Seconds since 1970, UTC."""
+    fraction: Share = 1.0
+    """Share of the fleet that takes part; see `in_cohort`."""
+
+
+class FileInfo(Message):
+    """Describe a file that travels in chunks."""
+
+    bytes: Count
+    sha256: Sha256
+    chunk_bytes: Annotated[int, Field(ge=1, le=1 << 24)] = CHUNK_BYTES
+    chunks: Annotated[list[ChunkHash], Field(min_length=1, max_length=MAX_CHUNKS)]
+
+    @model_validator(mode="after")
+    def _check(self) -> FileInfo:
+        if len(self.chunks) != chunk_count(self.bytes, self.chunk_bytes):
+            raise ValueError(f"{self.bytes} bytes are not {len(self.chunks)} chunks")
+        return self
+
+
+def describe_file(data: bytes) -> FileInfo:
+    """Return the description of a file for its manifest."""
+    return FileInfo(
+        bytes=len(data), sha256=file_hash(data), chunks=[chunk_hash(c) for c in split(data)]
+    )
+
+
+class GlobalManifest(Message):
+    """A version of the shared adapter: one file for each rank band."""
+
+    protocol: Literal[1] = VERSION
+    job: Name
+    version: Count
+    parent: Count | None
+    encoding: Encoding
+    bands: Annotated[dict[Text, FileInfo], Field(min_length=1, max_length=32)]
+
+
+class Status(Message):
+    """How a device is; retained, and its last will says `online: false`."""
+
+    protocol: Literal[1] = VERSION
+    job: Name
+    device: Name
+    online: bool
+    boot: Count
+    """Grows with every start of the agent, so that an old will can't undo a new start."""
+    state: Literal["idle", "downloading", "training", "uploading", "unfit", "stopped"] = "idle"
+    profile: Text = ""
+    rank: Count = 0
+    version: Count | None = None
+    detail: Text = ""
+
+
+class UploadManifest(Message):
+    """An update that a device offers: a delta against the version it started from."""
+
+    protocol: Literal[1] = VERSION
+    job: Name
+    device: Name
+    upload: UploadId
+    round: Count
+    version: Count
+    """The global version that the device started from."""
+    rank: Rank
+    """The rank it ended with; the tensors have it."""
+    rank_trained: Rank
+    """The rank it started with: `protocol.adapter.directions` draws that many."""
+    held: Rank
+    """How many directions of the version the device had: its draw was among them."""
+    encoding: Encoding
+    file: FileInfo
+    examples: Annotated[int, Field(ge=1, lt=1 << 40)]
+    """Tokens it trained on; the sample share of a merge rule."""
+    metrics: Annotated[dict[Text, Finite], Field(max_length=32)] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> UploadManifest:
+        if not self.rank <= self.rank_trained <= self.held:
+            raise ValueError("rank ≤ rank_trained ≤ held does not hold")
+        return self
+
+
+class Control(Message):
+    """What the aggregator tells one device about one of its uploads."""
+
+    protocol: Literal[1] = VERSION
+    job: Name
+    device: Name
+    upload: UploadId
+    kind: Literal["need", "done", "reject"]
+    chunks: Annotated[list[Count], Field(max_length=MAX_CHUNKS)] = []
+    """`need`: the chunks that are missing."""
+    reason: Text = ""
+    """`reject`: why, in words for the device's owner."""
+
+
+def upload_id(device: str, job: str, round_number: int) -> str:
+    """Return the id of a device's update for a round: the same after any crash."""
+    return hashlib.sha256(f"{device}|{job}|{round_number}".encode()).hexdigest()[:32]
+
+
+def in_cohort(device: str, job: str, round_number: int, fraction: float) -> bool:
+    """Say whether a device takes part in a round.
+
+    The first 8 bytes of SHA-256 of "device|job|round|cohort", as a share of 2⁶⁴, are compared
+    with the fraction: every device decides for itself and no list is sent.
+    """
+    digest = hashlib.sha256(f"{device}|{job}|{round_number}|cohort".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -1,0 +1,367 @@
+"""The link to the broker: paho-mqtt behind four verbs.
+
+`publish` returns the broker's verdict, `receive` takes from a bounded queue, and `ack` is called
+only after what a message asked for has been done and committed: until then the broker keeps it.
+Callbacks of paho only enqueue, for an exception in one would kill its network thread unseen.
+MQTT 5 is tried first, then 3.1.1.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from protocol.errors import BrokerUnreachable, DeliveryRefused, TransportError
+
+QOS = 1
+WINDOW = 32
+"""Messages in flight either way before somebody waits."""
+QUEUE_LIMIT = 256
+SESSION_EXPIRY_S = 7 * 24 * 3600
+KEEPALIVE_S = 30
+MQTT5_PATIENCE_S = 2.5
+"""How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
+
+_VERSIONS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where a broker listens; written mqtt://host:port, or mqtts:// for TLS.
+
+    `?version=3.1.1` or `?version=5` at its end says which MQTT it speaks; without it both are
+    tried, which takes a moment with a broker that leaves MQTT 5 unanswered.
+    """
+
+    host: str
+    port: int
+    tls: bool = False
+    version: str = ""
+
+    @classmethod
+    def parse(cls, url: str) -> BrokerAddress:
+        """Read a URL.
+
+        Raises:
+            TransportError: it is not mqtt[s]://host[:port][?version=5|3.1.1].
+        """
+        parts = urlsplit(url if "://" in url else f"mqtt://{url}")
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        version = parts.query.removeprefix("version=")
+        right = parts.scheme in ("mqtt", "mqtts") and parts.hostname and port != -1
+        if not right or version not in ("", *_VERSIONS):
+            raise TransportError(
+                f"{url!r} is not a broker address; write mqtt://host:port or mqtts://host:port"
+            )
+        tls = parts.scheme == "mqtts"
+        return cls(parts.hostname or "", port or (8883 if tls else 1883), tls, version)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        version = f"?version={self.version}" if self.version else ""
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}{version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message from the broker; `connection` counts the connections up to its own."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+    message_id: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the broker said to a publish: `refused` is empty, or its reason."""
+
+    topic: str
+    refused: str = ""
+
+    def check(self) -> None:
+        """Raise DeliveryRefused unless the broker took the message."""
+        if self.refused:
+            raise DeliveryRefused(self.topic, self.refused)
+
+
+class Transport(Protocol):
+    """What agents and the aggregator need of a link."""
+
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, timeout_s: float = 30.0
+    ) -> Delivery: ...
+    def receive(self, timeout_s: float) -> Incoming | None: ...
+    def ack(self, incoming: Incoming) -> None: ...
+
+
+class MqttTransport:
+    """Connect to a broker with a persistent session and keep the connection up."""
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        *,
+        will: tuple[str, bytes] | None = None,
+    ) -> None:
+        self.address = address
+        self.client_id = client_id
+        self.connection = 0
+        """Connections made so far: a rise tells that one was lost in between."""
+        self._will = will
+        version = address.version
+        self._versions = [_VERSIONS[version]] if version else list(_VERSIONS.values())
+        self._incoming: queue.Queue[Incoming] = queue.Queue(QUEUE_LIMIT)
+        self._filters: list[str] = []
+        self._state = threading.Condition()
+        self._verdicts: dict[int, ReasonCode] = {}
+        self._granted: set[int] = set()
+        self._connected = False
+        self._refused = ""
+        self._packet_limit: int | None = None
+        self._closed = threading.Event()
+        self._client: paho.Client | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        """Payload bytes published and received."""
+
+    @property
+    def mqtt5(self) -> bool:
+        return self._client is not None and self._client._protocol == paho.MQTTv5
+
+    def connect(self, timeout_s: float = 10.0) -> None:
+        """Connect, trying the protocol versions in turn.
+
+        Raises:
+            BrokerUnreachable: nobody answers there, or the broker refuses every version.
+        """
+        why = "no answer"
+        for version in self._versions:
+            client = self._new_client(version)
+            try:
+                client.connect(self.address.host, self.address.port, KEEPALIVE_S, **_start(version))
+            except (OSError, ValueError) as error:
+                raise BrokerUnreachable(str(self.address), str(error) or repr(error)) from None
+            self._client, self._refused = client, ""
+            client.loop_start()
+            last = version == self._versions[-1]
+            deadline = time.monotonic() + (timeout_s if last else min(timeout_s, MQTT5_PATIENCE_S))
+            with self._state:
+                while not self._connected and not self._refused and time.monotonic() < deadline:
+                    self._state.wait(0.1)
+                if self._connected:
+                    return
+                why = self._refused or "no answer to CONNECT"
+            client.disconnect()
+            client.loop_stop()
+        self._client = None
+        raise BrokerUnreachable(str(self.address), why)
+
+    def subscribe(self, filters: list[str], timeout_s: float = 30.0) -> None:
+        """Subscribe, now and after every reconnection.
+
+        Raises:
+            TransportError: the broker did not answer in time.
+        """
+        new = [f for f in filters if f not in self._filters]
+        self._filters += new
+        if not new:
+            return
+        result, message_id = self._live().subscribe([(f, QOS) for f in new])
+        self._expect(lambda: message_id in self._granted, timeout_s, "SUBSCRIBE", result)
+
+    def unsubscribe(self, filters: list[str]) -> None:
+        """Stop receiving what `filters` named."""
+        self._filters = [f for f in self._filters if f not in filters]
+        if filters:
+            self._live().unsubscribe(filters)
+
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, timeout_s: float = 30.0
+    ) -> Delivery:
+        """Publish with QoS 1 and return the broker's verdict.
+
+        Raises:
+            TransportError: the broker did not answer in time; paho goes on trying.
+        """
+        return self.publish_all([(topic, payload)], retain=retain, timeout_s=timeout_s)[0]
+
+    def publish_all(
+        self, messages: list[tuple[str, bytes]], *, retain: bool = False, timeout_s: float = 30.0
+    ) -> list[Delivery]:
+        """Publish in order with at most WINDOW messages in flight; return each verdict.
+
+        Raises:
+            TransportError: a verdict did not come in `timeout_s` seconds.
+        """
+        deliveries: list[Delivery] = []
+        flying: list[tuple[str, int | None]] = []
+        for topic, payload in messages:
+            if len(flying) == WINDOW:
+                deliveries.append(self._land(*flying.pop(0), timeout_s))
+            flying.append((topic, self._send(topic, payload, retain)))
+        return deliveries + [self._land(*one, timeout_s) for one in flying]
+
+    def receive(self, timeout_s: float) -> Incoming | None:
+        """Return the next message, or None when none came in time.
+
+        Raises:
+            TransportError: paho's network thread has died.
+        """
+        try:
+            return self._incoming.get(timeout=max(timeout_s, 0.001))
+        except queue.Empty:
+            self._live()
+            return None
+
+    def ack(self, incoming: Incoming) -> None:
+        """Tell the broker that a message is dealt with; one of an earlier connection comes again."""
+        if incoming.connection == self.connection and incoming.message_id:
+            self._live().ack(incoming.message_id, QOS)
+
+    def close(self) -> None:
+        """Disconnect in good order: the broker sends no will."""
+        self._closed.set()
+        if self._client is not None:
+            self._client.disconnect()
+            self._client.loop_stop()
+
+    # -- on paho's thread: enqueue and signal, nothing else --------------------------------------
+
+    def _on_connect(
+        self, client: paho.Client, _: Any, flags: Any, code: ReasonCode, properties: Any
+    ) -> None:
+        with self._state:
+            if code.is_failure:
+                self._refused = str(code)
+            else:
+                self.connection += 1
+                self._connected = True
+                self._packet_limit = getattr(properties, "MaximumPacketSize", None)
+            self._state.notify_all()
+        if not code.is_failure and self._filters:
+            client.subscribe([(f, QOS) for f in self._filters])
+
+    def _on_disconnect(self, *arguments: Any) -> None:
+        with self._state:
+            self._connected = False
+            self._refused = self._refused or str(arguments[-2])
+            self._state.notify_all()
+
+    def _on_socket_close(self, *_: Any) -> None:
+        """Note a broker that hangs up before CONNACK, as one without MQTT 5 may do."""
+        with self._state:
+            if not self._connected:
+                self._refused = self._refused or "it closed the connection"
+            self._state.notify_all()
+
+    def _on_message(self, _: Any, __: Any, message: paho.MQTTMessage) -> None:
+        self.bytes_received += len(message.payload)
+        one = Incoming(
+            message.topic, message.payload, message.retain, message.mid, self.connection
+        )
+        while not self._closed.is_set():
+            try:
+                return self._incoming.put(one, timeout=0.5)
+            except queue.Full:
+                continue
+
+    def _on_publish(self, _: Any, __: Any, message_id: int, code: ReasonCode, ___: Any) -> None:
+        with self._state:
+            self._verdicts[message_id] = code
+            self._state.notify_all()
+
+    def _on_subscribe(self, _: Any, __: Any, message_id: int, *___: Any) -> None:
+        with self._state:
+            self._granted.add(message_id)
+            self._state.notify_all()
+
+    # -- private ---------------------------------------------------------------------------------
+
+    def _new_client(self, version: int) -> paho.Client:
+        clean = None if version == paho.MQTTv5 else False
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self.client_id,
+            clean_session=clean,
+            protocol=paho.MQTTProtocolVersion(version),
+            manual_ack=True,
+        )
+        client.max_inflight_messages_set(WINDOW)
+        client.reconnect_delay_set(1, 30)
+        if self.address.tls:
+            client.tls_set()
+        if self._will:
+            client.will_set(self._will[0], self._will[1], qos=QOS, retain=True)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_socket_close = self._on_socket_close
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        return client
+
+    def _live(self) -> paho.Client:
+        client = self._client
+        if client is None or client._thread is None or not client._thread.is_alive():
+            raise TransportError(f"the connection to {self.address} has ended")
+        return client
+
+    def _send(self, topic: str, payload: bytes, retain: bool) -> int | None:
+        """Hand a message to paho; return its id, or None when the broker would not take it."""
+        limit = self._packet_limit
+        if limit is not None and len(payload) + len(topic) + 16 > limit:
+            return None  # paho would retry it for ever
+        info = self._live().publish(topic, payload, qos=QOS, retain=retain)
+        self.bytes_sent += len(payload)
+        return info.mid
+
+    def _land(self, topic: str, message_id: int | None, timeout_s: float) -> Delivery:
+        """Wait for the verdict on a message."""
+        if message_id is None:
+            return Delivery(topic, f"larger than the broker's packet limit ({self._packet_limit})")
+        self._expect(lambda: message_id in self._verdicts, timeout_s, topic)
+        with self._state:
+            code = self._verdicts.pop(message_id)
+        return Delivery(topic, str(code) if code.is_failure else "")
+
+    def _expect(
+        self,
+        happened: Any,
+        timeout_s: float,
+        what: str,
+        result: MQTTErrorCode = MQTTErrorCode.MQTT_ERR_SUCCESS,
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
+        with self._state:
+            while not happened():
+                left = deadline - time.monotonic()
+                if left <= 0 or result == MQTTErrorCode.MQTT_ERR_NO_CONN:
+                    raise TransportError(f"{self.address} did not answer to {what} in time")
+                self._live()
+                self._state.wait(min(left, 1.0))
+
+
+def _start(version: int) -> dict[str, Any]:
+    """Return CONNECT's arguments for a session that outlives the connection."""
+    if version != paho.MQTTv5:
+        return {}
+    properties = Properties(PacketTypes.CONNECT)
+    properties.SessionExpiryInterval = SESSION_EXPIRY_S
+    properties.ReceiveMaximum = WINDOW
+    return {"clean_start": False, "properties": properties}
