@@ -4,7 +4,9 @@ TunefleetError                 anything a person is to read as one line (protoco
 └── AggregatorError            the aggregator could not do what it was asked
     ├── MergeError             a round that cannot be merged, and whose update is to blame
     ├── UnknownRule            a merge rule that is neither built in nor installed
-    └── BadRuleSettings        a rule was given settings that it does not have
+    ├── BadRuleSettings        a rule was given settings that it does not have
+    ├── ConfigError            the job file or a flag is missing something or wrong
+    └── StoreError             the state folder can't be used
 """
 
 from __future__ import annotations
@@ -43,3 +45,11 @@ class UnknownRule(AggregatorError):
 
 class BadRuleSettings(AggregatorError):
     """A merge rule was given a setting that it does not have, or a value that it cannot use."""
+
+
+class ConfigError(AggregatorError):
+    """The job file or a flag is missing something, or says something that can't be."""
+
+
+class StoreError(AggregatorError):
+    """The state folder can't be written, or belongs to another job."""

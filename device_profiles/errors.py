@@ -21,3 +21,11 @@ class ProfileError(TunefleetError):
 
 class DemoTextError(TunefleetError):
     """The text of the demo's devices can't be made: a part of this Python's library is missing."""
+
+
+class FleetError(TunefleetError):
+    """A fleet file that can't be read, or lacks something."""
+
+
+class ReplayError(TunefleetError):
+    """A replay could not be carried out: a process failed, or a folder can't be written."""

@@ -63,7 +63,7 @@ class DeviceSummary(_Record):
     text: str = ""
     """What text the device has."""
     budget_mib: Measured = None
-    """What the whole process may take, its floor included."""
+    """What the training process may take above its floor."""
     floor_mib: Measured = None
     """What the process takes before the first training step."""
     predicted_mib: Measured = None
@@ -85,10 +85,7 @@ class DeviceSummary(_Record):
     @property
     def room_mib(self) -> float | None:
         """Return what the budget leaves above the floor, in MiB; None where there is no room."""
-        if self.budget_mib is None:
-            return None
-        room_mib = self.budget_mib - (self.floor_mib or 0.0)
-        return room_mib if room_mib > 0 else None
+        return self.budget_mib if self.budget_mib and self.budget_mib > 0 else None
 
     @property
     def memory_as_predicted(self) -> bool | None:

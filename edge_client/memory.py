@@ -140,9 +140,14 @@ def reset_peak() -> None:
             return
 
 
-def bound_library_caches() -> None:
-    """Keep oneDNN from caching a kernel for each of a thousand shapes; before torch is imported."""
+def restrain_libraries() -> None:
+    """Set what libraries read when torch is imported: small kernel caches, no spinning threads.
+
+    oneDNN would cache a kernel for each of a thousand shapes. OpenMP threads that spin while they
+    wait take the cores from whatever else runs on the device, and training with them.
+    """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def return_freed_memory() -> None:

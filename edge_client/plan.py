@@ -30,11 +30,6 @@ class Calibration:
     """dtype → base weights as they lie in memory."""
     activations: dict[Way, Activations]
 
-    @property
-    def fixed_mib(self) -> float:
-        """What training takes above the floor with any model: buffers of the libraries."""
-        return max(0.0, min(a.fixed_mib for a in self.activations.values()))
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -74,16 +69,15 @@ def memory_budget(
 
 
 def budget_above_floor(
-    budget_mib: float, calibration: Calibration, memory_scale: float = 1.0
+    budget_mib: float, floor_mib: float, fixed_mib: float, memory_scale: float = 1.0
 ) -> float:
-    """Return what of a budget is left for the model: the floor taken off, the rest scaled.
+    """Return what of a budget is left above the floor, its model-dependent part scaled.
 
     A replay with a small base model divides the model-dependent part of a recorded device's
     memory by `memory_scale`, so that the small model stands to it as SmolLM2-135M would. What
-    the libraries take with any model is not divided.
+    the libraries' buffers take with any model (`fixed_mib`) is not divided.
     """
-    fixed = calibration.fixed_mib
-    return fixed + (budget_mib - calibration.floor_mib - fixed) / memory_scale
+    return fixed_mib + (budget_mib - floor_mib - fixed_mib) / memory_scale
 
 
 def choose_plan(
@@ -91,13 +85,14 @@ def choose_plan(
     calibration: Calibration,
     *,
     budget_mib: float,
+    memory_scale: float = 1.0,
     ladder: Sequence[int],
     shared_rank: int,
     training: Training,
     native_bf16: bool,
     threads: int,
 ) -> Plan:
-    """Return the best plan that fits `budget_mib` above the floor.
+    """Return the best plan for a process that may take `budget_mib` in all.
 
     A device that can hold the whole shared adapter does (`shared_rank`; 0 when the job drops the
     remainder): training in its context is worth more than rank. Then comes the largest rank; at
@@ -113,26 +108,32 @@ def choose_plan(
         whole = plan.held >= shared_rank
         return whole, plan.rank, plan.held, fast, not plan.checkpointing, plan.micro_batch
 
-    least = float("inf")
+    budgets = {
+        way: budget_above_floor(
+            budget_mib, calibration.floor_mib, max(0.0, measured.fixed_mib), memory_scale
+        )
+        for way, measured in calibration.activations.items()
+    }
+    least = (float("inf"), 0.0)
     seq_len = training.max_tokens
     while seq_len >= min(SHORTEST_TOKENS, training.max_tokens):
         every = [
-            _plan(shapes, calibration, way, budget_mib, rank, held, micro_batch, seq_len, threads)
+            _plan(shapes, calibration, way, budgets[way], rank, held, micro_batch, seq_len, threads)
             for way in calibration.activations
             for rank in ladder
             for held in ([h for h in ladder if rank <= h <= shared_rank] or [rank])
             for micro_batch in MICRO_BATCHES
             if micro_batch == 1 or micro_batch * seq_len <= training.tokens_per_step
         ]
-        least = min(least, *(plan.predicted_mib for plan in every))
-        fitting = [plan for plan in every if plan.predicted_mib <= budget_mib]
+        least = min(least, *((plan.predicted_mib, plan.budget_mib) for plan in every))
+        fitting = [plan for plan in every if plan.predicted_mib <= plan.budget_mib]
         if fitting:
             return max(fitting, key=preference)
         seq_len //= 2
     raise NoPlanFits(
-        f"the smallest plan needs {least:.0f} MiB above a floor of {calibration.floor_mib:.0f} "
-        f"MiB, this device has {budget_mib:.0f} MiB there; free memory, raise the cap, or take a "
-        "smaller base model"
+        f"the smallest plan needs {least[0]:.0f} MiB above a floor of "
+        f"{calibration.floor_mib:.0f} MiB, this device has {least[1]:.0f} MiB there; free memory, "
+        "raise the cap, or take a smaller base model"
     )
 
 

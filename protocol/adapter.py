@@ -101,3 +101,74 @@ def directions(
     draw = f"{job}|{device}|{round_number}|"
     ordered = sorted(range(held), key=lambda i: hashlib.sha256(f"{draw}{i}".encode()).digest())
     return sorted(ordered[:rank])
+
+
+def module_directions(
+    shapes: Shapes,
+    mode: str,
+    *,
+    job: str,
+    device: str,
+    round_number: int,
+    rank_trained: int,
+    held: int,
+    rank: int | None = None,
+) -> dict[str, npt.NDArray[np.intp]]:
+    """Return the directions that a device trains in each module, narrow modules included.
+
+    `rank` is what the device cut itself to afterwards: it keeps the first of those it trained.
+    """
+    drawn: dict[int, npt.NDArray[np.intp]] = {}
+    found = {}
+    for name, shape in shapes.items():
+        reach = module_rank(shape, held)
+        if reach not in drawn:
+            drawn[reach] = np.array(
+                directions(
+                    mode,
+                    job=job,
+                    device=device,
+                    round_number=round_number,
+                    rank=rank_trained,
+                    held=reach,
+                )[:rank],
+                np.intp,
+            )
+        found[name] = drawn[reach]
+    return found
+
+
+def select(adapter: Adapter, chosen: Mapping[str, npt.NDArray[np.intp]]) -> Adapter:
+    """Return some directions of each module of an adapter."""
+    return Adapter({n: f.take(chosen[n]) for n, f in adapter.layers.items()}, adapter.scale)
+
+
+def without(adapter: Adapter, chosen: Mapping[str, npt.NDArray[np.intp]]) -> Adapter:
+    """Return the other directions of each module: the frozen remainder of what is trained."""
+    return Adapter(
+        {
+            n: f.take(np.setdiff1d(np.arange(f.rank), chosen[n]))
+            for n, f in adapter.layers.items()
+        },
+        adapter.scale,
+    )
+
+
+def difference(after: Adapter, before: Adapter) -> Adapter:
+    """Return the change of each factor (not of the product): what an upload carries."""
+    return _zip(after, before, np.subtract)
+
+
+def add(before: Adapter, change: Adapter) -> Adapter:
+    """Undo `difference`: return the factors after a change."""
+    return _zip(before, change, np.add)
+
+
+def _zip(one: Adapter, other: Adapter, operation: np.ufunc) -> Adapter:
+    return Adapter(
+        {
+            n: Factors(operation(f.a, other.layers[n].a), operation(f.b, other.layers[n].b))
+            for n, f in one.layers.items()
+        },
+        one.scale,
+    )

@@ -42,13 +42,16 @@ def encode(tensors: Mapping[str, np.ndarray], encoding: Encoding) -> bytes:
             codes, scales = _to_int8(values)
             stored[name] = ("I8", codes)
             stored[name + ROW_SCALE] = ("F32", scales)
-    return safetensors.serialize(
-        {
-            name: {"dtype": _DTYPE[dtype], "shape": list(data.shape), "data": data.tobytes()}
-            for name, (dtype, data) in stored.items()
-        },
-        metadata=None,
-    )
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=_DTYPE[dtype],
+            shape=list(data.shape),
+            data_ptr=data.ctypes.data,  # `stored` keeps the array alive
+            data_len=data.nbytes,
+        )
+        for name, (dtype, data) in stored.items()
+    }
+    return bytes(safetensors.serialize(specs, metadata=None))
 
 
 def decode(

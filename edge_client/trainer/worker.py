@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from edge_client.memory import (
     Probe,
-    bound_library_caches,
     make_peaks_predictable,
     offer_to_oom_killer,
     peak_mib,
     reset_peak,
     resident_mib,
+    restrain_libraries,
     return_freed_memory,
 )
 from edge_client.plan import Plan
@@ -232,7 +232,7 @@ def _endless(batch: Batch) -> Any:
 def serve(connection: Connection) -> None:
     """Answer requests until the pipe closes: the child's main."""
     offer_to_oom_killer()
-    bound_library_caches()
+    restrain_libraries()
     make_peaks_predictable()
     worker = Worker(lambda value: connection.send(Reply(value, progress=True)))
     while True:

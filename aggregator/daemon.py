@@ -1,0 +1,214 @@
+"""The aggregator at work: start up, serve until the job is done or somebody says stop, shut down.
+
+One thread: a message is received, dealt with, committed, answered, acknowledged; between messages
+the state machine of aggregator.rounds is asked what is due.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+
+from aggregator.intake import Intake, read_update
+from aggregator.merge import Merged, RoundView, merge
+from aggregator.publish import Publisher
+from aggregator.rounds import Policy, RoundState, next_action
+from aggregator.store import Store
+from aggregator.versions import first_version, load_version, write_version
+from protocol import topics
+from protocol.events import EventLog
+from protocol.messages import Job
+from protocol.signing import SigningKey
+from protocol.transport import BrokerAddress, MqttTransport
+
+TICK_S = 0.2
+
+
+class Daemon:
+    """Run one job."""
+
+    def __init__(
+        self,
+        job: Job,
+        policy: Policy,
+        store: Store,
+        broker: BrokerAddress,
+        events: EventLog,
+        *,
+        exit_when_done: bool = False,
+    ) -> None:
+        self._job = job
+        self._policy = policy
+        self._store = store
+        self._events = events
+        self._exit_when_done = exit_when_done
+        self._stopping = False
+        self._key = SigningKey.load_or_create(store.folder / "aggregator.key")
+        self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}")
+        self._intake = Intake(job, store, self._key, events)
+        self._publisher = Publisher(job, store, self._key, self._link)
+
+    def run(self) -> None:
+        """Serve; returns after SIGTERM, SIGINT, or the end of the job if so asked.
+
+        Raises:
+            TransportError: the broker can't be reached, or the connection has ended for good.
+        """
+        with self._signals():
+            self._start()
+            try:
+                while not self._stopping:
+                    self._serve_one()
+                    self._step()
+            finally:
+                self._link.close()
+
+    # -- start up --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._store.bind_job(self._job.model_dump_json())
+        if self._store.version(1) is None:
+            adapter = first_version(self._job)
+            manifest = write_version(self._job, self._store, adapter, version=1, parent=None)
+            self._store.add_version(manifest)
+            self._store.set_round(RoundState(0, "waiting", 1, None))
+        self._link.connect()
+        job = self._job.job
+        self._link.subscribe(
+            [
+                topics.subscription(kind, job=job)
+                for kind in ("status", "upload_manifest", "upload_chunk")
+            ]
+        )
+        state = self._store.round()
+        manifest_now = self._store.version(state.version)
+        assert manifest_now is not None, "a round's version is committed before the round is"
+        self._publisher.version(manifest_now)
+        self._publisher.job()
+        self._publisher.round(state, self._policy.fraction)
+        self._events.emit(
+            "serving", job=job, broker=str(self._link.address), rule=self._job.rule,
+            round=state.number, state=state.state, version=state.version,
+        )
+
+    # -- serve -----------------------------------------------------------------------------------
+
+    def _serve_one(self) -> None:
+        incoming = self._link.receive(TICK_S)
+        if incoming is None:
+            return
+        answers = self._intake.handle(incoming.topic, incoming.payload)
+        self._link.ack(incoming)
+        for topic, payload in answers:
+            delivery = self._link.publish(topic, payload)
+            if delivery.refused:
+                self._events.emit("undelivered", topic=topic, reason=delivery.refused)
+
+    def _step(self) -> None:
+        state = self._store.round()
+        action = next_action(
+            state,
+            self._policy,
+            job=self._job.job,
+            rounds=self._job.rounds,
+            time_s=time.time(),
+            online=self._store.ready_devices(),
+            delivered={m.device for m in self._store.uploads_of(state.number, "counted")},
+            refused={m.device for m in self._store.uploads_of(state.number, "rejected")},
+        )
+        if action == "open":
+            self._enter(RoundState(state.number + 1, "open", state.version, self._deadline()))
+        elif action == "merge":
+            self._merge(state)
+        elif action == "extend":
+            self._enter(replace(state, deadline=self._deadline()))
+        elif action == "finish":
+            self._enter(RoundState(state.number, "finished", state.version, None))
+
+    def _merge(self, state: RoundState) -> None:
+        """Merge the round, publish its version, and go on to the next round."""
+        started = time.monotonic()
+        merged = merge_round(self._job, self._store, state)
+        seconds = time.monotonic() - started
+        manifest = write_version(
+            self._job,
+            self._store,
+            merged.adapter,
+            version=state.version + 1,
+            parent=state.version,
+        )
+        last = state.number >= self._job.rounds
+        after = RoundState(
+            state.number if last else state.number + 1,
+            "finished" if last else "open",
+            manifest.version,
+            None if last else self._deadline(),
+        )
+        self._store.finish_round(
+            after,
+            manifest,
+            number=state.number,
+            seconds=seconds,
+            weights=merged.weights,
+            residual=merged.residual,
+        )
+        self._publisher.version(manifest)
+        self._events.emit(
+            "merged",
+            round=state.number,
+            rounds=self._job.rounds,
+            version=manifest.version,
+            seconds=round(seconds, 3),
+            devices=len(merged.weights),
+            weights=merged.weights,
+            residual=merged.residual,
+        )
+        self._announce(after)
+
+    def _enter(self, state: RoundState) -> None:
+        self._store.set_round(state)
+        self._announce(state)
+
+    def _announce(self, state: RoundState) -> None:
+        self._publisher.round(state, self._policy.fraction)
+        self._events.emit(
+            "round", round=state.number, rounds=self._job.rounds, state=state.state,
+            version=state.version,
+        )
+        if state.state == "finished" and self._exit_when_done:
+            self._stopping = True
+
+    def _deadline(self) -> float:
+        return time.time() + self._policy.deadline_s
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stopping = True
+
+        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def merge_round(job: Job, store: Store, state: RoundState) -> Merged:
+    """Merge the counted updates of a round by the job's rule."""
+    updates = [
+        read_update(job, store, manifest, store.update_file(manifest).read_bytes())
+        for manifest in store.uploads_of(state.number, "counted")
+    ]
+    view = RoundView(
+        load_version(job, store, state.version),
+        updates,
+        job.base.modules,
+        job.rank,
+        seed=job.seed + state.number,
+    )
+    return merge(job.rule, view, settings=job.rule_settings)

@@ -1,0 +1,230 @@
+"""Messages from devices: read, checked, stored, answered.
+
+Every check of docs/protocol.md stands here or in what this calls. A bad upload is refused with a
+reason and never stops a round; a message that can't be read is dropped and logged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from aggregator.merge import Update
+from aggregator.merge.lowrank import gram
+from aggregator.store import Store
+from aggregator.versions import load_version
+from protocol import topics
+from protocol.adapter import add, module_directions, select
+from protocol.bands import factor_shapes, from_tensors
+from protocol.chunks import check_chunk
+from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
+from protocol.events import EventLog
+from protocol.messages import Control, Job, Status, UploadManifest, upload_id
+from protocol.signing import SigningKey, open_message
+from protocol.tensors import bytes_each, decode
+
+HEADER_ALLOWANCE_BYTES = 1 << 20
+Outgoing = list[tuple[str, bytes]]
+
+
+class Intake:
+    """Take what devices send for one job, and say what to answer."""
+
+    def __init__(self, job: Job, store: Store, key: SigningKey, events: EventLog) -> None:
+        self._job = job
+        self._store = store
+        self._key = key
+        self._events = events
+
+    def handle(self, topic: str, payload: bytes) -> Outgoing:
+        """Deal with one message; when this returns, what it asked for is committed."""
+        try:
+            found = topics.match(topic)
+            device = found.fields["device"]
+            if found.kind == "status":
+                return self._status(device, topic, payload)
+            if found.kind == "upload_manifest":
+                return self._manifest(device, topic, payload)
+            if found.kind == "upload_chunk":
+                number = int(found.fields["index"])
+                return self._chunk(device, found.fields["upload"], number, payload)
+        except (ProtocolError, KeyError) as error:
+            self._events.emit("refused", topic=topic, reason=str(error))
+        return []
+
+    # -- the kinds -------------------------------------------------------------------------------
+
+    def _status(self, device: str, topic: str, payload: bytes) -> Outgoing:
+        if not payload:
+            return []
+        status, key = open_message(
+            payload, topic, Status, trusted=self._store.device_key(device)
+        )
+        if status.device != device or status.job != self._job.job:
+            raise MalformedMessage(topic, "it speaks of another device or job")
+        before = self._store.status(device)
+        if self._store.set_status(status, key) and before != status:
+            self._events.emit(
+                "device",
+                device=device,
+                online=status.online,
+                state=status.state,
+                rank=status.rank,
+                detail=status.detail,
+            )
+        return []
+
+    def _manifest(self, device: str, topic: str, payload: bytes) -> Outgoing:
+        key = self._store.device_key(device)
+        if key is None:
+            raise MalformedMessage(topic, "the device has not said who it is (no status)")
+        manifest, _ = open_message(payload, topic, UploadManifest, trusted=key)
+        expected = upload_id(manifest.device, manifest.job, manifest.round)
+        named = topics.match(topic).fields["upload"]
+        if (manifest.device, manifest.job) != (device, self._job.job) or not (
+            manifest.upload == expected == named
+        ):
+            raise MalformedMessage(topic, "it speaks of another device, job or upload")
+        known = self._store.upload(manifest.upload)
+        if known is not None and known.state == "counted":
+            return [self._answer(manifest, "done")]
+        if known is not None and known.state == "rejected" and known.manifest == manifest:
+            return [self._answer(manifest, "reject", reason=known.reason)]
+        if why := self._unfit(manifest):
+            return self._reject(manifest, why)
+        self._store.expect_upload(manifest)
+        return self._go_on(manifest)
+
+    def _chunk(self, device: str, upload: str, number: int, payload: bytes) -> Outgoing:
+        known = self._store.upload(upload)
+        if known is None or known.manifest.device != device or known.state != "receiving":
+            return []
+        manifest = known.manifest
+        info = manifest.file
+        try:
+            check_chunk(number, payload, info.chunks, info.chunk_bytes, info.bytes)
+        except BadChunk as error:
+            return self._reject(manifest, str(error))
+        self._store.add_chunk(upload, number, payload)
+        missing = self._store.missing_chunks(manifest)
+        return [] if missing else self._complete(manifest)
+
+    # -- what follows ----------------------------------------------------------------------------
+
+    def _go_on(self, manifest: UploadManifest) -> Outgoing:
+        missing = self._store.missing_chunks(manifest)
+        if not missing:
+            return self._complete(manifest)
+        return [self._answer(manifest, "need", chunks=missing)]
+
+    def _complete(self, manifest: UploadManifest) -> Outgoing:
+        """Verify a complete upload, and count or refuse it."""
+        if why := self._unfit(manifest):
+            return self._reject(manifest, why)
+        try:
+            data = self._store.assembled(manifest)
+            update = read_update(self._job, self._store, manifest, data)
+        except (BadTensors, BadChunk) as error:
+            return self._reject(manifest, str(error))
+        change = update_norm(self._job, self._store, manifest, update)
+        if not change <= self._job.limits.update_norm:
+            return self._reject(
+                manifest, f"its norm {change:.3g} is over {self._job.limits.update_norm:.3g}"
+            )
+        self._store.count_upload(manifest, data)
+        self._events.emit(
+            "counted",
+            device=manifest.device,
+            round=manifest.round,
+            rank=manifest.rank,
+            bytes=manifest.file.bytes,
+            norm=change,
+            metrics=manifest.metrics,
+        )
+        return [self._answer(manifest, "done")]
+
+    def _unfit(self, manifest: UploadManifest) -> str:
+        """Say why an upload is not wanted, from its manifest alone; empty if it is."""
+        now = self._store.round()
+        if now.state != "open" or manifest.round != now.number:
+            return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
+        if manifest.version != now.version:
+            return f"it starts from version {manifest.version}, the round from {now.version}"
+        if manifest.held > self._job.rank:
+            return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
+        if manifest.encoding != self._job.encoding_up:
+            return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
+        numbers = sum(a * b for a, b in upload_shapes(self._job, manifest).values())
+        largest = numbers * bytes_each(manifest.encoding) + HEADER_ALLOWANCE_BYTES
+        if manifest.file.bytes > min(largest, self._job.limits.upload_bytes):
+            return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
+        return ""
+
+    def _reject(self, manifest: UploadManifest, reason: str) -> Outgoing:
+        self._store.reject_upload(manifest, reason)
+        self._events.emit(
+            "rejected", device=manifest.device, round=manifest.round, reason=reason
+        )
+        return [self._answer(manifest, "reject", reason=reason[:500])]
+
+    def _answer(
+        self,
+        manifest: UploadManifest,
+        kind: str,
+        *,
+        chunks: list[int] | None = None,
+        reason: str = "",
+    ) -> tuple[str, bytes]:
+        message = Control.model_validate(
+            {
+                "job": manifest.job,
+                "device": manifest.device,
+                "upload": manifest.upload,
+                "kind": kind,
+                "chunks": chunks or [],
+                "reason": reason,
+            }
+        )
+        topic = topics.topic("control", job=manifest.job, device=manifest.device)
+        return topic, self._key.seal(message, topic)
+
+
+def upload_shapes(job: Job, manifest: UploadManifest) -> dict[str, tuple[int, int]]:
+    """Return the tensor names and shapes that an upload must have."""
+    ranks = {name: len(at) for name, at in upload_directions(job, manifest).items()}
+    return factor_shapes(job.base.modules, ranks)
+
+
+def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
+    """Return which directions of each module an upload changes."""
+    return module_directions(
+        job.base.modules,
+        job.directions,
+        job=job.job,
+        device=manifest.device,
+        round_number=manifest.round,
+        rank_trained=manifest.rank_trained,
+        held=manifest.held,
+        rank=manifest.rank,
+    )
+
+
+def read_update(job: Job, store: Store, manifest: UploadManifest, data: bytes) -> Update:
+    """Return what an upload's bytes say: absolute factors of the directions it trained.
+
+    Raises:
+        BadTensors: they are not what the manifest and the job imply.
+    """
+    tensors = decode(data, upload_shapes(job, manifest), manifest.encoding)
+    change = from_tensors(tensors, job.base.modules, job.scale)
+    chosen = upload_directions(job, manifest)
+    before = select(load_version(job, store, manifest.version), chosen)
+    return Update(
+        manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics
+    )
+
+
+def update_norm(job: Job, store: Store, manifest: UploadManifest, update: Update) -> float:
+    """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
+    before = select(load_version(job, store, manifest.version), update.directions)
+    products = gram([update.adapter, before])
+    return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))

@@ -1,0 +1,77 @@
+"""Put the job, the round and versions on the broker, retained, so that it serves them alone."""
+
+from __future__ import annotations
+
+from aggregator.rounds import RoundState
+from aggregator.store import Store
+from protocol import topics
+from protocol.chunks import split
+from protocol.messages import GlobalManifest, Job, Round
+from protocol.signing import SigningKey
+from protocol.transport import MqttTransport
+
+VERSIONS_KEPT = 2
+PUBLISH_TIMEOUT_S = 120.0
+
+
+class Publisher:
+    """Publish what the aggregator says to everybody."""
+
+    def __init__(self, job: Job, store: Store, key: SigningKey, link: MqttTransport) -> None:
+        self._job = job
+        self._store = store
+        self._key = key
+        self._link = link
+
+    def job(self) -> None:
+        topic = topics.topic("job", job=self._job.job)
+        self._send([(topic, self._key.seal(self._job, topic))])
+
+    def round(self, state: RoundState, fraction: float) -> None:
+        topic = topics.topic("round", job=self._job.job)
+        message = Round(
+            job=self._job.job,
+            number=state.number,
+            state=state.state,
+            version=state.version,
+            deadline=state.deadline,
+            fraction=fraction,
+        )
+        self._send([(topic, self._key.seal(message, topic))])
+
+    def version(self, manifest: GlobalManifest) -> None:
+        """Publish a version whole, its manifest last, and clear the one that is too old."""
+        for band in manifest.bands:
+            data = self._store.band_file(manifest.version, band).read_bytes()
+            self._send(
+                [
+                    (self._chunk_topic(manifest.version, band, index), chunk)
+                    for index, chunk in enumerate(split(data))
+                ]
+            )
+        topic = topics.topic("global_manifest", job=self._job.job, version=manifest.version)
+        self._send([(topic, self._key.seal(manifest, topic))])
+        old = self._store.version(manifest.version - VERSIONS_KEPT)
+        if old is not None:
+            self._clear(old)
+
+    def _clear(self, manifest: GlobalManifest) -> None:
+        """Take a version off the broker: an empty retained message each, its manifest first."""
+        names = [topics.topic("global_manifest", job=self._job.job, version=manifest.version)]
+        for band, info in manifest.bands.items():
+            names += [
+                self._chunk_topic(manifest.version, band, index)
+                for index in range(len(info.chunks))
+            ]
+        self._send([(name, b"") for name in names])
+
+    def _chunk_topic(self, version: int, band: str, index: int) -> str:
+        return topics.topic(
+            "global_chunk", job=self._job.job, version=version, band=band, index=index
+        )
+
+    def _send(self, messages: list[tuple[str, bytes]]) -> None:
+        for delivery in self._link.publish_all(
+            messages, retain=True, timeout_s=PUBLISH_TIMEOUT_S
+        ):
+            delivery.check()

@@ -1,0 +1,152 @@
+"""The `fleet-replay` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from protocol.cli import run_command
+
+app = typer.Typer(
+    help="Replay a fleet of recorded devices through the real stack.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option(help="Folder for runs; each gets one of its own in it.")]
+Seed = Annotated[int, typer.Option(help="Seed of text, splits, order and directions.")]
+Broker = Annotated[str, typer.Option(help="mqtt://host:port (default: the embedded broker).")]
+Rule = Annotated[str, typer.Option(help="Merge rule: anchored, hetlora, flexlora, fedavg, …")]
+Rounds = Annotated[int, typer.Option(help="Rounds (0: as the fleet says, 6 for the demo).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print events and the summary as JSON.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another setting of the job, as training.steps=20; repeatable."),
+]
+
+
+@app.command()
+def demo(
+    seed: Seed = 0,
+    rule: Rule = "",
+    rounds: Rounds = 0,
+    broker: Broker = "",
+    out: Out = Path("runs"),
+    settings: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the main job: six devices, six texts, one shared adapter."""
+    _replay(None, seed, rule, rounds, broker, out, settings, as_json)
+
+
+@app.command()
+def run(
+    fleet: Annotated[
+        Path | None, typer.Argument(help="Fleet file in TOML (default: the demo's fleet).")
+    ] = None,
+    seed: Seed = 0,
+    rule: Rule = "",
+    rounds: Rounds = 0,
+    broker: Broker = "",
+    out: Out = Path("runs"),
+    settings: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a fleet of one's own: devices, text, base model and job from a file."""
+    _replay(fleet, seed, rule, rounds, broker, out, settings, as_json)
+
+
+def _replay(
+    fleet_file: Path | None,
+    seed: int,
+    rule: str,
+    rounds: int,
+    broker: str,
+    out: Path,
+    settings: list[str] | None,
+    as_json: bool,
+) -> None:
+    from dataclasses import replace
+
+    from device_profiles.fleet import demo_fleet, read_fleet
+    from device_profiles.replay import Options, new_run_folder, replay
+    from device_profiles.watch import Watch
+    from protocol.transport import BrokerAddress
+
+    if broker:
+        BrokerAddress.parse(broker)
+    job = parse_settings(settings or [])
+    folder = new_run_folder(out)
+    fleet = read_fleet(fleet_file) if fleet_file else demo_fleet(folder / "text", seed=seed)
+    if rule:
+        job["rule"] = rule
+    if rounds:
+        job["rounds"] = rounds
+    fleet = replace(fleet, job=for_rule(merge_settings(fleet.job, job)))
+    options = Options(folder, seed=seed, broker=broker)
+    with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
+        summary = replay(fleet, options, watch.take)
+    watch.finish(summary, out / "latest")
+
+
+def for_rule(job: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a published rule goes with, where the job does not say otherwise.
+
+    Every rule but the anchored one was published for devices that cut the shared adapter to
+    their own rank: the remainder dropped, the top directions trained, one learning rate for all.
+    """
+    if job.get("rule", "anchored") == "anchored":
+        return job
+    published = {
+        "remainder": "dropped",
+        "directions": "top",
+        "training": {"learning_rate_by_rank": False},
+    }
+    return merge_settings(published, job)
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """Read `a.b=value` settings; values are JSON, or text where they are not.
+
+    Raises:
+        FleetError: a setting has no `=`.
+    """
+    from device_profiles.errors import FleetError
+
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name:
+            raise FleetError(f"--set {setting!r}: write name=value, say training.steps=20")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        found = merge_settings(found, value)
+    return found
+
+
+def merge_settings(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings with those of `over` on top."""
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[name] = merge_settings(below, value) if both else value
+    return merged
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A fleet to replay: which devices, which text, which job. In TOML:
+
+    model = "base-tiny"
+    rule = "anchored"
+    rounds = 6
+
+    [training]
+    steps = 12
+
+    [[device]]
+    name = "kitchen"
+    profile = "raspberry-pi-4b-2gb"     # a recorded profile, or a .toml of one
+    data = ["texts/kitchen"]            # files or folders, from the fleet file's folder
+
+Everything but `model` and `device` is a setting of the job; see docs/job.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from device_profiles.demo_text import write_demo_text
+from device_profiles.errors import FleetError
+from device_profiles.schema import DeviceProfile, load_profile
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEMO_DEVICES = (
+    ("pi-3b-plus", "raspberry-pi-3b-plus-1gb", "markup"),
+    ("pi-4b-2gb", "raspberry-pi-4b-2gb", "email"),
+    ("pi-4b-4gb", "raspberry-pi-4b-4gb", "asyncio"),
+    ("pi-5", "raspberry-pi-5-8gb", "multiprocessing"),
+    ("jetson-nano", "jetson-nano-4gb", "encodings"),
+    ("laptop", "laptop-16gb", "topics"),
+)
+"""Name, profile and part of the standard library of each device of the demo."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetDevice:
+    """One device of a fleet."""
+
+    name: str
+    profile: DeviceProfile
+    profile_source: str
+    """What `--profile` takes: a bundled name or a path."""
+    data: tuple[Path, ...]
+    text: str
+    """What its text is, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Devices, a base model, and settings of the job."""
+
+    model: str
+    devices: tuple[FleetDevice, ...]
+    job: dict[str, Any] = field(default_factory=dict)
+
+
+def demo_fleet(folder: Path, *, seed: int, model: str = "base-tiny") -> Fleet:
+    """Return six devices with a part of the running Python's standard library each."""
+    titles = {part.name: part.title for part in write_demo_text(folder, seed=seed)}
+    devices = tuple(
+        FleetDevice(name, load_profile(profile), profile, (folder / part,), titles[part])
+        for name, profile, part in DEMO_DEVICES
+    )
+    return Fleet(model, devices)
+
+
+def read_fleet(path: Path) -> Fleet:
+    """Read a fleet file.
+
+    Raises:
+        FleetError: it is not there, not TOML, or a device lacks something.
+        ProfileError: a device names a profile that is not there.
+    """
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FleetError(f"can't read the fleet file {path}: {error}") from None
+    rows = fields.pop("device", [])
+    if not isinstance(rows, list) or not rows:
+        raise FleetError(f"{path} has no [[device]]; a fleet needs at least one")
+    devices = tuple(_device(path, number, row) for number, row in enumerate(rows, start=1))
+    names = [device.name for device in devices]
+    if len(set(names)) != len(names):
+        raise FleetError(f"{path}: two devices have one name")
+    model = str(fields.pop("model", "base-tiny"))
+    local = path.parent / model
+    return Fleet(str(local) if local.is_dir() else model, devices, fields)
+
+
+def _device(path: Path, number: int, row: Any) -> FleetDevice:
+    where = f"{path}: device {number}"
+    if not isinstance(row, dict) or not {"name", "profile", "data"} <= row.keys():
+        raise FleetError(f"{where} needs a name, a profile and data")
+    data = [row["data"]] if isinstance(row["data"], str) else list(row["data"])
+    paths = tuple((path.parent / str(item)).resolve() for item in data)
+    for one in paths:
+        if not one.exists():
+            raise FleetError(f"{where} ({row['name']}): there is no {one}")
+    profile = str(row["profile"])
+    if profile.endswith(".toml"):
+        profile = str((path.parent / profile).resolve())
+    text = str(row.get("text", ", ".join(one.name for one in paths)))
+    return FleetDevice(str(row["name"]), load_profile(profile), profile, paths, text)

@@ -1,0 +1,233 @@
+"""Replay a fleet through the real stack: real processes, a real broker, real training.
+
+    fleet → job file → aggregator (and its broker) → a device process each → export → summary
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from device_profiles.errors import ReplayError
+from device_profiles.fleet import Fleet, FleetDevice
+from device_profiles.history import History
+from device_profiles.processes import Event, Processes
+from device_profiles.report import write_report
+
+REFERENCE_PARAMETERS = 135e6
+"""SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
+TIMEOUT_S = 3600.0
+DEMO_TRAINING = {"steps": 10, "tokens_per_step": 1024, "max_tokens": 256}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to replay."""
+
+    out: Path
+    """Folder of this run."""
+    seed: int = 0
+    broker: str = ""
+    """mqtt://host:port; empty: the embedded one."""
+    memory_scale: float | None = None
+    """None: 135 M / the base's parameters, at least 1."""
+    compare_alone: bool = True
+
+
+OnEvent = Callable[[Event], None]
+
+
+def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
+    """Run a fleet's job to its end; return the summary, which is also in the run's folder.
+
+    Raises:
+        ReplayError: a process failed; says which and what it said.
+    """
+    started = time.monotonic()
+    out = options.out
+    (out / "logs").mkdir(parents=True)
+    base = _describe(fleet.model, out)
+    scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / base["parameters"])
+    on_event(
+        {"event": "scale", "memory_scale": scale, "parameters": base["parameters"],
+         "model": base["name"]}
+    )
+    job = _write_job(fleet, options, out)
+    history = History()
+    with Processes(out / "events.jsonl", out / "logs") as processes:
+        _start_aggregator(processes, options, out)
+        for event in processes.events(TIMEOUT_S):
+            history.take(event)
+            on_event(event)
+            if event["event"] == "serving":
+                for device in fleet.devices:
+                    arguments = _device_arguments(device, fleet, options, event["broker"], scale)
+                    processes.start(device.name, "edge_client", arguments)
+            if len(history.finished) == len(fleet.devices):
+                break
+    merged = _merged_losses(fleet, job, options)
+    summary = _summary(fleet, options, base, job, scale, history, merged)
+    summary["wall_s"] = round(time.monotonic() - started, 1)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_report(summary, out / "report.html")
+    return summary
+
+
+def new_run_folder(root: Path) -> Path:
+    """Make `root/<time>` and let `root/latest` name it.
+
+    Raises:
+        ReplayError: the folder can't be written to.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        stem = time.strftime("%Y%m%d-%H%M%S")
+        number = 0
+        while True:
+            out = root / (f"{stem}-{number}" if number else stem)
+            try:
+                out.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        link = root / f".latest-{os.getpid()}"
+        link.symlink_to(out.name)
+        os.replace(link, root / "latest")
+    except OSError as error:
+        raise ReplayError(f"can't write to {root}: {error}; name another with --out") from None
+    return out
+
+
+# -- before ----------------------------------------------------------------------------------------
+
+
+def _describe(model: str, out: Path) -> dict[str, Any]:
+    text = _ask(["describe", model])
+    (out / "model.json").write_text(text)
+    described: dict[str, Any] = json.loads(text)
+    return described
+
+
+def _ask(arguments: list[str]) -> str:
+    """Return what an `edge-client` command prints."""
+    command = [sys.executable, "-m", "edge_client", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        why = answer.stderr.strip().splitlines() or [f"{arguments[0]} failed"]
+        raise ReplayError(why[-1].removeprefix("error: "))
+    return answer.stdout
+
+
+def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
+    everybody = len(fleet.devices)
+    job: dict[str, Any] = {
+        "job": "replay",
+        "seed": options.seed,
+        "training": DEMO_TRAINING,
+        "policy": {"min_devices": everybody, "quorum": everybody},
+        **fleet.job,
+        "model": str(out / "model.json"),
+    }
+    (out / "job.json").write_text(json.dumps(job, indent=1))
+    return job
+
+
+def _start_aggregator(processes: Processes, options: Options, out: Path) -> None:
+    where = ["--broker", options.broker] if options.broker else ["--port", "0"]
+    arguments = ["serve", out / "job.json", "--state", out / "aggregator", "--json", *where]
+    processes.start("aggregator", "aggregator", arguments)
+
+
+def _device_arguments(
+    device: FleetDevice, fleet: Fleet, options: Options, broker: str, scale: float
+) -> list[object]:
+    arguments: list[object] = ["run", "--json", "--exit-when-done", "--name", device.name]
+    for path in device.data:
+        arguments += ["--data", path]
+    arguments += ["--broker", broker, "--model", fleet.model, "--profile", device.profile_source]
+    arguments += ["--state", options.out / "devices" / device.name]
+    arguments += ["--memory-scale", scale, "--threads", 1, "--seed", options.seed]
+    return [*arguments, "--compare-alone"] if options.compare_alone else arguments
+
+
+# -- after -----------------------------------------------------------------------------------------
+
+
+def _merged_losses(fleet: Fleet, job: dict[str, Any], options: Options) -> dict[str, float]:
+    """Export the shared adapter and measure it as anybody would: loaded by PEFT, in float32."""
+    from aggregator.export import export_adapter
+
+    export_adapter(options.out / "aggregator", options.out / "adapter")
+    arguments = ["evaluate", "--model", fleet.model, "--adapter", str(options.out / "adapter")]
+    arguments += ["--max-tokens", str(job["training"].get("max_tokens", 256))]
+    arguments += ["--seed", str(options.seed)]
+    firsts = {device.name: str(device.data[0]) for device in fleet.devices}
+    for path in firsts.values():
+        arguments += ["--data", path]
+    losses = json.loads(_ask(arguments))
+    return {name: losses[path] for name, path in firsts.items()}
+
+
+def _summary(
+    fleet: Fleet,
+    options: Options,
+    base: dict[str, Any],
+    job: dict[str, Any],
+    scale: float,
+    history: History,
+    merged: dict[str, float],
+) -> dict[str, Any]:
+    served = json.loads((options.out / "job.json").read_text())
+    from aggregator.config import build_job
+
+    full, _ = build_job(served, "job.json")
+    devices = [_device_summary(device, history, merged) for device in fleet.devices]
+    kinds = ("base", "local", "merged", "merged_on_device")
+    return {
+        "rule": full.rule,
+        "seed": options.seed,
+        "rounds": full.rounds,
+        "wall_s": None,
+        "base_model": base["name"],
+        "base_parameters": base["parameters"],
+        "memory_scale": scale,
+        "ladder": full.ladder,
+        "rank_max": full.rank,
+        "remainder": full.remainder,
+        "directions": full.directions,
+        "broker": options.broker or "embedded",
+        "loss": {kind: _mean([d["loss"].get(kind) for d in devices]) for kind in kinds},
+        "devices": devices,
+        "history": history.rounds(),
+    }
+
+
+def _device_summary(
+    device: FleetDevice, history: History, merged: dict[str, float]
+) -> dict[str, Any]:
+    end, plan = history.finished[device.name], history.plans[device.name]
+    same = ("rank_start", "rank_end", "held_rank", "floor_mib", "predicted_mib", "peak_mib")
+    counts = ("bytes_up", "bytes_down", "tokens")
+    return {
+        "name": device.name,
+        "profile": device.profile.name,
+        "title": device.profile.title,
+        "text": device.text,
+        "plan": plan["plan"],
+        "budget_mib": plan["budget_mib"],
+        **{key: end[key] for key in (*same, *counts)},
+        "loss": {**end["loss"], "merged": merged[device.name]},
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None

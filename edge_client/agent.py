@@ -1,0 +1,467 @@
+"""The agent: a device's part of the protocol, one message and one decision at a time.
+
+    job → plan → version → train → outbox → upload → done → next round … finished
+
+Messages only change what the agent knows (`_take`); what is to be done follows from that
+(`_advance`). Both sides of every exchange can be repeated, so a restart at any point goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from edge_client.config import Settings
+from edge_client.download import Download, wanted_bands
+from edge_client.errors import ConfigError, EdgeError
+from edge_client.learner import Learner
+from edge_client.outbox import Outbox
+from edge_client.plan import Plan
+from edge_client.prepare import find_base, make_plan
+from edge_client.trainer.worker import Text
+from protocol import topics
+from protocol.adapter import Adapter
+from protocol.bands import parse_band, to_tensors
+from protocol.chunks import split
+from protocol.errors import ProtocolError
+from protocol.events import EventLog
+from protocol.files import write_durably, write_peft
+from protocol.messages import (
+    Control,
+    GlobalManifest,
+    Job,
+    Round,
+    Status,
+    UploadManifest,
+    describe_file,
+    in_cohort,
+    upload_id,
+)
+from protocol.signing import SigningKey, open_message
+from protocol.tensors import encode
+from protocol.transport import Incoming, MqttTransport
+
+TICK_S = 0.5
+RESEND_S = 30.0
+DONE_TICKS = int(RESEND_S / TICK_S)
+
+
+class Agent:
+    """Take part in a job until it is finished or the owner stops it."""
+
+    def __init__(self, settings: Settings, events: EventLog) -> None:
+        self._settings = settings
+        self._events = events
+        self._outbox = Outbox(settings.state)
+        self._key = SigningKey.load_or_create(settings.state / "device.key")
+        self._boot = self._outbox.next_boot()
+        self._stopping = False
+        self._link: MqttTransport | None = None
+        self._job: Job | None = None
+        self._round: Round | None = None
+        self._plan: Plan | None = None
+        self._rank_start = 0
+        self._learner: Learner | None = None
+        self._download: Download | None = None
+        self._version: int | None = None
+        self._adapter: Adapter | None = None
+        self._base_loss = float("nan")
+        self._tokens = 0
+        self._offered = (0, 0)
+        """Connection and tick at which the pending update was last offered."""
+        self._tick = 0
+
+    def run(self) -> None:
+        """Connect and take part.
+
+        Raises:
+            TransportError: the broker can't be reached, or the connection has ended for good.
+            EdgeError: this device can't take part; says why.
+        """
+        with self._signals():
+            try:
+                self._find_job()
+                while not self._stopping:
+                    incoming = self._connection.receive(TICK_S)
+                    self._tick += 1
+                    if incoming is not None:
+                        self._take(incoming)
+                        self._connection.ack(incoming)
+                    else:
+                        self._advance()
+            finally:
+                self._close()
+
+    # -- start up --------------------------------------------------------------------------------
+
+    @property
+    def _connection(self) -> MqttTransport:
+        assert self._link is not None, "connected first"
+        return self._link
+
+    def _find_job(self) -> None:
+        """Wait for a job to be shown, then connect with the will that belongs to it."""
+        settings = self._settings
+        job_name = settings.job
+        if not job_name:
+            scout = MqttTransport(settings.broker, f"tunefleet-{settings.name}-scout")
+            scout.connect()
+            scout.subscribe([topics.subscription("job")])
+            self._events.emit("state", state="waiting for a job")
+            while not job_name and not self._stopping:
+                if (incoming := scout.receive(TICK_S)) is not None:
+                    job_name = topics.match(incoming.topic).fields["job"]
+                    scout.ack(incoming)
+            scout.close()
+        if self._stopping:
+            return
+        topic = topics.topic("status", job=job_name, device=settings.name)
+        will = Status(
+            job=job_name, device=settings.name, online=False, boot=self._boot, state="stopped"
+        )
+        self._link = MqttTransport(
+            settings.broker, f"tunefleet-{settings.name}", will=(topic, self._key.seal(will, topic))
+        )
+        self._link.connect()
+        self._link.subscribe(
+            [
+                topics.subscription("job", job=job_name),
+                topics.subscription("round", job=job_name),
+                topics.subscription("control", job=job_name, device=settings.name),
+            ]
+        )
+
+    def _begin(self, job: Job) -> None:
+        """Plan for a job and load its base model; an unfit device says so and ends."""
+        self._job = job
+        self._events.emit("state", state="planning")
+        try:
+            model = find_base(self._settings, job)
+            plan = make_plan(self._settings, job, model)
+            text = Text(self._settings.data, self._settings.seed)
+            learner = Learner(job, self._settings.name, model, text, plan)
+        except EdgeError as error:
+            self._say("unfit", detail=str(error)[:500])
+            raise
+        self._plan, self._learner = plan, learner
+        self._rank_start = plan.rank
+        for problem in learner.text.problems[:20]:
+            self._events.emit("skipped", where=problem)
+        self._events.emit(
+            "plan",
+            profile=self._settings.profile.name,
+            plan=str(plan),
+            train_tokens=learner.text.train_tokens,
+            **plan.as_dict(),
+        )
+        self._base_loss = learner.evaluate(None)
+        self._events.emit("base", loss=self._base_loss)
+        self._say("idle")
+
+    # -- what messages change --------------------------------------------------------------------
+
+    def _take(self, incoming: Incoming) -> None:
+        try:
+            found = topics.match(incoming.topic)
+            if not incoming.payload:
+                return
+            if found.kind == "global_chunk":
+                self._chunk(found.fields, incoming.payload)
+            elif found.kind == "job":
+                self._on_job(self._open(incoming, Job))
+            elif found.kind == "round":
+                self._on_round(self._open(incoming, Round))
+            elif found.kind == "global_manifest":
+                self._on_manifest(self._open(incoming, GlobalManifest))
+            elif found.kind == "control":
+                self._on_control(self._open(incoming, Control))
+        except ProtocolError as error:
+            self._events.emit("refused", topic=incoming.topic, reason=str(error))
+
+    def _open(self, incoming: Incoming, model):  # type: ignore[no-untyped-def]
+        """Read a message of the aggregator, whose key is remembered from the first one on."""
+        path = self._settings.state / "aggregator.pub"
+        trusted = path.read_text() if path.exists() else None
+        message, key = open_message(incoming.payload, incoming.topic, model, trusted=trusted)
+        if trusted is None:
+            write_durably(path, key.encode())
+        return message
+
+    def _on_job(self, job: Job) -> None:
+        if self._job is None:
+            self._begin(job)
+        elif job != self._job:
+            raise ConfigError("the job's settings have changed; start the agent again")
+
+    def _on_round(self, now: Round) -> None:
+        if self._round is not None and now.version < self._round.version:
+            raise ProtocolError(f"version {now.version} is older than {self._round.version}")
+        if self._round is None or now.number != self._round.number:
+            self._events.emit("round", round=now.number, rounds=self._job.rounds if self._job else 0)
+        self._round = now
+
+    def _on_manifest(self, manifest: GlobalManifest) -> None:
+        wanted = self._round.version if self._round else None
+        if self._download is None and manifest.version == wanted and self._job and self._plan:
+            bands = wanted_bands(
+                self._job,
+                rank=self._rank,
+                held=self._plan.held,
+                byte_budget=self._byte_budget(),
+            )
+            self._download = Download(self._job, manifest, bands)
+            self._connection.subscribe(self._band_topics(self._download))
+
+    def _chunk(self, fields: dict[str, str], payload: bytes) -> None:
+        download = self._download
+        if download is None or int(fields["version"]) != download.manifest.version:
+            return
+        download.add(parse_band(fields["band"]), int(fields["index"]), payload)
+        if download.complete:
+            self._connection.unsubscribe(
+                [*self._band_topics(download), self._manifest_topic(download.manifest.version)]
+            )
+            self._adapter = download.adapter()
+            self._version = download.manifest.version
+            self._download = None
+            self._bytes()
+
+    def _on_control(self, message: Control) -> None:
+        pending = self._outbox.get(message.upload)
+        if pending is None:
+            return
+        if message.kind == "need":
+            self._send_chunks(pending.manifest, pending.data, message.chunks)
+            return
+        self._outbox.drop(message.upload)
+        if message.kind == "reject":
+            self._events.emit(
+                "rejected", round=pending.manifest.round, reason=message.reason
+            )
+        self._bytes()
+        self._say("idle")
+
+    # -- what is to be done ----------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        if self._job is None or self._round is None or self._learner is None:
+            return
+        now = self._round
+        if self._version != now.version:
+            self._fetch(now.version)
+        elif self._outbox.pending():
+            self._offer(self._outbox.pending()[0])
+        elif now.state == "finished":
+            self._finish()
+        elif (
+            now.state == "open"
+            and self._outbox.trained_round(self._job.job) < now.number
+            and in_cohort(self._settings.name, self._job.job, now.number, now.fraction)
+        ):
+            self._train()
+
+    def _fetch(self, version: int) -> None:
+        if self._download is not None and self._download.manifest.version != version:
+            self._connection.unsubscribe(self._band_topics(self._download))
+            self._download = None
+        if self._download is None:
+            self._connection.subscribe([self._manifest_topic(version)])
+
+    def _train(self) -> None:
+        assert self._job and self._round and self._learner and self._adapter
+        now, job, rank = self._round, self._job, self._rank
+        loss = self._learner.evaluate(self._adapter)
+        self._events.emit("evaluated", round=now.number, loss=loss)
+        self._say("training")
+
+        def on_step(step: int, loss: float) -> None:
+            self._events.emit(
+                "step", round=now.number, step=step, steps=job.training.steps, loss=round(loss, 4)
+            )
+
+        learned = self._learner.train(
+            self._adapter, rank=rank, round_number=now.number, on_step=on_step
+        )
+        self._tokens += learned.report.tokens
+        if learned.rank < rank:
+            self._events.emit(
+                "pruned",
+                round=now.number,
+                rank_before=rank,
+                rank_after=learned.rank,
+                tail_before=learned.tail_before,
+                tail_after=learned.tail_after,
+            )
+        data = encode(to_tensors(learned.change), job.encoding_up)
+        manifest = UploadManifest(
+            job=job.job,
+            device=self._settings.name,
+            upload=upload_id(self._settings.name, job.job, now.number),
+            round=now.number,
+            version=now.version,
+            rank=learned.rank,
+            rank_trained=learned.rank_trained,
+            held=self._adapter.rank,
+            encoding=job.encoding_up,
+            file=describe_file(data),
+            examples=learned.report.tokens,
+            metrics={"held_out_loss": loss, "train_loss": learned.report.loss},
+        )
+        self._outbox.put(manifest, data, rank=learned.rank)
+        self._say("uploading")
+        self._offer(manifest.upload)
+
+    def _offer(self, upload: str) -> None:
+        """Offer the pending update, once a connection and again when nobody answered."""
+        connection, tick = self._offered
+        if connection == self._connection.connection and self._tick - tick < DONE_TICKS:
+            return
+        pending = self._outbox.get(upload)
+        assert pending is not None, "only drop removes it, and only this thread calls drop"
+        self._offered = (self._connection.connection, self._tick)
+        topic = topics.topic(
+            "upload_manifest",
+            job=pending.manifest.job,
+            device=self._settings.name,
+            upload=upload,
+        )
+        self._connection.publish(topic, self._key.seal(pending.manifest, topic)).check()
+
+    def _send_chunks(self, manifest: UploadManifest, data: bytes, wanted: list[int]) -> None:
+        chunks = split(data, manifest.file.chunk_bytes)
+        messages = [
+            (
+                topics.topic(
+                    "upload_chunk",
+                    job=manifest.job,
+                    device=manifest.device,
+                    upload=manifest.upload,
+                    index=index,
+                ),
+                chunks[index],
+            )
+            for index in wanted
+            if index < len(chunks)
+        ]
+        for delivery in self._connection.publish_all(messages):
+            delivery.check()
+        self._offered = (self._connection.connection, self._tick)
+
+    def _finish(self) -> None:
+        """Keep the shared adapter, report, compare if asked, and end or wait for another job."""
+        assert self._job and self._learner and self._adapter and self._plan
+        folder = self._settings.state / "adapter"
+        write_peft(self._adapter, folder, base_model=self._job.base.name)
+        loss = {
+            "base": self._base_loss,
+            "merged_on_device": self._learner.evaluate(self._adapter),
+        }
+        rank_end = self._rank
+        if self._settings.compare_alone:
+            loss["local"] = self._alone(self._job)
+        floor_mib, peak_mib = self._learner.memory()
+        self._bytes()
+        self._say("stopped", detail="the job is finished")
+        self._events.emit(
+            "finished",
+            adapter=str(folder),
+            loss=loss,
+            rank_start=self._rank_start,
+            rank_end=rank_end,
+            held_rank=self._adapter.rank,
+            floor_mib=floor_mib,
+            predicted_mib=self._plan.predicted_mib,
+            peak_mib=peak_mib,
+            tokens=self._tokens,
+            bytes_up=self._connection.bytes_sent,
+            bytes_down=self._connection.bytes_received,
+        )
+        if self._settings.exit_when_done:
+            self._stopping = True
+        self._learner.stop()
+        self._learner = None
+
+    def _alone(self, job: Job) -> float:
+        assert self._learner is not None
+        steps = job.training.steps * job.rounds
+        self._events.emit("state", state="training alone, to compare")
+
+        def on_step(step: int, loss: float) -> None:
+            self._events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
+
+        adapter, _ = self._learner.train_alone(rank=self._rank_start, on_step=on_step)
+        return self._learner.evaluate(adapter)
+
+    # -- small things ----------------------------------------------------------------------------
+
+    @property
+    def _rank(self) -> int:
+        """The rank now: the plan's, or what self-pruning has left of it."""
+        assert self._plan is not None and self._job is not None
+        return min(self._plan.rank, self._outbox.rank(self._job.job, self._plan.rank))
+
+    def _byte_budget(self) -> float:
+        """Return the bytes that one version may take on this device's link."""
+        link = self._settings.profile.link
+        return link.down_mbit * 1e6 / 8 * self._settings.download_s if link else float("inf")
+
+    def _band_topics(self, download: Download) -> list[str]:
+        manifest = download.manifest
+        return [
+            topics.subscription(
+                "global_chunk", job=manifest.job, version=manifest.version, band=band.name
+            )
+            for band in download.wanted
+        ]
+
+    def _manifest_topic(self, version: int) -> str:
+        assert self._job is not None
+        return topics.topic("global_manifest", job=self._job.job, version=version)
+
+    def _say(self, state: str, *, detail: str = "") -> None:
+        """Publish this device's status, and tell whoever watches."""
+        assert self._job is not None
+        topic = topics.topic("status", job=self._job.job, device=self._settings.name)
+        status = Status.model_validate(
+            {
+                "job": self._job.job,
+                "device": self._settings.name,
+                "online": state != "stopped",
+                "boot": self._boot,
+                "state": state,
+                "profile": self._settings.profile.name,
+                "rank": self._rank if self._plan else 0,
+                "version": self._version,
+                "detail": detail,
+            }
+        )
+        self._connection.publish(topic, self._key.seal(status, topic), retain=True).check()
+        self._events.emit("state", state=state)
+
+    def _bytes(self) -> None:
+        self._events.emit(
+            "bytes", up=self._connection.bytes_sent, down=self._connection.bytes_received
+        )
+
+    def _close(self) -> None:
+        if self._learner is not None:
+            self._learner.stop()
+        if self._link is not None:
+            if self._job is not None and self._link.connection:
+                self._say("stopped")
+            self._link.close()
+        self._outbox.close()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stopping = True
+
+        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

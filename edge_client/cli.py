@@ -1,0 +1,152 @@
+"""The `edge-client` command."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from protocol.cli import run_command
+
+app = typer.Typer(
+    help="Fine-tune a shared model on this device's own text, which never leaves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def profile(
+    profile_name: Annotated[
+        str, typer.Argument(help="A recorded profile to show instead (name or .toml).")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this device has: CPU, memory, accelerators."""
+    from device_profiles.schema import load_profile
+    from edge_client.profile import measure_profile
+
+    found = load_profile(profile_name) if profile_name else measure_profile()
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    from edge_client.show import show_profile
+
+    show_profile(found)
+
+
+@app.command()
+def describe(
+    model: Annotated[str, typer.Argument(help="base-tiny, a model folder, or a hub id.")],
+) -> None:
+    """Describe a base model for a job (JSON): its hash, size and target modules."""
+    from edge_client.model import describe_model
+
+    typer.echo(describe_model(model).model_dump_json(indent=1))
+
+
+@app.command()
+def run(
+    data: Annotated[
+        list[Path], typer.Option(help="File or folder of text to learn from; may be repeated.")
+    ],
+    broker: Annotated[
+        str, typer.Option(help="mqtt://host:port of the fleet's broker.")
+    ] = "mqtt://127.0.0.1:1883",
+    name: Annotated[str, typer.Option(help="This device's name (default: its host name).")] = "",
+    job: Annotated[str, typer.Option(help="Job (default: the first the broker shows).")] = "",
+    model: Annotated[
+        str, typer.Option(help="Folder of the base model, where the job's name is not found here.")
+    ] = "",
+    state: Annotated[Path | None, typer.Option(help="Folder of this device's state.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of measured constants.")] = None,
+    profile: Annotated[
+        str, typer.Option(help="Plan as this recorded device (name or .toml).")
+    ] = "",
+    memory_cap_mib: Annotated[
+        float | None, typer.Option("--memory-cap", help="MiB training may take in all.")
+    ] = None,
+    memory_scale: Annotated[
+        float, typer.Option(help="Divide the model's part of the memory (for small bases).")
+    ] = 1.0,
+    threads: Annotated[int, typer.Option(help="Training threads (default: cores - 1).")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data's split and order.")] = 0,
+    exit_when_done: Annotated[bool, typer.Option(help="End when the job is finished.")] = False,
+    compare_alone: Annotated[
+        bool, typer.Option(help="At the end, train as much alone and report both.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
+) -> None:
+    """Take part in a job: train on own text, publish deltas, receive what the fleet learned."""
+    from device_profiles.schema import load_profile
+    from edge_client.agent import Agent
+    from edge_client.calibrate import cache_folder
+    from edge_client.config import Settings, check_name, default_state, default_threads
+    from edge_client.profile import measure_profile, slug
+    from protocol.events import EventLog
+    from protocol.transport import BrokerAddress
+
+    device = check_name(name or slug(platform.node() or "device")[:63].strip("-"))
+    found = load_profile(profile) if profile else measure_profile()
+    _require_training()
+    settings = Settings(
+        name=device,
+        broker=BrokerAddress.parse(broker),
+        data=tuple(data),
+        state=state or default_state(device),
+        cache=cache or cache_folder(),
+        profile=found,
+        job=job,
+        model=model,
+        memory_cap_mib=memory_cap_mib,
+        memory_scale=memory_scale,
+        threads=threads or default_threads(found),
+        seed=seed,
+        exit_when_done=exit_when_done,
+        compare_alone=compare_alone,
+    )
+    Agent(settings, EventLog(as_json=as_json, device=device)).run()
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        list[Path], typer.Option(help="File or folder of text; its held-out part is used.")
+    ],
+    model: Annotated[str, typer.Option(help="base-tiny, a model folder, or a hub id.")] = (
+        "base-tiny"
+    ),
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT directory of an adapter (default: none).")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of the sequences.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the split, as in training.")] = 0,
+) -> None:
+    """Print the held-out loss (nats a token) of each data path, through PEFT, as JSON."""
+    _require_training()
+    from edge_client.evaluate import evaluate_peft
+
+    losses = evaluate_peft(model, adapter, data, max_tokens=max_tokens, seed=seed)
+    typer.echo(json.dumps({str(path): loss for path, loss in losses.items()}))
+
+
+def _require_training() -> None:
+    """Refuse in one line where the training packages are not installed."""
+    import importlib.util
+
+    from edge_client.errors import ConfigError
+
+    missing = [n for n in ("torch", "transformers", "peft") if not importlib.util.find_spec(n)]
+    if missing:
+        raise ConfigError(
+            f"training needs {', '.join(missing)}: pip install 'tunefleet[edge]'"
+        )
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(app)

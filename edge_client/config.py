@@ -1,0 +1,62 @@
+"""What the owner of a device decides."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from device_profiles.schema import DeviceProfile
+from edge_client.errors import ConfigError
+from protocol.topics import NAME
+from protocol.transport import BrokerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Hold an agent's settings, checked."""
+
+    name: str
+    broker: BrokerAddress
+    data: tuple[Path, ...]
+    state: Path
+    cache: Path
+    """Where calibrations are remembered."""
+    profile: DeviceProfile
+    job: str = ""
+    """The job to take part in; empty: the first that the broker shows."""
+    model: str = ""
+    """Where the base model is; empty: what the job calls it."""
+    memory_cap_mib: float | None = None
+    memory_scale: float = 1.0
+    threads: int = 1
+    download_s: float = 60.0
+    """Time that one version may take on the link, for bands beyond the device's own rank."""
+    seed: int = 0
+    exit_when_done: bool = False
+    compare_alone: bool = False
+
+
+def check_name(name: str) -> str:
+    """Return a device's name.
+
+    Raises:
+        ConfigError: it can't stand in a topic.
+    """
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"{name!r} can't be a device's name: use 1 to 63 small letters, digits and inner dashes"
+        )
+    return name
+
+
+def default_state(name: str) -> Path:
+    """Return where a device's state is kept (XDG_DATA_HOME, else ~/.local/share)."""
+    root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(root) / "tunefleet" / name
+
+
+def default_threads(profile: DeviceProfile) -> int:
+    """Return all cores but one: the device has other work too."""
+    return max(1, (profile.core_count or os.cpu_count() or 2) - 1)

@@ -1,0 +1,90 @@
+"""A version of the shared adapter on its way to this device: which bands, which chunks are in.
+
+Bookkeeping only; the agent feeds it messages. A version is handed out when it is complete and
+every hash, name, shape and value has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from protocol.adapter import Adapter
+from protocol.bands import Band, affordable, band_shapes, bands, covering, from_tensors, join
+from protocol.chunks import assemble, check_chunk
+from protocol.errors import MalformedMessage
+from protocol.messages import GlobalManifest, Job
+from protocol.tensors import bytes_each, decode
+
+
+def wanted_bands(job: Job, *, rank: int, held: int, byte_budget: float) -> list[Band]:
+    """Return the bands a device downloads.
+
+    With the remainder dropped: those of its rank. With it frozen: as many as its memory holds
+    (`held`) and its link affords (`byte_budget` a version), never fewer than its rank needs.
+    """
+    if job.remainder == "dropped":
+        return covering(job.ladder, rank)
+    affords = affordable(
+        job.base.modules,
+        job.ladder,
+        rank=rank,
+        byte_budget=byte_budget,
+        bytes_each=bytes_each(job.encoding_down),
+    )
+    return [band for band in affords if band.start < max(held, rank)]
+
+
+class Download:
+    """Collect the chunks of the wanted bands of one version."""
+
+    def __init__(self, job: Job, manifest: GlobalManifest, wanted: Sequence[Band]) -> None:
+        names = [band.name for band in bands(job.ladder)]
+        if manifest.job != job.job or list(manifest.bands) != names:
+            raise MalformedMessage(
+                f"version {manifest.version}", "its bands are not those of the job's ladder"
+            )
+        self.job = job
+        self.manifest = manifest
+        self.wanted = list(wanted)
+        self._chunks: dict[Band, dict[int, bytes]] = {band: {} for band in wanted}
+
+    @property
+    def complete(self) -> bool:
+        return all(
+            len(self._chunks[band]) == len(self.manifest.bands[band.name].chunks)
+            for band in self.wanted
+        )
+
+    @property
+    def held(self) -> int:
+        """Return how many directions the device will have."""
+        return self.wanted[-1].stop
+
+    def add(self, band: Band, index: int, chunk: bytes) -> None:
+        """Take a chunk; one of a band that is not wanted is ignored.
+
+        Raises:
+            BadChunk: its index, length or hash is not in the manifest.
+        """
+        if band not in self._chunks:
+            return
+        info = self.manifest.bands[band.name]
+        check_chunk(index, chunk, info.chunks, info.chunk_bytes, info.bytes)
+        self._chunks[band][index] = chunk
+
+    def adapter(self) -> Adapter:
+        """Return the downloaded directions.
+
+        Raises:
+            BadChunk: a band as a whole does not have its announced hash.
+            BadTensors: a band's tensors are not those of the job.
+        """
+        parts: dict[Band, Adapter] = {}
+        for band in self.wanted:
+            info = self.manifest.bands[band.name]
+            chunks = self._chunks[band]
+            data = assemble((chunks[i] for i in sorted(chunks)), info.bytes, info.sha256)
+            shapes = self.job.base.modules
+            tensors = decode(data, band_shapes(shapes, band), self.manifest.encoding)
+            parts[band] = from_tensors(tensors, shapes, self.job.scale)
+        return join(parts, self.job.scale)

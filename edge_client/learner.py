@@ -1,0 +1,138 @@
+"""A device's learning in one round: which directions, how fast, what is cut, what is sent.
+
+The training itself happens in the training process; what is decided here is the algorithm of
+docs/algorithms.md: directions drawn, remainder frozen, learning rate by rank, self-pruning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_client.plan import Plan
+from edge_client.prune import head_rank, rank_after, tail_product
+from edge_client.trainer.base import TrainReport
+from edge_client.trainer.process import TrainingProcess
+from edge_client.trainer.worker import Text, TextReport
+from protocol.adapter import (
+    Adapter,
+    difference,
+    initial_adapter,
+    module_directions,
+    select,
+    without,
+)
+from protocol.messages import Job
+
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a round of training came to."""
+
+    change: Adapter
+    """After minus before, of the directions that are kept."""
+    rank_trained: int
+    rank: int
+    """The rank the device goes on with."""
+    tail_before: float
+    tail_after: float
+    report: TrainReport
+
+
+class Learner:
+    """Train, evaluate and compare in a training process that is kept between rounds."""
+
+    def __init__(self, job: Job, device: str, model: Path, text: Text, plan: Plan) -> None:
+        self._job = job
+        self._device = device
+        self._process = TrainingProcess()
+        self.plan = plan
+        self.text: TextReport = self._process.call("open", model=model, text=text, plan=plan)
+
+    def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned:
+        """Train `rank` of the held directions for one round."""
+        job = self._job
+        chosen = module_directions(
+            job.base.modules,
+            job.directions,
+            job=job.job,
+            device=self._device,
+            round_number=round_number,
+            rank_trained=rank,
+            held=held.rank,
+        )
+        received = select(held, chosen)
+        frozen = without(held, chosen) if job.remainder == "frozen" else None
+        rank = received.rank
+        trained, report = self._train("fleet", received, frozen, rank, job.training.steps, on_step)
+        head = head_rank(rank, job.pruning.gamma, job.pruning.rank_min)
+        before, after = tail_product(received, head), tail_product(trained, head)
+        kept = rank_after(before, after, rank, head) if job.pruning.enabled else rank
+        change = difference(trained.truncated(kept), received.truncated(kept))
+        return Learned(change, rank, kept, before, after, report)
+
+    def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
+        """Train what the whole job trains, on the same text, with no exchange and in one go.
+
+        One run without the resets that merging brings: the best a device can do by itself.
+        """
+        job = self._job
+        start = initial_adapter(job.base.modules, job.rank, job.scale, job.seed).truncated(rank)
+        steps = job.training.steps * job.rounds
+        return self._train("alone", start, None, rank, steps, on_step, prune=False)
+
+    def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float:
+        """Return the loss on a split of the device's text, nats a token."""
+        loss: float = self._process.call("evaluate", adapter=adapter, split=split)
+        return loss
+
+    def memory(self) -> tuple[float, float]:
+        """Return the floor and the peak above it so far, in MiB."""
+        floor_and_peak: tuple[float, float] = self._process.call("memory")
+        return floor_and_peak
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def _train(
+        self,
+        stream: str,
+        trained: Adapter,
+        frozen: Adapter | None,
+        rank: int,
+        steps: int,
+        on_step: OnStep,
+        *,
+        prune: bool = True,
+    ) -> tuple[Adapter, TrainReport]:
+        settings = self._job.training
+
+        def progress(value: Any) -> None:
+            on_step(*value)
+
+        answer: tuple[Adapter, TrainReport] = self._process.call(
+            "train",
+            stream=stream,
+            trained=trained,
+            frozen=frozen,
+            settings=settings.model_copy(update={"steps": steps}),
+            learning_rate=learning_rate(self._job, rank),
+            pruning=self._job.pruning if prune else None,
+            on_progress=progress,
+        )
+        return answer
+
+
+def learning_rate(job: Job, rank: int) -> float:
+    """Return a device's learning rate: lr·√(R/r) if the job scales it by rank.
+
+    With one scale for the whole fleet a small rank otherwise moves the model less a step.
+    """
+    rate = job.training.learning_rate
+    return rate * math.sqrt(job.rank / rank) if job.training.learning_rate_by_rank else rate
+

@@ -1,0 +1,77 @@
+"""From a profile and a job to a plan: find the model, measure, choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from device_profiles.schema import DeviceProfile
+from edge_client.calibrate import calibrate
+from edge_client.config import Settings
+from edge_client.errors import ConfigError, ModelError
+from edge_client.model import find_model, model_hash
+from edge_client.plan import Plan, choose_plan, memory_budget
+from edge_client.profile import native_bf16
+from protocol.messages import Job
+
+
+def find_base(settings: Settings, job: Job) -> Path:
+    """Return the folder of the job's base model on this device.
+
+    Raises:
+        ModelError: it is not there, or is another model than the job's.
+    """
+    folder = find_model(settings.model or job.base.name)
+    found = model_hash(folder)
+    if found != job.base.sha256:
+        raise ModelError(
+            f"the model in {folder} is not the job's {job.base.name!r} (hash {found[:12]}…, the "
+            f"job's {job.base.sha256[:12]}…); give the right one with --model"
+        )
+    return folder
+
+
+def make_plan(settings: Settings, job: Job, model: Path) -> Plan:
+    """Measure what training takes on this device, and choose how to train.
+
+    Raises:
+        NoPlanFits: the device's memory is too small for the job.
+        ConfigError: its memory is unknown.
+    """
+    fast = native_bf16(settings.profile)
+    calibration = calibrate(
+        model,
+        job.base,
+        dtypes=("bf16",) if fast else ("f32", "bf16"),
+        threads=settings.threads,
+        seq_len=job.training.max_tokens,
+        scale=job.scale,
+        cache=settings.cache,
+    )
+    return choose_plan(
+        job.base.modules,
+        calibration,
+        budget_mib=total_budget_mib(settings.profile, settings.memory_cap_mib),
+        memory_scale=settings.memory_scale,
+        ladder=job.ladder,
+        shared_rank=job.rank if job.remainder == "frozen" else 0,
+        training=job.training,
+        native_bf16=fast,
+        threads=settings.threads,
+    )
+
+
+def total_budget_mib(profile: DeviceProfile, cap_mib: float | None) -> float:
+    """Return what the training process may take in all.
+
+    Raises:
+        ConfigError: the profile does not know the device's memory.
+    """
+    memory = profile.memory
+    if memory.total_mib is None or memory.available_mib is None:
+        raise ConfigError("this device's memory is unknown; say how much to use with --memory-cap")
+    return memory_budget(
+        total_mib=memory.total_mib,
+        available_mib=memory.available_mib,
+        limit_mib=memory.limit_mib,
+        cap_mib=cap_mib,
+    )

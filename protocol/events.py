@@ -1,0 +1,39 @@
+"""What a process tells whoever started it: one event a line, as JSON or in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TextIO
+
+
+class EventLog:
+    """Write events to a stream: JSON Lines for programs, `name key=value …` for people."""
+
+    def __init__(
+        self, *, as_json: bool, stream: TextIO | None = None, **always: object
+    ) -> None:
+        self._as_json = as_json
+        self._stream = stream or sys.stdout
+        self._always = always
+
+    def emit(self, event: str, **fields: object) -> None:
+        """Write one event; a reader that has gone away is no error."""
+        record = {"event": event, "time": round(time.time(), 3), **self._always, **fields}
+        if self._as_json:
+            line = json.dumps(record)
+        else:
+            shown = (f"{k}={_short(v)}" for k, v in record.items() if k not in ("event", "time"))
+            line = f"{time.strftime('%H:%M:%S')} {event:<12} {' '.join(shown)}"
+        try:
+            print(line, file=self._stream, flush=True)
+        except (BrokenPipeError, ValueError):
+            return
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

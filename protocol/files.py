@@ -1,0 +1,64 @@
+"""Files that outlive the process: written whole or not at all, and PEFT's own format."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from protocol.adapter import Adapter
+from protocol.bands import to_tensors
+from protocol.tensors import encode
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file so that after a power cut it is there whole or not at all.
+
+    Temporary file, fsync, rename, fsync of the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_peft(adapter: Adapter, folder: Path, *, base_model: str) -> None:
+    """Write an adapter as the directory that `PeftModel.from_pretrained` loads.
+
+    PEFT adds (alpha/r)·B·A, so each module's alpha is scale·rank; modules whose rank differs from
+    the adapter's are named in `rank_pattern` and `alpha_pattern`.
+    """
+    layers = {name: f for name, f in adapter.layers.items() if f.rank}
+    ranks = {name: f.rank for name, f in layers.items() if f.rank != adapter.rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.rank,
+        "lora_alpha": adapter.scale * adapter.rank,
+        "target_modules": sorted(layers),
+        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {_exactly(name): adapter.scale * rank for name, rank in ranks.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    tensors = encode(to_tensors(Adapter(layers, adapter.scale)), "f32")
+    write_durably(folder / "adapter_model.safetensors", tensors)
+    write_durably(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def _exactly(module: str) -> str:
+    """Return the pattern that PEFT matches with this module alone, not with others ending so."""
+    return "^" + module.replace(".", r"\.")
