@@ -25,7 +25,7 @@ from device_profiles.report import write_report
 REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
 TIMEOUT_S = 3600.0
-DEMO_TRAINING = {"steps": 10, "tokens_per_step": 1024, "max_tokens": 256}
+DEMO_TRAINING = {"steps": 8, "tokens_per_step": 512, "max_tokens": 256, "learning_rate": 4e-3}
 
 
 @dataclass(frozen=True, slots=True)

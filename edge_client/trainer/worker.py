@@ -248,5 +248,8 @@ def serve(connection: Connection) -> None:
             return
         except Exception:  # the top of a process: the parent says it in one line
             reply = Reply(crash=traceback.format_exc())
-        connection.send(reply)
+        try:
+            connection.send(reply)
+        except BrokenPipeError:  # the agent has gone: so does its training
+            return
 
