@@ -78,11 +78,9 @@ class Daemon:
             self._store.set_round(RoundState(0, "waiting", 1, None))
         self._link.connect()
         job = self._job.job
+        # The filter of upload chunks matches upload manifests too; both would bring them twice.
         self._link.subscribe(
-            [
-                topics.subscription(kind, job=job)
-                for kind in ("status", "upload_manifest", "upload_chunk")
-            ]
+            [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
         )
         state = self._store.round()
         manifest_now = self._store.version(state.version)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from device_profiles.errors import DemoTextError
 
-TARGET_BYTES = 120_000
+TARGET_BYTES = 80_000
 TARGET_RANGE_BYTES = (60_000, 150_000)
 
 SMALLEST_DOCUMENT_BYTES = 200  # below it there's an empty __init__.py or a bare import

@@ -24,8 +24,9 @@ from device_profiles.report import write_report
 
 REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
+JOB = "replay"
 TIMEOUT_S = 3600.0
-DEMO_TRAINING = {"steps": 8, "tokens_per_step": 512, "max_tokens": 256, "learning_rate": 4e-3}
+DEMO_TRAINING = {"steps": 6, "tokens_per_step": 512, "max_tokens": 256, "learning_rate": 4e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def _ask(arguments: list[str]) -> str:
 def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
     everybody = len(fleet.devices)
     job: dict[str, Any] = {
-        "job": "replay",
+        "job": JOB,
         "seed": options.seed,
         "training": DEMO_TRAINING,
         "policy": {"min_devices": everybody, "quorum": everybody},
@@ -150,6 +151,7 @@ def _device_arguments(
     device: FleetDevice, fleet: Fleet, options: Options, broker: str, scale: float
 ) -> list[object]:
     arguments: list[object] = ["run", "--json", "--exit-when-done", "--name", device.name]
+    arguments += ["--job", JOB]
     for path in device.data:
         arguments += ["--data", path]
     arguments += ["--broker", broker, "--model", fleet.model, "--profile", device.profile_source]

@@ -9,6 +9,7 @@ Messages only change what the agent knows (`_take`); what is to be done follows 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -45,7 +46,6 @@ from protocol.transport import Incoming, MqttTransport
 
 TICK_S = 0.5
 RESEND_S = 30.0
-DONE_TICKS = int(RESEND_S / TICK_S)
 
 
 class Agent:
@@ -69,9 +69,8 @@ class Agent:
         self._adapter: Adapter | None = None
         self._base_loss = float("nan")
         self._tokens = 0
-        self._offered = (0, 0)
-        """Connection and tick at which the pending update was last offered."""
-        self._tick = 0
+        self._offered: tuple[str, int, float] = ("", 0, 0.0)
+        """The update last offered, on which connection, and when."""
 
     def run(self) -> None:
         """Connect and take part.
@@ -85,10 +84,11 @@ class Agent:
                 self._find_job()
                 while not self._stopping:
                     incoming = self._connection.receive(TICK_S)
-                    self._tick += 1
                     if incoming is not None:
-                        self._take(incoming)
+                        # Whatever a device is told it can ask for again: no need to hold the
+                        # broker up while it is dealt with.
                         self._connection.ack(incoming)
+                        self._take(incoming)
                     else:
                         self._advance()
             finally:
@@ -315,12 +315,13 @@ class Agent:
 
     def _offer(self, upload: str) -> None:
         """Offer the pending update, once a connection and again when nobody answered."""
-        connection, tick = self._offered
-        if connection == self._connection.connection and self._tick - tick < DONE_TICKS:
+        before, connection, then = self._offered
+        again = before != upload or connection != self._connection.connection
+        if not again and time.monotonic() - then < RESEND_S:
             return
         pending = self._outbox.get(upload)
         assert pending is not None, "only drop removes it, and only this thread calls drop"
-        self._offered = (self._connection.connection, self._tick)
+        self._offered = (upload, self._connection.connection, time.monotonic())
         topic = topics.topic(
             "upload_manifest",
             job=pending.manifest.job,
@@ -347,7 +348,7 @@ class Agent:
         ]
         for delivery in self._connection.publish_all(messages):
             delivery.check()
-        self._offered = (self._connection.connection, self._tick)
+        self._offered = (manifest.upload, self._connection.connection, time.monotonic())
 
     def _finish(self) -> None:
         """Keep the shared adapter, report, compare if asked, and end or wait for another job."""

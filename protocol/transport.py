@@ -29,6 +29,7 @@ WINDOW = 32
 QUEUE_LIMIT = 256
 SESSION_EXPIRY_S = 7 * 24 * 3600
 KEEPALIVE_S = 30
+RETRIES = 2
 MQTT5_PATIENCE_S = 2.5
 """How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
 
@@ -131,6 +132,8 @@ class MqttTransport:
         self._state = threading.Condition()
         self._verdicts: dict[int, ReasonCode] = {}
         self._granted: set[int] = set()
+        self._resubscription: int | None = None
+        self._resubscribed = 0
         self._connected = False
         self._refused = ""
         self._packet_limit: int | None = None
@@ -145,13 +148,13 @@ class MqttTransport:
         return self._client is not None and self._client._protocol == paho.MQTTv5
 
     def connect(self, timeout_s: float = 10.0) -> None:
-        """Connect, trying the protocol versions in turn.
+        """Connect, trying the protocol versions in turn, again if the broker hangs up.
 
         Raises:
             BrokerUnreachable: nobody answers there, or the broker refuses every version.
         """
         why = "no answer"
-        for version in self._versions:
+        for version in [*self._versions, *self._versions[-1:] * RETRIES]:
             client = self._new_client(version)
             try:
                 client.connect(self.address.host, self.address.port, KEEPALIVE_S, **_start(version))
@@ -182,8 +185,15 @@ class MqttTransport:
         self._filters += new
         if not new:
             return
+        before = self.connection
         result, message_id = self._live().subscribe([(f, QOS) for f in new])
-        self._expect(lambda: message_id in self._granted, timeout_s, "SUBSCRIBE", result)
+        self._expect(
+            # ... or a later connection, on which everything is subscribed to again
+            lambda: message_id in self._granted or self._resubscribed > before,
+            timeout_s,
+            "SUBSCRIBE",
+            result,
+        )
 
     def unsubscribe(self, filters: list[str]) -> None:
         """Stop receiving what `filters` named."""
@@ -255,7 +265,7 @@ class MqttTransport:
                 self._packet_limit = getattr(properties, "MaximumPacketSize", None)
             self._state.notify_all()
         if not code.is_failure and self._filters:
-            client.subscribe([(f, QOS) for f in self._filters])
+            _, self._resubscription = client.subscribe([(f, QOS) for f in self._filters])
 
     def _on_disconnect(self, *arguments: Any) -> None:
         with self._state:
@@ -289,6 +299,8 @@ class MqttTransport:
     def _on_subscribe(self, _: Any, __: Any, message_id: int, *___: Any) -> None:
         with self._state:
             self._granted.add(message_id)
+            if message_id == self._resubscription:
+                self._resubscribed = self.connection
             self._state.notify_all()
 
     # -- private ---------------------------------------------------------------------------------
