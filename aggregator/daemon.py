@@ -89,8 +89,13 @@ class Daemon:
         self._publisher.job()
         self._publisher.round(state, self._policy.fraction)
         self._events.emit(
-            "serving", job=job, broker=str(self._link.address), rule=self._job.rule,
-            round=state.number, state=state.state, version=state.version,
+            "serving",
+            job=job,
+            broker=str(self._link.address),
+            rule=self._job.rule,
+            round=state.number,
+            state=state.state,
+            version=state.version,
         )
 
     # -- serve -----------------------------------------------------------------------------------
@@ -174,7 +179,10 @@ class Daemon:
     def _announce(self, state: RoundState) -> None:
         self._publisher.round(state, self._policy.fraction)
         self._events.emit(
-            "round", round=state.number, rounds=self._job.rounds, state=state.state,
+            "round",
+            round=state.number,
+            rounds=self._job.rounds,
+            state=state.state,
             version=state.version,
         )
         if state.state == "finished" and self._exit_when_done:

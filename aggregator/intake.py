@@ -56,9 +56,7 @@ class Intake:
     def _status(self, device: str, topic: str, payload: bytes) -> Outgoing:
         if not payload:
             return []
-        status, key = open_message(
-            payload, topic, Status, trusted=self._store.device_key(device)
-        )
+        status, key = open_message(payload, topic, Status, trusted=self._store.device_key(device))
         if status.device != device or status.job != self._job.job:
             raise MalformedMessage(topic, "it speaks of another device or job")
         before = self._store.status(device)
@@ -161,9 +159,7 @@ class Intake:
 
     def _reject(self, manifest: UploadManifest, reason: str) -> Outgoing:
         self._store.reject_upload(manifest, reason)
-        self._events.emit(
-            "rejected", device=manifest.device, round=manifest.round, reason=reason
-        )
+        self._events.emit("rejected", device=manifest.device, round=manifest.round, reason=reason)
         return [self._answer(manifest, "reject", reason=reason[:500])]
 
     def _answer(
@@ -218,9 +214,7 @@ def read_update(job: Job, store: Store, manifest: UploadManifest, data: bytes) -
     change = from_tensors(tensors, job.base.modules, job.scale)
     chosen = upload_directions(job, manifest)
     before = select(load_version(job, store, manifest.version), chosen)
-    return Update(
-        manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics
-    )
+    return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
 
 
 def update_norm(job: Job, store: Store, manifest: UploadManifest, update: Update) -> float:

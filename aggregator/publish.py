@@ -71,7 +71,5 @@ class Publisher:
         )
 
     def _send(self, messages: list[tuple[str, bytes]]) -> None:
-        for delivery in self._link.publish_all(
-            messages, retain=True, timeout_s=PUBLISH_TIMEOUT_S
-        ):
+        for delivery in self._link.publish_all(messages, retain=True, timeout_s=PUBLISH_TIMEOUT_S):
             delivery.check()

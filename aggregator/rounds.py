@@ -1,8 +1,8 @@
 """When a round opens, merges, waits on, and when a job is finished. Pure: no clock, no store.
 
-    waiting ──enough devices──▶ open ──all of the cohort, or deadline with a quorum──▶ merge
-                                 ▲ └──deadline without a quorum──▶ extend ──┐               │
-                                 └───────────────────────────────◀──────────┴──next round──┘
+waiting ──enough devices──▶ open ──all of the cohort, or deadline with a quorum──▶ merge
+                             ▲ └──deadline without a quorum──▶ extend ──┐               │
+                             └───────────────────────────────◀──────────┴──next round──┘
 """
 
 from __future__ import annotations

@@ -141,8 +141,9 @@ def merge_settings(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any
     merged = dict(under)
     for name, value in over.items():
         below = merged.get(name)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[name] = merge_settings(below, value) if both else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = merge_settings(below, value)
+        merged[name] = value
     return merged
 
 

@@ -1,6 +1,6 @@
 """Replay a fleet through the real stack: real processes, a real broker, real training.
 
-    fleet → job file → aggregator (and its broker) → a device process each → export → summary
+fleet → job file → aggregator (and its broker) → a device process each → export → summary
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     base = _describe(fleet.model, out)
     scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / base["parameters"])
     on_event(
-        {"event": "scale", "memory_scale": scale, "parameters": base["parameters"],
-         "model": base["name"]}
+        {
+            "event": "scale",
+            "memory_scale": scale,
+            "parameters": base["parameters"],
+            "model": base["name"],
+        }
     )
     job = _write_job(fleet, options, out)
     history = History()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -199,7 +199,9 @@ class Agent:
         if self._round is not None and now.version < self._round.version:
             raise ProtocolError(f"version {now.version} is older than {self._round.version}")
         if self._round is None or now.number != self._round.number:
-            self._events.emit("round", round=now.number, rounds=self._job.rounds if self._job else 0)
+            self._events.emit(
+                "round", round=now.number, rounds=self._job.rounds if self._job else 0
+            )
         self._round = now
 
     def _on_manifest(self, manifest: GlobalManifest) -> None:
@@ -214,7 +216,7 @@ class Agent:
             self._download = Download(self._job, manifest, bands)
             self._connection.subscribe(self._band_topics(self._download))
 
-    def _chunk(self, fields: dict[str, str], payload: bytes) -> None:
+    def _chunk(self, fields: Mapping[str, str], payload: bytes) -> None:
         download = self._download
         if download is None or int(fields["version"]) != download.manifest.version:
             return
@@ -237,9 +239,7 @@ class Agent:
             return
         self._outbox.drop(message.upload)
         if message.kind == "reject":
-            self._events.emit(
-                "rejected", round=pending.manifest.round, reason=message.reason
-            )
+            self._events.emit("rejected", round=pending.manifest.round, reason=message.reason)
         self._bytes()
         self._say("idle")
 

@@ -142,9 +142,7 @@ def _require_training() -> None:
 
     missing = [n for n in ("torch", "transformers", "peft") if not importlib.util.find_spec(n)]
     if missing:
-        raise ConfigError(
-            f"training needs {', '.join(missing)}: pip install 'tunefleet[edge]'"
-        )
+        raise ConfigError(f"training needs {', '.join(missing)}: pip install 'tunefleet[edge]'")
 
 
 def main() -> None:

@@ -135,4 +135,3 @@ def learning_rate(job: Job, rank: int) -> float:
     """
     rate = job.training.learning_rate
     return rate * math.sqrt(job.rank / rank) if job.training.learning_rate_by_rank else rate
-

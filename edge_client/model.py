@@ -94,8 +94,11 @@ def model_hash(folder: Path) -> str:
     for path in [*weights, folder / "tokenizer.json"]:
         if path.is_file():
             with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest() if _HAS_DIGEST
-                             else hashlib.sha256(file.read()).digest())
+                total.update(
+                    hashlib.file_digest(file, "sha256").digest()
+                    if _HAS_DIGEST
+                    else hashlib.sha256(file.read()).digest()
+                )
     return total.hexdigest()
 
 

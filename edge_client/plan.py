@@ -51,7 +51,9 @@ class Plan:
 
     def __str__(self) -> str:
         way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype
-        return f"rank {self.rank} of {self.held} held, {self.micro_batch}×{self.seq_len} tokens, {way}"
+        return (
+            f"rank {self.rank} of {self.held} held, {self.micro_batch}×{self.seq_len} tokens, {way}"
+        )
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

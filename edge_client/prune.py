@@ -54,4 +54,4 @@ def penalty(
 
 def rank_after(received: float, trained: float, rank: int, head: int) -> int:
     """Return the rank a device goes on with: m if the tail got strictly smaller, else its own."""
-    return head if 0 < received and trained < received else rank
+    return head if received > 0 and trained < received else rank

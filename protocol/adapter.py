@@ -146,10 +146,7 @@ def select(adapter: Adapter, chosen: Mapping[str, npt.NDArray[np.intp]]) -> Adap
 def without(adapter: Adapter, chosen: Mapping[str, npt.NDArray[np.intp]]) -> Adapter:
     """Return the other directions of each module: the frozen remainder of what is trained."""
     return Adapter(
-        {
-            n: f.take(np.setdiff1d(np.arange(f.rank), chosen[n]))
-            for n, f in adapter.layers.items()
-        },
+        {n: f.take(np.setdiff1d(np.arange(f.rank), chosen[n])) for n, f in adapter.layers.items()},
         adapter.scale,
     )
 

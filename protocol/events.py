@@ -11,9 +11,7 @@ from typing import TextIO
 class EventLog:
     """Write events to a stream: JSON Lines for programs, `name key=value …` for people."""
 
-    def __init__(
-        self, *, as_json: bool, stream: TextIO | None = None, **always: object
-    ) -> None:
+    def __init__(self, *, as_json: bool, stream: TextIO | None = None, **always: object) -> None:
         self._as_json = as_json
         self._stream = stream or sys.stdout
         self._always = always

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from protocol import VERSION
 from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_count, chunk_hash, file_hash, split
 from protocol.tensors import Encoding
 from protocol.topics import NAME
@@ -79,7 +78,7 @@ class Limits(Message):
 class Job(Message):
     """A fine-tuning job: what every device must know before it can take part."""
 
-    protocol: Literal[1] = VERSION
+    protocol: Literal[1] = 1
     job: Name
     base: BaseModelInfo
     scale: Positive
@@ -116,7 +115,7 @@ class Job(Message):
 class Round(Message):
     """Where the job stands: what devices train now, from which version, until when."""
 
-    protocol: Literal[1] = VERSION
+    protocol: Literal[1] = 1
     job: Name
     number: Count
     state: Literal["waiting", "open", "finished"]
@@ -153,7 +152,7 @@ def describe_file(data: bytes) -> FileInfo:
 class GlobalManifest(Message):
     """A version of the shared adapter: one file for each rank band."""
 
-    protocol: Literal[1] = VERSION
+    protocol: Literal[1] = 1
     job: Name
     version: Count
     parent: Count | None
@@ -164,7 +163,7 @@ class GlobalManifest(Message):
 class Status(Message):
     """How a device is; retained, and its last will says `online: false`."""
 
-    protocol: Literal[1] = VERSION
+    protocol: Literal[1] = 1
     job: Name
     device: Name
     online: bool
@@ -180,7 +179,7 @@ class Status(Message):
 class UploadManifest(Message):
     """An update that a device offers: a delta against the version it started from."""
 
-    protocol: Literal[1] = VERSION
+    protocol: Literal[1] = 1
     job: Name
     device: Name
     upload: UploadId
@@ -209,7 +208,7 @@ class UploadManifest(Message):
 class Control(Message):
     """What the aggregator tells one device about one of its uploads."""
 
-    protocol: Literal[1] = VERSION
+    protocol: Literal[1] = 1
     job: Name
     device: Name
     upload: UploadId

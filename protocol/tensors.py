@@ -90,7 +90,8 @@ def round_trip(tensor: np.ndarray, encoding: Encoding) -> np.ndarray:
         return _from_bf16(_to_bf16(values))
     if encoding == "int8":
         codes, scales = _to_int8(values)
-        return codes.astype(np.float32) * scales[:, None]
+        restored: np.ndarray = codes.astype(np.float32) * scales[:, None]
+        return restored
     return values
 
 
@@ -178,7 +179,8 @@ def _read(
         return _from_bf16(np.frombuffer(raw[name], "<u2")).reshape(shape)
     codes = np.frombuffer(raw[name], np.int8).reshape(shape)
     scales = np.frombuffer(raw[name + ROW_SCALE], "<f4")
-    return codes.astype(np.float32) * scales[:, None]
+    restored: np.ndarray = codes.astype(np.float32) * scales[:, None]
+    return restored
 
 
 def _to_bf16(values: np.ndarray) -> np.ndarray:

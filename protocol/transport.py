@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -240,7 +240,7 @@ class MqttTransport:
             return None
 
     def ack(self, incoming: Incoming) -> None:
-        """Tell the broker that a message is dealt with; one of an earlier connection comes again."""
+        """Tell the broker that a message is dealt with; others come again on reconnection."""
         if incoming.connection == self.connection and incoming.message_id:
             self._live().ack(incoming.message_id, QOS)
 
@@ -283,11 +283,12 @@ class MqttTransport:
     def _on_message(self, _: Any, __: Any, message: paho.MQTTMessage) -> None:
         self.bytes_received += len(message.payload)
         one = Incoming(
-            message.topic, message.payload, message.retain, message.mid, self.connection
+            message.topic, bytes(message.payload), message.retain, message.mid, self.connection
         )
         while not self._closed.is_set():
             try:
-                return self._incoming.put(one, timeout=0.5)
+                self._incoming.put(one, timeout=0.5)
+                return
             except queue.Full:
                 continue
 
@@ -311,7 +312,7 @@ class MqttTransport:
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
             clean_session=clean,
-            protocol=paho.MQTTProtocolVersion(version),
+            protocol=MQTTProtocolVersion(version),
             manual_ack=True,
         )
         client.max_inflight_messages_set(WINDOW)

@@ -17,7 +17,7 @@ CHUNK_TOKENS = 64
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # autograd's own signature is (*args)
+    def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         gradient = torch.empty_like(hidden)

@@ -181,9 +181,7 @@ class TorchTrainer:
         if adapter is None or adapter.rank == 0:
             return
         self._inject(name, adapter)
-        self._layers = {
-            n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer)
-        }
+        self._layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}
         for module, factors in adapter.layers.items():
             if factors.rank:
                 layer = self._layers[module]

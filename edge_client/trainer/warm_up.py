@@ -31,7 +31,8 @@ def warm_up(dtype: str, threads: int) -> None:
         use_cache=False,
     )
     generator_state = torch.get_rng_state()
-    model = LlamaForCausalLM(config).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    model = LlamaForCausalLM(config)
+    model.to(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)  # type: ignore[call-arg]
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model)
     parameters = [p for n, p in model.named_parameters() if "lora_" in n]

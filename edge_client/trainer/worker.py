@@ -252,4 +252,3 @@ def serve(connection: Connection) -> None:
             connection.send(reply)
         except BrokenPipeError:  # the agent has gone: so does its training
             return
-

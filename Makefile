@@ -1,0 +1,40 @@
+# Set up and run everything: `make demo` and `make test` are all a newcomer needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# PyTorch's own index of CPU wheels, for Linux x86-64 without a GPU:
+#   make demo TORCH_INDEX=<address of the index>
+TORCH_INDEX ?=
+TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+DEMO_FLAGS ?=
+
+.PHONY: demo test lint bench clean mosquitto
+
+demo: $(VENV)
+	$(BIN)/fleet-replay demo --out runs $(DEMO_FLAGS)
+
+# The folder's own time stamp would follow every change in it: a file in it marks it complete.
+$(VENV): $(VENV)/complete
+
+$(VENV)/complete: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "this Python can't make virtual environments: install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+mosquitto:
+	@sh scripts/install_mosquitto.sh
+
+test: $(VENV) mosquitto
+	$(BIN)/python -m pytest
+
+lint: $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
