@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import (  # type: ignore[import-untyped]  # ships no types
+from tokenizers import (
     Regex,
     Tokenizer,
     decoders,
@@ -72,7 +72,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Write the tokenizer files so that AutoTokenizer loads them from the folder."""
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers is
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,

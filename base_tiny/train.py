@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer  # type: ignore[import-untyped]  # ships no types
+from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -59,7 +59,7 @@ def quick_settings() -> Settings:
 
 def build_model(settings: Settings) -> LlamaForCausalLM:
     """Build the untrained model, with smaller weights where a residual branch ends."""
-    config = LlamaConfig(  # type: ignore[no-untyped-call]  # transformers is
+    config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=settings.hidden,
         num_hidden_layers=settings.layers,
@@ -75,7 +75,7 @@ def build_model(settings: Settings) -> LlamaForCausalLM:
         pad_token_id=SPECIAL_TOKENS.index(PAD),
         use_cache=False,
     )
-    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model = LlamaForCausalLM(config)
     # Each layer adds to the residual stream twice; keep its variance from growing with depth.
     scale = 1 / math.sqrt(2 * settings.layers)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def train_step(
         group["lr"] = rate
     loss = next_token_loss(model, window, autocast=settings.autocast)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
     optimizer.step()
     return float(loss.detach())
@@ -185,12 +185,12 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
     """
     staging = folder / ".staging"
     staging.mkdir(parents=True, exist_ok=True)
-    copy = LlamaForCausalLM(model.config)  # type: ignore[no-untyped-call]
+    copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.config.use_cache = True
     # A dialogue's answer stops at <|end|>, a document at <|eos|>.
     stops = [SPECIAL_TOKENS.index(EOS), SPECIAL_TOKENS.index(END)]
-    copy.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    copy.generation_config = GenerationConfig(
         bos_token_id=SPECIAL_TOKENS.index(BOS),
         eos_token_id=stops,
         pad_token_id=SPECIAL_TOKENS.index(PAD),
