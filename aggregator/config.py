@@ -61,8 +61,10 @@ def read_job(path: Path) -> tuple[Job, Policy]:
     read = json.loads if path.suffix == ".json" else tomllib.loads
     try:
         fields = read(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"can't read the job file {path}: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"the job file {path} is not an object with settings")
     return build_job(fields, str(path))
 
 
@@ -78,13 +80,14 @@ def build_job(fields: dict[str, Any], where: str) -> tuple[Job, Policy]:
         raise ConfigError(f"{where}: there is no setting {sorted(unknown)[0]!r}")
     try:
         policy = PolicySettings.model_validate(fields.pop("policy", {})).policy()
-        if "model" in fields:
-            fields["base"] = describe(str(fields.pop("model")))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first(error, 'policy')}") from None
+    if "model" in fields:
+        fields["base"] = describe(str(fields.pop("model")))
+    try:
         job = Job.model_validate({"scale": 2.0, **fields})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "job"
-        raise ConfigError(f"{where}: {field}: {first['msg']}") from None
+        raise ConfigError(f"{where}: {_first(error)}") from None
     rules.find_rule(job.rule)
     return job, policy
 
@@ -98,8 +101,11 @@ def describe(model: str) -> BaseModelInfo:
     if model.endswith(".json"):
         try:
             return BaseModelInfo.model_validate_json(Path(model).read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"can't read the model description {model}: {error}") from None
+        except ValidationError as error:
+            why = _first(error)
+            raise ConfigError(f"can't read the model description {model}: {why}") from None
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(
             f"describing {model!r} needs torch, which the aggregator does without: run "
@@ -111,3 +117,10 @@ def describe(model: str) -> BaseModelInfo:
         why = answer.stderr.strip().splitlines() or ["edge-client describe failed"]
         raise ConfigError(why[-1].removeprefix("error: "))
     return BaseModelInfo.model_validate(json.loads(answer.stdout))
+
+
+def _first(error: ValidationError, *within: str) -> str:
+    """Return the first thing that was wrong, in one line that begins with the field."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in (*within, *first["loc"])) or "job"
+    return f"{field}: {first['msg']}"

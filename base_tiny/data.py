@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer  # type: ignore[import-untyped]  # ships no types
+from tokenizers import Tokenizer
 
 from base_tiny.corpus import Document, Limits, docstring_pairs, load_corpus, shuffle_key, split
 from base_tiny.tokenizer import ASSISTANT, BOS, END, EOS, SYSTEM, USER, train_tokenizer

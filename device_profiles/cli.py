@@ -74,7 +74,7 @@ def _replay(
     import signal
     from dataclasses import replace
 
-    from device_profiles.fleet import demo_fleet, read_fleet
+    from device_profiles.fleet import demo_fleet, merge_settings, read_fleet
     from device_profiles.replay import Options, new_run_folder, replay
     from device_profiles.watch import Watch
     from protocol.transport import BrokerAddress
@@ -103,6 +103,8 @@ def for_rule(job: dict[str, Any]) -> dict[str, Any]:
     Every rule but the anchored one was published for devices that cut the shared adapter to
     their own rank: the remainder dropped, the top directions trained, one learning rate for all.
     """
+    from device_profiles.fleet import merge_settings
+
     if job.get("rule", "anchored") == "anchored":
         return job
     published = {
@@ -120,6 +122,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         FleetError: a setting has no `=`.
     """
     from device_profiles.errors import FleetError
+    from device_profiles.fleet import merge_settings
 
     found: dict[str, Any] = {}
     for setting in settings:
@@ -134,17 +137,6 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             value = {part: value}
         found = merge_settings(found, value)
     return found
-
-
-def merge_settings(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings with those of `over` on top."""
-    merged = dict(under)
-    for name, value in over.items():
-        below = merged.get(name)
-        if isinstance(value, dict) and isinstance(below, dict):
-            value = merge_settings(below, value)
-        merged[name] = value
-    return merged
 
 
 def main() -> None:

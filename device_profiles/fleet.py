@@ -97,6 +97,17 @@ def read_fleet(path: Path) -> Fleet:
     return Fleet(str(local) if local.is_dir() else model, devices, fields)
 
 
+def merge_settings(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings with those of `over` on top."""
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = merge_settings(below, value)
+        merged[name] = value
+    return merged
+
+
 def _device(path: Path, number: int, row: Any) -> FleetDevice:
     where = f"{path}: device {number}"
     if not isinstance(row, dict) or not {"name", "profile", "data"} <= row.keys():

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from device_profiles.errors import ReplayError
-from device_profiles.fleet import Fleet, FleetDevice
+from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
 from device_profiles.processes import Event, Processes
 from device_profiles.report import write_report
@@ -26,7 +26,7 @@ REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
 JOB = "replay"
 TIMEOUT_S = 3600.0
-DEMO_TRAINING = {"steps": 8, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 4e-3}
+DEMO_TRAINING = {"steps": 8, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             on_event(event)
             if event["event"] == "serving":
                 for device in fleet.devices:
-                    arguments = _device_arguments(device, fleet, options, event["broker"], scale)
+                    arguments = _device_arguments(device, fleet, options, event, scale)
                     processes.start(device.name, "edge_client", arguments)
             if len(history.finished) == len(fleet.devices):
                 break
@@ -133,14 +133,13 @@ def _ask(arguments: list[str]) -> str:
 
 def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
     everybody = len(fleet.devices)
-    job: dict[str, Any] = {
+    usual = {
         "job": JOB,
         "seed": options.seed,
         "training": DEMO_TRAINING,
         "policy": {"min_devices": everybody, "quorum": everybody},
-        **fleet.job,
-        "model": str(out / "model.json"),
     }
+    job = merge_settings(usual, {**fleet.job, "model": str(out / "model.json")})
     (out / "job.json").write_text(json.dumps(job, indent=1))
     return job
 
@@ -152,13 +151,20 @@ def _start_aggregator(processes: Processes, options: Options, out: Path) -> None
 
 
 def _device_arguments(
-    device: FleetDevice, fleet: Fleet, options: Options, broker: str, scale: float
+    device: FleetDevice, fleet: Fleet, options: Options, serving: Event, scale: float
 ) -> list[object]:
     arguments: list[object] = ["run", "--json", "--exit-when-done", "--name", device.name]
-    arguments += ["--job", JOB]
+    arguments += ["--job", serving["job"]]
     for path in device.data:
         arguments += ["--data", path]
-    arguments += ["--broker", broker, "--model", fleet.model, "--profile", device.profile_source]
+    arguments += [
+        "--broker",
+        serving["broker"],
+        "--model",
+        fleet.model,
+        "--profile",
+        device.profile_source,
+    ]
     arguments += ["--state", options.out / "devices" / device.name]
     arguments += ["--memory-scale", scale, "--threads", 1, "--seed", options.seed]
     return [*arguments, "--compare-alone"] if options.compare_alone else arguments

@@ -75,7 +75,7 @@ def open_message(
         body, key, signature = (envelope[k] for k in ("body", "key", "signature"))
         public = Ed25519PublicKey.from_public_bytes(base64.b64decode(key, validate=True))
         signature_bytes = base64.b64decode(signature, validate=True)
-        covered = _covered(topic, body)
+        covered, plain = _covered(topic, body), body.encode()
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BadSignature(topic, "the message is not signed") from None
     if trusted is not None and key != trusted:
@@ -84,7 +84,7 @@ def open_message(
         public.verify(signature_bytes, covered)
     except InvalidSignature:
         raise BadSignature(topic, "the signature does not fit the message") from None
-    return _validated(_parse(body.encode(), topic), topic, model), key
+    return _validated(_parse(plain, topic), topic, model), key
 
 
 def _parse(payload: bytes, where: str) -> dict[str, Any]:

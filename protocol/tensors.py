@@ -179,7 +179,8 @@ def _read(
         return _from_bf16(np.frombuffer(raw[name], "<u2")).reshape(shape)
     codes = np.frombuffer(raw[name], np.int8).reshape(shape)
     scales = np.frombuffer(raw[name + ROW_SCALE], "<f4")
-    restored: np.ndarray = codes.astype(np.float32) * scales[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):  # `decode` refuses what comes of it
+        restored: np.ndarray = codes.astype(np.float32) * scales[:, None]
     return restored
 
 
@@ -199,4 +200,4 @@ def _to_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return codes (n, m) int8 and the scale of each row (n,) float32; a row of zeros has 0."""
     scales = (np.abs(values).max(axis=1, initial=0.0) / 127).astype(np.float32)
     safe = np.where(scales > 0, scales, 1)
-    return np.rint(values / safe[:, None]).astype(np.int8), scales
+    return np.rint(values / safe[:, None]).clip(-127, 127).astype(np.int8), scales

@@ -97,7 +97,8 @@ def match(name: str) -> Match:
 
 def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(
-        re.sub(r"\{(\w+)\}", lambda field: f"(?P<{field[1]}>{_FIELDS[field[1]]})", pattern)
+        re.sub(r"\{(\w+)\}", lambda field: f"(?P<{field[1]}>{_FIELDS[field[1]]})", pattern),
+        re.ASCII,  # other scripts' digits would name the same number twice
     )
 
 

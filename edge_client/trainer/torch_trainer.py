@@ -122,7 +122,7 @@ class TorchTrainer:
         total = 0.0
         for batch in batches:
             loss = self._loss(batch) / counted
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         return total
 
@@ -137,7 +137,7 @@ class TorchTrainer:
         rank = max(a.shape[0] for a, _ in factors)
         total = penalty(factors, head_rank(rank, pruning.gamma, pruning.rank_min))
         if isinstance(total, torch.Tensor):
-            (pruning.penalty * total).backward()  # type: ignore[no-untyped-call]
+            (pruning.penalty * total).backward()
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss of a packed batch, in nats."""

@@ -42,7 +42,7 @@ def warm_up(dtype: str, threads: int) -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
         optimizer.step()
         optimizer.zero_grad()

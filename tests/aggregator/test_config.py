@@ -1,0 +1,125 @@
+"""What is wrong in a job file is said in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator.config import build_job, read_job
+from aggregator.errors import AggregatorError, ConfigError
+from aggregator.rounds import Policy
+from protocol.messages import BaseModelInfo
+
+BASE = BaseModelInfo(
+    name="toy", sha256="0" * 64, parameters=1000, modules={"model.layers.0.q": (8, 6)}
+)
+
+
+@pytest.fixture
+def description(tmp_path: Path) -> Path:
+    path = tmp_path / "model.json"
+    path.write_text(BASE.model_dump_json())
+    return path
+
+
+def toml(description: Path, more: str = "") -> str:
+    return f'job = "notes"\nmodel = "{description}"\n{more}'
+
+
+def written(tmp_path: Path, text: str, name: str = "job.toml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_a_job_file(tmp_path: Path, description: Path) -> None:
+    more = """
+    rule = "fedavg"
+    rounds = 20
+    ladder = [2, 4]
+    [training]
+    steps = 50
+    [policy]
+    min_devices = 3
+    deadline_s = 60
+    """
+    job, policy = read_job(written(tmp_path, toml(description, more)))
+    assert (job.job, job.rule, job.rounds, job.rank, job.scale) == ("notes", "fedavg", 20, 4, 2.0)
+    assert job.training.steps == 50
+    assert job.base == BASE
+    assert policy == Policy(min_devices=3, quorum=1, deadline_s=60, fraction=1.0)
+
+
+def test_the_same_in_json(tmp_path: Path, description: Path) -> None:
+    fields = {"job": "notes", "model": str(description), "policy": {"quorum": 2}}
+    job, policy = read_job(written(tmp_path, json.dumps(fields), "job.json"))
+    assert job.rule == "anchored"
+    assert policy.quorum == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("colour = 1", "'colour'"),
+        ("rounds = 0", "rounds"),
+        ('rounds = "many"', "rounds"),
+        ("ladder = [4, 2]", "ladder"),
+        ("ladder = []", "ladder"),
+        ("ladder = 4", "ladder"),
+        ("scale = -1.0", "scale"),
+        ("scale = nan", "scale"),
+        ('encoding_up = "f64"', "encoding_up"),
+        ('remainder = "dropped"', "rotating"),
+        ("training = 5", "training"),
+        ("policy = 5", "policy: "),
+        ("[training]\nsteps = 0", "training.steps"),
+        ("[policy]\nmin_devices = 0", "policy.min_devices"),
+        ("[policy]\nfraction = 1.5", "fraction"),
+        ("[policy]\ncolour = 1", "colour"),
+        ("[pruning]\ngamma = 1.0", "pruning.gamma"),
+        ("rounds = = 3", "job.toml"),
+        ('rule = "no-such-rule"', "no-such-rule"),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_it(
+    tmp_path: Path, description: Path, more: str, said: str
+) -> None:
+    with pytest.raises(AggregatorError) as caught:
+        read_job(written(tmp_path, toml(description, more)))
+    if "no-such-rule" not in more:  # has an error of its own, which lists the rules
+        assert isinstance(caught.value, ConfigError)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "5", "null", '"job"', "{", "[" * 50_000])
+def test_json_that_is_no_job(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"job\.json") as caught:
+        read_job(written(tmp_path, text, "job.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        read_job(tmp_path / "nowhere.toml")
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        read_job(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("fields", [{}, {"job": "notes"}, {"job": "No Capitals!", "model": ""}])
+def test_a_field_that_is_missing_or_misnamed(fields: dict[str, Any], description: Path) -> None:
+    fields = {k: str(description) if k == "model" else v for k, v in fields.items()}
+    with pytest.raises(ConfigError, match=r"^here: (job|base): "):
+        build_job(fields, "here")
+
+
+@pytest.mark.parametrize("text", ["{}", "no json", '{"name": "x"}'])
+def test_a_description_that_describes_no_model(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text, "model.json")
+    with pytest.raises(ConfigError, match=r"model description .*model\.json") as caught:
+        build_job({"job": "notes", "model": str(path)}, "here")
+    assert "\n" not in str(caught.value)

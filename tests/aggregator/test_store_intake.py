@@ -1,0 +1,358 @@
+"""A device's update on its way through the intake: counted once, or refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aggregator.errors import StoreError
+from aggregator.intake import Intake, upload_shapes
+from aggregator.rounds import RoundState
+from aggregator.store import Store
+from aggregator.versions import first_version, write_version
+from protocol import topics
+from protocol.chunks import split
+from protocol.events import EventLog
+from protocol.messages import (
+    BaseModelInfo,
+    Control,
+    Job,
+    Status,
+    UploadManifest,
+    describe_file,
+    upload_id,
+)
+from protocol.signing import SigningKey, open_message
+from protocol.tensors import Encoding, decode, encode
+
+DEVICE, ROUND = "phone-1", 1
+MODULES = {"model.layers.0.q": (300, 260), "model.layers.0.k": (3, 260)}
+OPEN = RoundState(ROUND, "open", 1, None)
+
+
+def make_job(encoding: Encoding = "f32", **more: Any) -> Job:
+    base = BaseModelInfo(name="toy", sha256="0" * 64, parameters=1000, modules=MODULES)
+    fields = {"job": "notes", "base": base, "scale": 2.0, "ladder": [2, 64, 128]}
+    return Job.model_validate({**fields, "encoding_up": encoding, **more})
+
+
+class Aggregator:
+    """An intake on a store with an open round, and a device that talks to it."""
+
+    def __init__(self, folder: Path, job: Job) -> None:
+        self.folder, self.job = folder, job
+        self.device_key, self.key = SigningKey.generate(), SigningKey.generate()
+        self.store = Store(folder)
+        self.store.bind_job(job.model_dump_json())
+        first = write_version(job, self.store, first_version(job), version=1, parent=None)
+        self.store.add_version(first)
+        self.store.set_round(OPEN)
+        self._listen()
+
+    def _listen(self) -> None:
+        self.events = io.StringIO()
+        log = EventLog(as_json=True, stream=self.events)
+        self.intake = Intake(self.job, self.store, self.key, log)
+
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = Store(self.folder)
+        self._listen()
+
+    def heard(self) -> list[str]:
+        return [json.loads(line)["event"] for line in self.events.getvalue().splitlines()]
+
+    def greet(self, device: str = DEVICE, key: SigningKey | None = None, boot: int = 1) -> None:
+        topic = topics.topic("status", job="notes", device=device)
+        status = Status(job="notes", device=device, online=True, boot=boot)
+        assert self.intake.handle(topic, (key or self.device_key).seal(status, topic)) == []
+
+    def manifest(self, data: bytes, **changed: Any) -> UploadManifest:
+        fields: dict[str, Any] = {
+            "job": "notes", "device": DEVICE, "round": ROUND, "version": 1, "rank": 64,
+            "rank_trained": 64, "held": 128, "encoding": self.job.encoding_up,
+            "file": describe_file(data), "examples": 10, **changed,
+        }  # fmt: skip
+        fields.setdefault("upload", upload_id(fields["device"], fields["job"], fields["round"]))
+        return UploadManifest.model_validate(fields)
+
+    def offer(self, manifest: UploadManifest, key: SigningKey | None = None) -> list[Control]:
+        topic = topics.topic(
+            "upload_manifest", job="notes", device=manifest.device, upload=manifest.upload
+        )
+        return self.read(self.intake.handle(topic, (key or self.device_key).seal(manifest, topic)))
+
+    def chunk(self, manifest: UploadManifest, index: int, data: bytes) -> list[Control]:
+        topic = topics.topic(
+            "upload_chunk", job="notes", device=manifest.device, upload=manifest.upload, index=index
+        )
+        return self.read(self.intake.handle(topic, data))
+
+    def deliver(self, manifest: UploadManifest, data: bytes) -> list[Control]:
+        """Offer an update and send what is asked for; return the last answers."""
+        answers = self.offer(manifest)
+        if answers and answers[0].kind == "need":
+            chunks = split(data)
+            for index in answers[0].chunks:
+                answers = self.chunk(manifest, index, chunks[index])
+        return answers
+
+    def read(self, outgoing: list[tuple[str, bytes]]) -> list[Control]:
+        expected = topics.topic("control", job="notes", device=DEVICE)
+        assert {topic for topic, _ in outgoing} <= {expected}
+        return [open_message(p, t, Control, trusted=self.key.public)[0] for t, p in outgoing]
+
+    def counted(self) -> list[UploadManifest]:
+        return self.store.uploads_of(ROUND, "counted")
+
+
+def update(job: Job, size: float = 0.01, **changed: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of an update of rank 64 by DEVICE."""
+    manifest = UploadManifest.model_construct(
+        job="notes", device=DEVICE, round=ROUND, rank=64, rank_trained=64, held=128
+    )
+    rng = np.random.default_rng(0)
+    shapes = upload_shapes(job, manifest)
+    found = {n: (size * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+    return {**found, **changed}
+
+
+@pytest.fixture
+def aggregator(tmp_path: Path) -> Iterator[Aggregator]:
+    made = Aggregator(tmp_path / "state", make_job())
+    made.greet()
+    yield made
+    made.store.close()
+
+
+def test_an_update_is_asked_for_taken_and_counted_once(aggregator: Aggregator) -> None:
+    tensors = update(aggregator.job)
+    data = encode(tensors, "f32")
+    chunks = split(data)
+    assert len(chunks) >= 2
+    manifest = aggregator.manifest(data)
+    (need,) = aggregator.offer(manifest)
+    assert (need.kind, need.chunks) == ("need", list(range(len(chunks))))
+    for index in range(1, len(chunks)):
+        assert aggregator.chunk(manifest, index, chunks[index]) == []
+        assert aggregator.chunk(manifest, index, chunks[index]) == []  # QoS 1 delivers twice
+    (need,) = aggregator.offer(manifest)
+    assert need.chunks == [0]
+    (done,) = aggregator.chunk(manifest, 0, chunks[0])
+    assert (done.kind, done.upload) == ("done", manifest.upload)
+    assert aggregator.chunk(manifest, 0, chunks[0]) == []
+    (again,) = aggregator.offer(manifest)
+    assert again.kind == "done"
+    (other,) = aggregator.offer(aggregator.manifest(data, examples=99))
+    assert other.kind == "done"
+    assert aggregator.counted() == [manifest]
+    assert aggregator.heard().count("counted") == 1
+    kept = aggregator.store.update_file(manifest).read_bytes()
+    assert kept == data
+    found = decode(kept, upload_shapes(aggregator.job, manifest), "f32")
+    assert all(np.array_equal(found[n], t) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("encoding", ["f32", "bf16", "int8"])
+def test_every_encoding_is_taken(tmp_path: Path, encoding: Encoding) -> None:
+    made = Aggregator(tmp_path, make_job(encoding))
+    made.greet()
+    data = encode(update(made.job), encoding)
+    (answer,) = made.deliver(made.manifest(data), data)
+    assert answer.kind == "done"
+    made.store.close()
+
+
+def test_chunks_and_counts_survive_reopening_the_store(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    chunks, manifest = split(data), aggregator.manifest(data)
+    aggregator.offer(manifest)
+    aggregator.chunk(manifest, 0, chunks[0])
+    aggregator.reopen()
+    (need,) = aggregator.offer(manifest)
+    assert need.chunks == list(range(1, len(chunks)))
+    (done,) = aggregator.deliver(manifest, data)
+    assert done.kind == "done"
+    aggregator.reopen()
+    (again,) = aggregator.offer(manifest)
+    assert again.kind == "done"
+    assert aggregator.store.round() == OPEN
+    assert len(aggregator.counted()) == 1
+
+
+def test_other_bytes_under_the_same_upload_begin_it_anew(aggregator: Aggregator) -> None:
+    first, second = (encode(update(aggregator.job, size), "f32") for size in (0.01, 0.02))
+    aggregator.offer(aggregator.manifest(first))
+    aggregator.chunk(aggregator.manifest(first), 0, split(first)[0])
+    (need,) = aggregator.offer(aggregator.manifest(second))
+    assert need.chunks == list(range(len(split(second))))
+    (done,) = aggregator.deliver(aggregator.manifest(second), second)
+    assert done.kind == "done"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"round": 7}, "round 7 is over"),
+        ({"round": 0}, "round 0 is over"),
+        ({"held": 129}, "129 directions"),
+        ({"encoding": "bf16"}, "encoding is bf16"),
+        ({"rank": 2}, "more than its rank 2 takes|instead|imply"),
+        ({"rank": 128, "rank_trained": 128}, "imply"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    aggregator: Aggregator, changed: dict[str, Any], reason: str
+) -> None:
+    data = encode(update(aggregator.job), "f32")
+    manifest = aggregator.manifest(data, **changed)
+    refused(aggregator, manifest, data, reason)
+
+
+def bad(name: str) -> bytes:
+    job = make_job()
+    tensors = update(job)
+    first = min(tensors)
+    if name == "nan":
+        tensors[first][0, 0] = np.nan
+    elif name == "infinite":
+        tensors[first][-1, -1] = np.inf
+    elif name == "norm":
+        tensors = update(job, 1e4)
+    elif name == "largest":
+        tensors = {n: np.full_like(t, np.finfo(np.float32).max) for n, t in tensors.items()}
+    elif name == "shape":
+        tensors[first] = tensors[first][:-1]
+    elif name == "missing":
+        del tensors[first]
+    elif name == "extra":
+        tensors["a" * 2000] = np.zeros((1, 1), np.float32)
+    elif name == "garbage":
+        return bytes(200_000)
+    elif name == "empty":
+        return b""
+    data = encode(tensors, "bf16" if name == "dtype" else "f32")
+    return data[:-100] if name == "cut" else data
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nan", "not finite"),
+        ("infinite", "not finite"),
+        ("norm", "norm"),
+        ("largest", "norm|finite"),
+        ("shape", "imply"),
+        ("missing", "missing"),
+        ("extra", "tensor 'aaaa"),
+        ("garbage", "header"),
+        ("empty", "too few"),
+        ("dtype", "imply"),
+        ("cut", "header accounts for"),
+    ],
+)
+def test_bad_bytes_are_refused_with_a_reason(
+    aggregator: Aggregator, name: str, reason: str
+) -> None:
+    data = bad(name)
+    refused(aggregator, aggregator.manifest(data), data, reason)
+
+
+def refused(a: Aggregator, manifest: UploadManifest, data: bytes, reason: str) -> None:
+    """Deliver and see it refused, now and again, after which a good update is still counted."""
+    for _ in range(2):
+        (answer,) = a.deliver(manifest, data)
+        assert (answer.kind, answer.upload) == ("reject", manifest.upload)
+        assert any(part in answer.reason for part in reason.split("|")), answer.reason
+    assert a.counted() == []
+    assert a.heard().count("rejected") == 1
+    good = encode(update(a.job), "f32")
+    (answer,) = a.deliver(a.manifest(good), good)
+    assert answer.kind == "done"
+
+
+def test_a_chunk_with_a_wrong_hash_or_index_refuses_the_upload(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    wrong = [(0, split(data)[1]), (0, split(data)[0][:-1] + b"!"), (9999, b"")]
+    for examples, (index, chunk) in enumerate(wrong, start=1):
+        manifest = aggregator.manifest(data, examples=examples)
+        (need,) = aggregator.offer(manifest)  # a manifest that differs begins the upload anew
+        assert need.kind == "need"
+        (answer,) = aggregator.chunk(manifest, index, chunk)
+        assert answer.kind == "reject"
+        assert f"chunk {index}" in answer.reason
+        assert aggregator.chunk(manifest, index, chunk) == []
+    assert aggregator.counted() == []
+
+
+def test_chunks_that_nobody_announced_are_dropped(aggregator: Aggregator) -> None:
+    manifest = aggregator.manifest(b"x")
+    assert aggregator.chunk(manifest, 0, b"x") == []
+    assert aggregator.store.upload(manifest.upload) is None
+
+
+def test_a_round_that_ends_while_chunks_travel(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    aggregator.store.set_round(RoundState(2, "open", 1, None))
+    answers = [a for i, c in enumerate(split(data)) for a in aggregator.chunk(manifest, i, c)]
+    assert [a.kind for a in answers] == ["reject"]
+    assert "round 1 is over" in answers[0].reason
+
+
+# -- who says so ---------------------------------------------------------------------------------
+
+
+def test_a_foreign_signature_is_refused(aggregator: Aggregator) -> None:
+    thief = SigningKey.generate()
+    data = encode(update(aggregator.job), "f32")
+    manifest = aggregator.manifest(data)
+    assert aggregator.offer(manifest, thief) == []
+    aggregator.greet(key=thief, boot=9)  # the first key that spoke is the device's
+    assert aggregator.heard() == ["device", "refused", "refused"]
+    status = aggregator.store.status(DEVICE)
+    assert status is not None
+    assert status.boot == 1
+    assert aggregator.store.upload(manifest.upload) is None
+    (need,) = aggregator.offer(manifest)
+    assert need.kind == "need"
+
+
+def test_a_device_that_has_not_said_who_it_is_offers_nothing(aggregator: Aggregator) -> None:
+    manifest = aggregator.manifest(b"x", device="stranger")
+    assert aggregator.offer(manifest) == []
+    assert aggregator.heard()[-1] == "refused"
+
+
+@pytest.mark.parametrize("changed", [{"device": "phone-2"}, {"job": "other"}, {"upload": "0" * 32}])
+def test_a_manifest_speaks_of_its_own_topic(
+    aggregator: Aggregator, changed: dict[str, Any]
+) -> None:
+    own = aggregator.manifest(b"x")
+    topic = topics.topic("upload_manifest", job="notes", device=DEVICE, upload=own.upload)
+    other = aggregator.manifest(b"x", **changed)
+    assert aggregator.intake.handle(topic, aggregator.device_key.seal(other, topic)) == []
+    assert aggregator.heard()[-1] == "refused"
+
+
+@pytest.mark.parametrize("payload", [b"", b"{}", b"\xff" * 50, b"[" * 9999, b'{"body": "\\ud800"}'])
+@pytest.mark.parametrize("kind", ["status", "upload_manifest", "upload_chunk"])
+def test_no_payload_raises(aggregator: Aggregator, kind: str, payload: bytes) -> None:
+    topic = topics.topic(kind, job="notes", device=DEVICE, upload="0" * 32, index=0)
+    assert aggregator.intake.handle(topic, payload) == []
+    assert aggregator.intake.handle("tunefleet/9/x", payload) == []
+    assert aggregator.intake.handle("elsewhere", payload) == []
+
+
+def test_a_store_belongs_to_one_job(aggregator: Aggregator) -> None:
+    aggregator.store.bind_job(aggregator.job.model_dump_json())
+    with pytest.raises(StoreError, match="other settings"):
+        aggregator.store.bind_job(make_job(seed=1).model_dump_json())

@@ -1,0 +1,87 @@
+"""Fixtures that several packages' tests share."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from protocol.broker import free_port
+from protocol.transport import BrokerAddress
+
+# Debian and Homebrew put it where a user's PATH does not always lead.
+MOSQUITTO = shutil.which("mosquitto") or shutil.which(
+    "mosquitto", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+)
+
+
+@contextmanager
+def running_mosquitto(folder: Path, settings: str = "") -> Iterator[BrokerAddress]:
+    """Run a mosquitto of one's own on a free loopback port, with more lines of configuration."""
+    if MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
+    address = BrokerAddress("127.0.0.1", free_port())
+    folder.mkdir(parents=True, exist_ok=True)
+    config, log = folder / "mosquitto.conf", folder / "mosquitto.log"
+    # Started as root it would become another user, who may not read pytest's folders.
+    config.write_text(
+        f"listener {address.port} {address.host}\nallow_anonymous true\npersistence false\n"
+        f"user root\n{settings}\n"
+    )
+    with log.open("wb") as output:
+        process = subprocess.Popen([MOSQUITTO, "-c", config], stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection((address.host, address.port), 1).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"mosquitto did not start: {log.read_text()}")
+                time.sleep(0.02)
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[BrokerAddress]:
+    """Return the address of a mosquitto that this test has to itself."""
+    with running_mosquitto(tmp_path / "mosquitto") as address:
+        yield address
+
+
+@pytest.fixture
+def mosquitto_small(tmp_path: Path) -> Iterator[BrokerAddress]:
+    """As `mosquitto`, with a packet limit of 4000 bytes that it tells its clients."""
+    with running_mosquitto(tmp_path / "mosquitto", "max_packet_size 4000") as address:
+        yield address
+
+
+@pytest.fixture
+def mosquitto_strict(tmp_path: Path) -> Iterator[BrokerAddress]:
+    """As `mosquitto`, with a limit of 4000 bytes a message that it does not tell its clients."""
+    with running_mosquitto(tmp_path / "mosquitto", "message_size_limit 4000") as address:
+        yield address
+
+
+@pytest.fixture
+def mosquitto_read_only(tmp_path: Path) -> Iterator[BrokerAddress]:
+    """As `mosquitto`, where clients may read everything and write below open/ alone."""
+    rules = tmp_path / "acl"
+    rules.write_text("topic read #\ntopic readwrite open/#\n")
+    rules.chmod(0o644)
+    with running_mosquitto(tmp_path / "mosquitto", f"acl_file {rules}") as address:
+        yield address
