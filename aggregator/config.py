@@ -104,8 +104,9 @@ def describe(model: str) -> BaseModelInfo:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"can't read the model description {model}: {error}") from None
         except ValidationError as error:
-            why = _first(error)
-            raise ConfigError(f"can't read the model description {model}: {why}") from None
+            raise ConfigError(
+                f"can't read the model description {model}: {_first(error)}"
+            ) from None
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(
             f"describing {model!r} needs torch, which the aggregator does without: run "

@@ -160,7 +160,7 @@ class Intake:
     def _reject(self, manifest: UploadManifest, reason: str) -> Outgoing:
         self._store.reject_upload(manifest, reason)
         self._events.emit("rejected", device=manifest.device, round=manifest.round, reason=reason)
-        return [self._answer(manifest, "reject", reason=reason[:500])]
+        return [self._answer(manifest, "reject", reason=reason)]
 
     def _answer(
         self,
@@ -177,7 +177,7 @@ class Intake:
                 "upload": manifest.upload,
                 "kind": kind,
                 "chunks": chunks or [],
-                "reason": reason,
+                "reason": reason[:500],  # some quote what the device sent, however long
             }
         )
         topic = topics.topic("control", job=manifest.job, device=manifest.device)

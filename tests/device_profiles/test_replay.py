@@ -1,0 +1,84 @@
+"""The main job in small, through a real Mosquitto with MQTT 5: processes, training, merge, files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from device_profiles.demo_text import write_demo_text
+from protocol.transport import BrokerAddress
+
+FLEET = """
+rounds = 2
+
+[training]
+steps = 2
+tokens_per_step = 256
+
+[[device]]
+name = "small"
+profile = "raspberry-pi-4b-2gb"
+data = "text/markup"
+
+[[device]]
+name = "large"
+profile = "laptop-16gb"
+data = "text/email"
+"""
+
+
+def fleet_replay(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "device_profiles.cli", *(str(a) for a in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+
+
+@pytest.mark.timeout(300)
+def test_a_fleet_learns_through_mosquitto(tmp_path: Path, mosquitto: BrokerAddress) -> None:
+    write_demo_text(tmp_path / "text", seed=0)
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    out = tmp_path / "runs"
+    broker = f"mqtt://{mosquitto.host}:{mosquitto.port}"
+    done = fleet_replay("run", tmp_path / "fleet.toml", "--broker", broker, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    summary = json.loads((out / "latest" / "summary.json").read_text())
+    assert {k: v for k, v in events[-1].items() if k != "event"} == summary
+
+    ranks = {d["name"]: d["rank_start"] for d in summary["devices"]}
+    assert ranks["small"] < ranks["large"]
+    for device in summary["devices"]:
+        assert device["peak_mib"] == pytest.approx(device["predicted_mib"], rel=0.25)
+        assert device["loss"]["merged"] < device["loss"]["base"]
+        # float32 through PEFT here, the plan's dtype on the device
+        held_all = device["held_rank"] == summary["rank_max"]
+        if held_all:
+            assert device["loss"]["merged"] == pytest.approx(
+                device["loss"]["merged_on_device"], abs=5e-3
+            )
+    counted = [e for e in events if e["event"] == "counted"]
+    assert len(counted) == 4
+    assert [e["round"] for e in events if e["event"] == "merged"] == [1, 2]
+    assert (out / "latest" / "report.html").stat().st_size > 100_000
+    assert (out / "latest" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--broker", "http://x"], "not a broker address"),
+        (["demo", "--broker", "mqtt://127.0.0.1:1"], "no MQTT broker"),
+        (["demo", "--rule", "nosuch"], "no merge rule 'nosuch'"),
+        (["run", "missing.toml"], "can't read the fleet file"),
+        (["demo", "--set", "nonsense"], "write name=value"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = fleet_replay(*arguments, "--out", tmp_path)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
