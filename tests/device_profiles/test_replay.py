@@ -1,4 +1,4 @@
-"""The main job in small, through a real Mosquitto with MQTT 5: processes, training, merge, files."""
+"""The main job in small, through Mosquitto with MQTT 5: processes, training, merge, files."""
 
 from __future__ import annotations
 
