@@ -21,7 +21,7 @@ from device_profiles.report_figure import EN_DASH, percent, spread
 from device_profiles.summary import Summary, human_bytes, human_seconds, read_summary
 
 BOARDS = (
-    # name, profile, title, text, budget with the floor, floor, rank_start, rank_end, base, alone, merged
+    # name, profile, title, text, budget and floor in MiB, rank_start, rank_end
     ("zero", "raspberry-pi-zero-2w", "Raspberry Pi Zero 2 W", "recipes", 96, 24, 2, 2),
     ("pi3", "raspberry-pi-3b-plus-1gb", "Raspberry Pi 3 B+", "letters", 208, 24, 4, 4),
     ("pi4", "raspberry-pi-4b-4gb", "Raspberry Pi 4 B", "Shakespeare, Hamlet", 520, 24, 16, 11),
