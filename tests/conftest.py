@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -11,9 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from protocol.broker import free_port
 from protocol.transport import BrokerAddress
+
+# CI draws the same examples every time; elsewhere hypothesis goes on looking for new ones.
+hypothesis_settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis_settings.load_profile("ci")
 
 # Debian and Homebrew put it where a user's PATH does not always lead.
 MOSQUITTO = shutil.which("mosquitto") or shutil.which(
