@@ -6,12 +6,8 @@ the state machine of aggregator.rounds is asked what is due.
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
 
 from aggregator.intake import Intake, read_update
 from aggregator.merge import Merged, RoundView, merge
@@ -22,6 +18,7 @@ from aggregator.versions import first_version, load_version, write_version
 from protocol import topics
 from protocol.events import EventLog
 from protocol.messages import Job
+from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, MqttTransport
 
@@ -58,7 +55,7 @@ class Daemon:
         Raises:
             TransportError: the broker can't be reached, or the connection has ended for good.
         """
-        with self._signals():
+        with stop_on_signals(self._stop):
             self._start()
             try:
                 while not self._stopping:
@@ -188,20 +185,11 @@ class Daemon:
         if state.state == "finished" and self._exit_when_done:
             self._stopping = True
 
+    def _stop(self) -> None:
+        self._stopping = True
+
     def _deadline(self) -> float:
         return time.time() + self._policy.deadline_s
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stopping = True
-
-        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def merge_round(job: Job, store: Store, state: RoundState) -> Merged:

@@ -8,11 +8,8 @@ Messages only change what the agent knows (`_take`); what is to be done follows 
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping
 
 from edge_client.config import Settings
 from edge_client.download import Download, wanted_bands
@@ -40,6 +37,7 @@ from protocol.messages import (
     in_cohort,
     upload_id,
 )
+from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import encode
 from protocol.transport import Incoming, MqttTransport
@@ -79,7 +77,7 @@ class Agent:
             TransportError: the broker can't be reached, or the connection has ended for good.
             EdgeError: this device can't take part; says why.
         """
-        with self._signals():
+        with stop_on_signals(self._stop):
             try:
                 self._find_job()
                 while not self._stopping:
@@ -446,6 +444,9 @@ class Agent:
             "bytes", up=self._connection.bytes_sent, down=self._connection.bytes_received
         )
 
+    def _stop(self) -> None:
+        self._stopping = True
+
     def _close(self) -> None:
         if self._learner is not None:
             self._learner.stop()
@@ -454,15 +455,3 @@ class Agent:
                 self._say("stopped")
             self._link.close()
         self._outbox.close()
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stopping = True
-
-        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -15,8 +15,6 @@ from protocol.messages import Training
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 SHORTEST_TOKENS = 64
-REFERENCE_PARAMETERS = 135e6
-"""SmolLM2-135M: what recorded devices stand to in a replay (`budget_above_floor`)."""
 RESERVE_SHARE = 0.05
 """Share of a device's memory that is left alone, for what else runs on it."""
 
