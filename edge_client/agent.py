@@ -8,7 +8,6 @@ Messages only change what the agent knows (`_take`); what is to be done follows 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 from edge_client.config import Settings
@@ -18,11 +17,11 @@ from edge_client.learner import Learner
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.prepare import find_base, make_plan
+from edge_client.sender import Sender
 from edge_client.trainer.worker import Text
 from protocol import topics
 from protocol.adapter import Adapter
 from protocol.bands import parse_band, to_tensors
-from protocol.chunks import split
 from protocol.errors import ProtocolError
 from protocol.events import EventLog
 from protocol.files import write_durably, write_peft
@@ -43,7 +42,6 @@ from protocol.tensors import encode
 from protocol.transport import Incoming, MqttTransport
 
 TICK_S = 0.5
-RESEND_S = 30.0
 
 
 class Agent:
@@ -67,8 +65,6 @@ class Agent:
         self._adapter: Adapter | None = None
         self._base_loss = float("nan")
         self._tokens = 0
-        self._offered: tuple[str, int, float] = ("", 0, 0.0)
-        """The update last offered, on which connection, and when."""
 
     def run(self) -> None:
         """Connect and take part.
@@ -123,6 +119,7 @@ class Agent:
             settings.broker, f"tunefleet-{settings.name}", will=(topic, self._key.seal(will, topic))
         )
         self._link.connect()
+        self._sender = Sender(self._link, self._key, self._outbox)
         self._link.subscribe(
             [
                 topics.subscription("job", job=job_name),
@@ -233,7 +230,7 @@ class Agent:
         if pending is None:
             return
         if message.kind == "need":
-            self._send_chunks(pending.manifest, pending.data, message.chunks)
+            self._sender.send_chunks(pending, message.chunks)
             return
         self._outbox.drop(message.upload)
         if message.kind == "reject":
@@ -250,7 +247,7 @@ class Agent:
         if self._version != now.version:
             self._fetch(now.version)
         elif self._outbox.pending():
-            self._offer(self._outbox.pending()[0])
+            self._sender.offer(self._outbox.pending()[0])
         elif now.state == "finished":
             self._finish()
         elif (
@@ -309,44 +306,7 @@ class Agent:
         )
         self._outbox.put(manifest, data, rank=learned.rank)
         self._say("uploading")
-        self._offer(manifest.upload)
-
-    def _offer(self, upload: str) -> None:
-        """Offer the pending update, once a connection and again when nobody answered."""
-        before, connection, then = self._offered
-        again = before != upload or connection != self._connection.connection
-        if not again and time.monotonic() - then < RESEND_S:
-            return
-        pending = self._outbox.get(upload)
-        assert pending is not None, "only drop removes it, and only this thread calls drop"
-        self._offered = (upload, self._connection.connection, time.monotonic())
-        topic = topics.topic(
-            "upload_manifest",
-            job=pending.manifest.job,
-            device=self._settings.name,
-            upload=upload,
-        )
-        self._connection.publish(topic, self._key.seal(pending.manifest, topic)).check()
-
-    def _send_chunks(self, manifest: UploadManifest, data: bytes, wanted: list[int]) -> None:
-        chunks = split(data, manifest.file.chunk_bytes)
-        messages = [
-            (
-                topics.topic(
-                    "upload_chunk",
-                    job=manifest.job,
-                    device=manifest.device,
-                    upload=manifest.upload,
-                    index=index,
-                ),
-                chunks[index],
-            )
-            for index in wanted
-            if index < len(chunks)
-        ]
-        for delivery in self._connection.publish_all(messages):
-            delivery.check()
-        self._offered = (manifest.upload, self._connection.connection, time.monotonic())
+        self._sender.offer(manifest.upload)
 
     def _finish(self) -> None:
         """Keep the shared adapter, report, compare if asked, and end or wait for another job."""

@@ -1,0 +1,66 @@
+"""Updates on their way out: offered, sent as the aggregator asks for chunks, offered again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from edge_client.outbox import Outbox, Pending
+from protocol import topics
+from protocol.chunks import split
+from protocol.signing import SigningKey
+from protocol.transport import MqttTransport
+
+RESEND_S = 30.0
+
+
+class Sender:
+    """Publish the outbox's updates; only the aggregator's word takes them out of it."""
+
+    def __init__(self, link: MqttTransport, key: SigningKey, outbox: Outbox) -> None:
+        self._link = link
+        self._key = key
+        self._outbox = outbox
+        self._offered: tuple[str, int, float] = ("", 0, 0.0)
+        """The update last offered or sent, on which connection, and when."""
+
+    def offer(self, upload: str) -> None:
+        """Offer an update once a connection, and again when nobody has answered for a while.
+
+        Raises:
+            TransportError: the broker does not answer, or refuses the manifest.
+        """
+        before, connection, then = self._offered
+        again = before != upload or connection != self._link.connection
+        if not again and time.monotonic() - then < RESEND_S:
+            return
+        pending = self._outbox.get(upload)
+        if pending is None:
+            return
+        self._note(upload)
+        manifest = pending.manifest
+        topic = topics.topic(
+            "upload_manifest", job=manifest.job, device=manifest.device, upload=upload
+        )
+        self._link.publish(topic, self._key.seal(manifest, topic)).check()
+
+    def send_chunks(self, pending: Pending, wanted: Sequence[int]) -> None:
+        """Send the chunks that the aggregator says are missing.
+
+        Raises:
+            TransportError: the broker does not answer, or refuses a chunk.
+        """
+        manifest = pending.manifest
+        chunks = split(pending.data, manifest.file.chunk_bytes)
+        place = {"job": manifest.job, "device": manifest.device, "upload": manifest.upload}
+        messages = [
+            (topics.topic("upload_chunk", **place, index=index), chunks[index])
+            for index in wanted
+            if index < len(chunks)
+        ]
+        for delivery in self._link.publish_all(messages):
+            delivery.check()
+        self._note(manifest.upload)
+
+    def _note(self, upload: str) -> None:
+        self._offered = (upload, self._link.connection, time.monotonic())
