@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edge_client.config import Settings
+from edge_client.discover import discover_job
 from edge_client.download import Download, wanted_bands
 from edge_client.errors import ConfigError, EdgeError
 from edge_client.learner import Learner
@@ -100,16 +101,9 @@ class Agent:
         settings = self._settings
         job_name = settings.job
         if not job_name:
-            scout = MqttTransport(settings.broker, f"tunefleet-{settings.name}-scout")
-            scout.connect()
-            scout.subscribe([topics.subscription("job")])
             self._events.emit("state", state="waiting for a job")
-            while not job_name and not self._stopping:
-                if (incoming := scout.receive(TICK_S)) is not None:
-                    job_name = topics.match(incoming.topic).fields["job"]
-                    scout.ack(incoming)
-            scout.close()
-        if self._stopping:
+            job_name = discover_job(settings, lambda: self._stopping)
+        if not job_name:
             return
         topic = topics.topic("status", job=job_name, device=settings.name)
         will = Status(
@@ -206,7 +200,7 @@ class Agent:
                 self._job,
                 rank=self._rank,
                 held=self._plan.held,
-                byte_budget=self._byte_budget(),
+                byte_budget=self._settings.download_bytes,
             )
             self._download = Download(self._job, manifest, bands)
             self._connection.subscribe(self._band_topics(self._download))
@@ -360,11 +354,6 @@ class Agent:
         """The rank now: the plan's, or what self-pruning has left of it."""
         assert self._plan is not None and self._job is not None
         return min(self._plan.rank, self._outbox.rank(self._job.job, self._plan.rank))
-
-    def _byte_budget(self) -> float:
-        """Return the bytes that one version may take on this device's link."""
-        link = self._settings.profile.link
-        return link.down_mbit * 1e6 / 8 * self._settings.download_s if link else float("inf")
 
     def _band_topics(self, download: Download) -> list[str]:
         manifest = download.manifest

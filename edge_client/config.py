@@ -37,6 +37,12 @@ class Settings:
     exit_when_done: bool = False
     compare_alone: bool = False
 
+    @property
+    def download_bytes(self) -> float:
+        """Return the bytes that one version may take on this device's link."""
+        link = self.profile.link
+        return link.down_mbit * 1e6 / 8 * self.download_s if link else float("inf")
+
 
 def check_name(name: str) -> str:
     """Return a device's name.
