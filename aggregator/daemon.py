@@ -89,7 +89,9 @@ class Daemon:
             "serving",
             job=job,
             broker=str(self._link.address),
-            rule=self._job.rule,
+            **self._job.model_dump(
+                include={"rule", "rounds", "ladder", "remainder", "directions", "training"}
+            ),
             round=state.number,
             state=state.state,
             version=state.version,

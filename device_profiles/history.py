@@ -15,6 +15,7 @@ class History:
         self._rounds: dict[int, dict[str, Any]] = {}
         self._down: dict[str, int] = defaultdict(int)
         self._down_before: dict[str, int] = defaultdict(int)
+        self.serving: Event = {}
         self.plans: dict[str, Event] = {}
         self.finished: dict[str, Event] = {}
         self.pruned: list[Event] = []
@@ -22,7 +23,9 @@ class History:
     def take(self, event: Event) -> None:
         """Take in one event; those that don't matter here change nothing."""
         kind, device = event["event"], event.get("device", "")
-        if kind == "plan":
+        if kind == "serving":
+            self.serving = event
+        elif kind == "plan":
             self.plans[device] = event
         elif kind == "bytes":
             self._down[device] = event["down"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,8 @@ REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
 JOB = "replay"
 TIMEOUT_S = 3600.0
+SAMPLE_ROWS = 2
+"""Rows of each text on which adapters are compared across the fleet."""
 DEMO_TRAINING = {"steps": 8, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
 
 
@@ -65,7 +68,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             "model": base["name"],
         }
     )
-    job = _write_job(fleet, options, out)
+    _write_job(fleet, options, out)
     history = History()
     with Processes(out / "events.jsonl", out / "logs") as processes:
         _start_aggregator(processes, options, out)
@@ -78,8 +81,10 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
                     processes.start(device.name, "edge_client", arguments)
             if len(history.finished) == len(fleet.devices):
                 break
-    merged = _merged_losses(fleet, job, options)
-    summary = _summary(fleet, options, base, job, scale, history, merged)
+    max_tokens = history.serving["training"]["max_tokens"]
+    merged, across = _losses(fleet, options, max_tokens)
+    summary = _summary(fleet, options, base, scale, history, merged)
+    summary["across"] = across
     summary["wall_s"] = round(time.monotonic() - started, 1)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     write_report(summary, out / "report.html")
@@ -131,7 +136,7 @@ def _ask(arguments: list[str]) -> str:
     return answer.stdout
 
 
-def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
+def _write_job(fleet: Fleet, options: Options, out: Path) -> None:
     everybody = len(fleet.devices)
     usual = {
         "job": JOB,
@@ -141,7 +146,6 @@ def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
     }
     job = merge_settings(usual, {**fleet.job, "model": str(out / "model.json")})
     (out / "job.json").write_text(json.dumps(job, indent=1))
-    return job
 
 
 def _start_aggregator(processes: Processes, options: Options, out: Path) -> None:
@@ -173,48 +177,62 @@ def _device_arguments(
 # -- after -----------------------------------------------------------------------------------------
 
 
-def _merged_losses(fleet: Fleet, job: dict[str, Any], options: Options) -> dict[str, float]:
-    """Export the shared adapter and measure it as anybody would: loaded by PEFT, in float32."""
+def _losses(
+    fleet: Fleet, options: Options, max_tokens: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure adapters as anybody would: loaded by PEFT, in float32.
+
+    Returns:
+        The shared adapter's held-out loss on each device's text; and the mean over the whole
+        fleet's text of the base, of adapters trained alone, and of the shared one, on a sample.
+    """
     from aggregator.export import export_adapter
 
-    export_adapter(options.out / "aggregator", options.out / "adapter")
-    arguments = ["evaluate", "--model", fleet.model, "--adapter", str(options.out / "adapter")]
-    arguments += ["--max-tokens", str(job["training"].get("max_tokens", 256))]
-    arguments += ["--seed", str(options.seed)]
-    firsts = {device.name: str(device.data[0]) for device in fleet.devices}
-    for path in firsts.values():
-        arguments += ["--data", path]
-    losses = json.loads(_ask(arguments))
-    return {name: losses[path] for name, path in firsts.items()}
+    shared = options.out / "adapter"
+    export_adapter(options.out / "aggregator", shared)
+    first = {device.name: str(device.data[0]) for device in fleet.devices}
+    common = ["evaluate", "--model", fleet.model, "--seed", str(options.seed)]
+    common += ["--max-tokens", str(max_tokens)]
+    common += [word for path in sorted(set(first.values())) for word in ("--data", path)]
+    alone = [options.out / "devices" / d.name / "alone" for d in fleet.devices]
+    adapters = [shared, *(alone if options.compare_alone else [])]
+    sample = [word for path in adapters for word in ("--adapter", str(path))]
+    questions = [
+        [*common, "--adapter", str(shared)],
+        [*common, *sample, "--max-rows", str(SAMPLE_ROWS)],
+    ]
+    with ThreadPoolExecutor(len(questions)) as pool:
+        whole, sampled = (json.loads(answer) for answer in pool.map(_ask, questions))
+    means = {name: fmean(row.values()) for name, row in sampled.items()}
+    across = {"base": means["base"], "merged": means[str(shared)]}
+    if options.compare_alone:
+        across["local"] = fmean(means[str(path)] for path in alone)
+    return {name: whole[str(shared)][path] for name, path in first.items()}, across
 
 
 def _summary(
     fleet: Fleet,
     options: Options,
     base: dict[str, Any],
-    job: dict[str, Any],
     scale: float,
     history: History,
     merged: dict[str, float],
 ) -> dict[str, Any]:
-    served = json.loads((options.out / "job.json").read_text())
-    from aggregator.config import build_job
-
-    full, _ = build_job(served, "job.json")
+    served = history.serving
     devices = [_device_summary(device, history, merged) for device in fleet.devices]
     kinds = ("base", "local", "merged", "merged_on_device")
     return {
-        "rule": full.rule,
+        "rule": served["rule"],
         "seed": options.seed,
-        "rounds": full.rounds,
+        "rounds": served["rounds"],
         "wall_s": None,
         "base_model": base["name"],
         "base_parameters": base["parameters"],
         "memory_scale": scale,
-        "ladder": full.ladder,
-        "rank_max": full.rank,
-        "remainder": full.remainder,
-        "directions": full.directions,
+        "ladder": served["ladder"],
+        "rank_max": max(served["ladder"]),
+        "remainder": served["remainder"],
+        "directions": served["directions"],
         "broker": options.broker or "embedded",
         "loss": {kind: _mean([d["loss"].get(kind) for d in devices]) for kind in kinds},
         "devices": devices,

@@ -154,6 +154,13 @@ def _lede(summary: Summary) -> str:
     overall = gain(loss.local, loss.merged)
     if overall is not None and overall <= -LEVEL:
         said.append("On average, merging did not pay here.")
+    across = summary.across
+    if across.local is not None and across.merged is not None:
+        compared = _compared(gain(across.local, across.merged), "adapters trained alone")
+        said.append(
+            f"Across the whole fleet's text the merged adapter stands {compared} "
+            f"({across.merged:.2f} against {across.local:.2f})."
+        )
     if loss.base is not None and loss.merged is not None:
         change = _compared(gain(loss.base, loss.merged), "the base model")
         said.append(f"The merged adapter stands {change} ({loss.base:.2f}).")

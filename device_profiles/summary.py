@@ -145,7 +145,9 @@ class Summary(_Record):
     """Which directions a device of low rank trains."""
     broker: str = ""
     loss: Losses = Losses()
-    """Means over the devices."""
+    """Means over the devices, each on its own text."""
+    across: Losses = Losses()
+    """Means over the text of the whole fleet, on a sample; `local` over all devices' adapters."""
     devices: tuple[DeviceSummary, ...] = ()
     history: tuple[Round, ...] = ()
 

@@ -63,6 +63,9 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     table.add_row(
         Text("mean / total", "italic"), "", rank, "", up, down, *_loss_cells(fleet.mean_loss)
     )
+    if fleet.across.merged is not None:
+        blank = [""] * 5
+        table.add_row(Text("on everyone's text", "italic"), *blank, *_loss_cells(fleet.across))
     return table
 
 

@@ -345,6 +345,7 @@ class Agent:
             self._events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
 
         adapter, _ = self._learner.train_alone(rank=self._rank_start, on_step=on_step)
+        write_peft(adapter, self._settings.state / "alone", base_model=job.base.name)
         return self._learner.evaluate(adapter)
 
     # -- small things ----------------------------------------------------------------------------

@@ -121,17 +121,28 @@ def evaluate(
         "base-tiny"
     ),
     adapter: Annotated[
-        Path | None, typer.Option(help="PEFT directory of an adapter (default: none).")
+        list[Path] | None,
+        typer.Option(help="PEFT directory of an adapter; may be repeated (default: none)."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Length of the sequences.")] = 256,
+    max_rows: Annotated[
+        int | None, typer.Option(help="At most so many sequences of each path (default: all).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split, as in training.")] = 0,
 ) -> None:
-    """Print the held-out loss (nats a token) of each data path, through PEFT, as JSON."""
+    """Print held-out losses through PEFT, nats a token, as JSON: adapter (or base), data, loss."""
     _require_training()
     from edge_client.evaluate import evaluate_peft
 
-    losses = evaluate_peft(model, adapter, data, max_tokens=max_tokens, seed=seed)
-    typer.echo(json.dumps({str(path): loss for path, loss in losses.items()}))
+    adapters = ["base", *(str(path) for path in adapter or [])]
+    losses = evaluate_peft(
+        model, [None, *(adapter or [])], data, max_tokens=max_tokens, seed=seed, max_rows=max_rows
+    )
+    table = {
+        name: {str(path): loss for path, loss in row.items()}
+        for name, row in zip(adapters, losses, strict=True)
+    }
+    typer.echo(json.dumps(table))
 
 
 def _require_training() -> None:

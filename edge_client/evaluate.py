@@ -1,53 +1,90 @@
-"""Held-out loss of an adapter as anybody would load it: `PeftModel.from_pretrained`, float32."""
+"""Held-out loss of adapters as anybody would load them: `PeftModel.from_pretrained`, float32."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from edge_client.data import evaluation_batches, pack, read_examples, split_examples, tokenize
+from edge_client.data import (
+    PackedRow,
+    evaluation_batches,
+    pack,
+    read_examples,
+    split_examples,
+    tokenize,
+)
 from edge_client.errors import ModelError
 from edge_client.model import find_model, load_model, load_tokenizer
 
+if TYPE_CHECKING:
+    from torch import nn
+
+MICRO_BATCH = 4
+
 
 def evaluate_peft(
-    model: str, adapter: Path | None, data: Sequence[Path], *, max_tokens: int, seed: int
-) -> dict[Path, float]:
-    """Return the mean held-out loss of each data path, nats a token.
+    model: str,
+    adapters: Sequence[Path | None],
+    data: Sequence[Path],
+    *,
+    max_tokens: int,
+    seed: int,
+    max_rows: int | None = None,
+) -> list[dict[Path, float]]:
+    """Return for each adapter (None: the base) the held-out loss of each path, nats a token.
+
+    Args:
+        max_rows: Take no more than that many rows of `max_tokens` of each path (None: all).
 
     Raises:
-        ModelError: the model or the adapter can't be loaded.
+        ModelError: the model or an adapter can't be loaded.
         DataError: a path holds no usable text.
     """
+    folder = find_model(model)
+    tokenizer = load_tokenizer(folder)
+    rows: dict[Path, list[PackedRow]] = {}
+    for path in data:
+        splits = split_examples(read_examples([path]).examples, seed=seed)
+        sequences = tokenize(splits.held_out, tokenizer, max_tokens=max_tokens)
+        rows[path] = list(islice(pack(sequences, max_tokens, seed=0), max_rows))
+    losses = []
+    for adapter in adapters:
+        net = _load(folder, adapter)
+        losses.append({path: _loss(net, held_out) for path, held_out in rows.items()})
+    return losses
+
+
+def _load(folder: Path, adapter: Path | None) -> nn.Module:
     import torch
     from peft import PeftModel
 
-    from edge_client.trainer.torch_trainer import attention_mask
-
-    folder = find_model(model)
     net = load_model(folder, torch.float32)
-    tokenizer = load_tokenizer(folder)
     if adapter is not None:
         try:
             net = PeftModel.from_pretrained(net, str(adapter))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"can't load the adapter in {adapter}: {error}") from None
-    net.eval()
-    losses = {}
-    for path in data:
-        splits = split_examples(read_examples([path]).examples, seed=seed)
-        rows = pack(tokenize(splits.held_out, tokenizer, max_tokens=max_tokens), max_tokens, seed=0)
-        total, counted = 0.0, 0
-        for batch in evaluation_batches(rows, 8):
-            with torch.no_grad():
-                logits = net(
-                    input_ids=torch.from_numpy(batch.ids),
-                    position_ids=torch.from_numpy(batch.positions),
-                    attention_mask=attention_mask(batch, torch.float32),
-                ).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), reduction="sum"
-                )
-            total, counted = total + float(loss), counted + batch.tokens
-        losses[path] = total / max(counted, 1)
-    return losses
+    module: nn.Module = net.eval()
+    return module
+
+
+def _loss(net: Any, rows: Sequence[PackedRow]) -> float:
+    import torch
+
+    from edge_client.trainer.torch_trainer import attention_mask
+
+    total, counted = 0.0, 0
+    for batch in evaluation_batches(rows, MICRO_BATCH):
+        with torch.no_grad():
+            logits = net(
+                input_ids=torch.from_numpy(batch.ids),
+                position_ids=torch.from_numpy(batch.positions),
+                attention_mask=attention_mask(batch, torch.float32),
+            ).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), reduction="sum"
+            )
+        total, counted = total + float(loss), counted + batch.tokens
+    return total / max(counted, 1)

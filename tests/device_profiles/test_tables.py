@@ -60,6 +60,13 @@ def words(text: str, word: str) -> str:
     return " ".join(line_with(text, word).split())
 
 
+def test_the_table_ends_with_losses_across_the_fleet_where_they_were_measured() -> None:
+    across = {"base": 2.9, "local": 2.8, "merged": 2.6}
+    told = words(shown(loss_table({**SUMMARY, "across": across})), "everyone's")
+    assert told.endswith("2.900 2.800 2.600")
+    assert "everyone's" not in shown(loss_table(SUMMARY))
+
+
 def test_the_table_holds_a_row_a_device_and_the_mean() -> None:
     text = shown(loss_table(SUMMARY))
     pi4 = words(text, "pi4")
