@@ -6,6 +6,8 @@ reason and never stops a round; a message that can't be read is dropped and logg
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from aggregator.merge import Update
@@ -14,13 +16,13 @@ from aggregator.store import Store
 from aggregator.versions import load_version
 from protocol import topics
 from protocol.adapter import add, module_directions, select
-from protocol.bands import factor_shapes, from_tensors
+from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
-from protocol.tensors import bytes_each, decode
+from protocol.tensors import bytes_each
 
 HEADER_ALLOWANCE_BYTES = 1 << 20
 Outgoing = list[tuple[str, bytes]]
@@ -151,7 +153,7 @@ class Intake:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
-        numbers = sum(a * b for a, b in upload_shapes(self._job, manifest).values())
+        numbers = sum(math.prod(s.shape) for s in upload_stacks(self._job, manifest))
         largest = numbers * bytes_each(manifest.encoding) + HEADER_ALLOWANCE_BYTES
         if manifest.file.bytes > min(largest, self._job.limits.upload_bytes):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
@@ -184,10 +186,10 @@ class Intake:
         return topic, self._key.seal(message, topic)
 
 
-def upload_shapes(job: Job, manifest: UploadManifest) -> dict[str, tuple[int, int]]:
-    """Return the tensor names and shapes that an upload must have."""
+def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
+    """Return the tensors that an upload must have."""
     ranks = {name: len(at) for name, at in upload_directions(job, manifest).items()}
-    return factor_shapes(job.base.modules, ranks)
+    return stacks(job.base.modules, ranks)
 
 
 def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
@@ -210,9 +212,9 @@ def read_update(job: Job, store: Store, manifest: UploadManifest, data: bytes) -
     Raises:
         BadTensors: they are not what the manifest and the job imply.
     """
-    tensors = decode(data, upload_shapes(job, manifest), manifest.encoding)
-    change = from_tensors(tensors, job.base.modules, job.scale)
     chosen = upload_directions(job, manifest)
+    ranks = {name: len(at) for name, at in chosen.items()}
+    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding)
     before = select(load_version(job, store, manifest.version), chosen)
     return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
 

@@ -10,10 +10,10 @@ from functools import lru_cache
 
 from aggregator.store import Store
 from protocol.adapter import Adapter, initial_adapter
-from protocol.bands import Band, band_shapes, bands, cut, from_tensors, join, parse_band, to_tensors
+from protocol.bands import Band, band_ranks, bands, cut, join, read_adapter, to_tensors
 from protocol.files import write_durably
 from protocol.messages import FileInfo, GlobalManifest, Job, describe_file
-from protocol.tensors import decode, encode
+from protocol.tensors import encode
 
 
 def first_version(job: Job) -> Adapter:
@@ -44,11 +44,9 @@ def load_version(job: Job, store: Store, version: int) -> Adapter:
 @lru_cache(maxsize=2)
 def _load(job_json: str, store: Store, version: int) -> Adapter:
     job = Job.model_validate_json(job_json)
-    parts: dict[Band, Adapter] = {}
-    for name in (band.name for band in bands(job.ladder)):
-        band = parse_band(name)
-        expected = band_shapes(job.base.modules, band)
-        data = store.band_file(version, name).read_bytes()
-        tensors = decode(data, expected, job.encoding_down)
-        parts[band] = from_tensors(tensors, job.base.modules, job.scale)
+    shapes, parts = job.base.modules, dict[Band, Adapter]()
+    for band in bands(job.ladder):
+        data = store.band_file(version, band.name).read_bytes()
+        ranks = band_ranks(shapes, band)
+        parts[band] = read_adapter(data, shapes, ranks, job.scale, job.encoding_down)
     return join(parts, job.scale)

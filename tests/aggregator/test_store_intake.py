@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aggregator.errors import StoreError
-from aggregator.intake import upload_shapes
+from aggregator.intake import upload_stacks
 from aggregator.rounds import RoundState
 from protocol import topics
 from protocol.chunks import split
@@ -52,7 +52,7 @@ def test_an_update_is_asked_for_taken_and_counted_once(aggregator: Aggregator) -
     assert aggregator.heard().count("counted") == 1
     kept = aggregator.store.update_file(manifest).read_bytes()
     assert kept == data
-    found = decode(kept, upload_shapes(aggregator.job, manifest), "f32")
+    found = decode(kept, {s.name: s.shape for s in upload_stacks(aggregator.job, manifest)}, "f32")
     assert all(np.array_equal(found[n], t) for n, t in tensors.items())
 
 
@@ -101,8 +101,8 @@ def test_other_bytes_under_the_same_upload_begin_it_anew(aggregator: Aggregator)
         ({"round": 0}, "round 0 is over"),
         ({"held": 129}, "129 directions"),
         ({"encoding": "bf16"}, "encoding is bf16"),
-        ({"rank": 2}, "more than its rank 2 takes|instead|imply"),
-        ({"rank": 128, "rank_trained": 128}, "imply"),
+        ({"rank": 2}, "more than its rank 2 takes|instead|missing"),
+        ({"rank": 128, "rank_trained": 128}, "q) is missing"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(
@@ -118,19 +118,19 @@ def bad(name: str) -> bytes:
     tensors = update(job)
     first = min(tensors)
     if name == "nan":
-        tensors[first][0, 0] = np.nan
+        tensors[first][0, 0, 0] = np.nan
     elif name == "infinite":
-        tensors[first][-1, -1] = np.inf
+        tensors[first][-1, -1, -1] = np.inf
     elif name == "norm":
         tensors = update(job, 1e4)
     elif name == "largest":
         tensors = {n: np.full_like(t, np.finfo(np.float32).max) for n, t in tensors.items()}
     elif name == "shape":
-        tensors[first] = tensors[first][:-1]
+        tensors[first] = tensors[first][:, :-1]
     elif name == "missing":
         del tensors[first]
     elif name == "extra":
-        tensors["a" * 2000] = np.zeros((1, 1), np.float32)
+        tensors["a" * 2000] = np.zeros((1, 1, 1), np.float32)
     elif name == "garbage":
         return bytes(200_000)
     elif name == "empty":

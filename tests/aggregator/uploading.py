@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.intake import Intake, upload_shapes
+from aggregator.intake import Intake, upload_stacks
 from aggregator.rounds import RoundState
 from aggregator.store import Store
 from aggregator.versions import first_version, write_version
@@ -115,6 +115,8 @@ def update(job: Job, size: float = 0.01, **changed: np.ndarray) -> dict[str, np.
         job="notes", device=DEVICE, round=ROUND, rank=64, rank_trained=64, held=128
     )
     rng = np.random.default_rng(0)
-    shapes = upload_shapes(job, manifest)
-    found = {n: (size * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+    found = {
+        s.name: (size * rng.standard_normal(s.shape)).astype(np.float32)
+        for s in upload_stacks(job, manifest)
+    }
     return {**found, **changed}
