@@ -6,8 +6,6 @@ reason and never stops a round; a message that can't be read is dropped and logg
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from aggregator.merge import Update
@@ -22,9 +20,8 @@ from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolErro
 from protocol.events import EventLog
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
-from protocol.tensors import bytes_each
+from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
-HEADER_ALLOWANCE_BYTES = 1 << 20
 Outgoing = list[tuple[str, bytes]]
 
 
@@ -153,8 +150,8 @@ class Intake:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
-        numbers = sum(math.prod(s.shape) for s in upload_stacks(self._job, manifest))
-        largest = numbers * bytes_each(manifest.encoding) + HEADER_ALLOWANCE_BYTES
+        shapes = {s.name: s.shape for s in upload_stacks(self._job, manifest)}
+        largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
         if manifest.file.bytes > min(largest, self._job.limits.upload_bytes):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
         return ""

@@ -33,6 +33,12 @@ def bytes_each(encoding: Encoding) -> int:
     return {"f32": 4, "bf16": 2, "int8": 1}[encoding]
 
 
+def tensor_bytes(expected: Mapping[str, tuple[int, ...]], encoding: Encoding) -> int:
+    """Return the bytes of a file's tensors, row scales included, its header aside."""
+    announced = _announced(expected, encoding).values()
+    return sum(math.prod(shape) * _SIZE[dtype] for dtype, shape in announced)
+
+
 def encode(tensors: Mapping[str, np.ndarray], encoding: Encoding) -> bytes:
     """Return a safetensors file of float tensors."""
     stored: dict[str, tuple[str, np.ndarray]] = {}

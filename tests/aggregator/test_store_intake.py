@@ -66,6 +66,17 @@ def test_every_encoding_is_taken(tmp_path: Path, encoding: Encoding) -> None:
     made.store.close()
 
 
+def test_row_scales_may_be_larger_than_the_codes(tmp_path: Path) -> None:
+    """At rank 2 each row of B has 2 bytes of codes and 4 of scale: over a MiB in a large model."""
+    base = {"name": "toy", "sha256": "0" * 64, "parameters": 1, "modules": {"m": (300_000, 4)}}
+    made = Aggregator(tmp_path, make_job("int8", base=base))
+    made.greet()
+    data = encode({"A.2x4": np.zeros((1, 2, 4)), "B.300000x2": np.zeros((1, 300_000, 2))}, "int8")
+    (answer,) = made.deliver(made.manifest(data, rank=2, rank_trained=2), data)
+    assert (answer.kind, answer.reason) == ("done", "")
+    made.store.close()
+
+
 def test_chunks_and_counts_survive_reopening_the_store(aggregator: Aggregator) -> None:
     data = encode(update(aggregator.job), "f32")
     chunks, manifest = split(data), aggregator.manifest(data)
