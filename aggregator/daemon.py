@@ -14,7 +14,7 @@ from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
-from aggregator.versions import first_version, load_version, write_version
+from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.events import EventLog
 from protocol.messages import Job
@@ -46,7 +46,8 @@ class Daemon:
         self._stopping = False
         self._key = SigningKey.load_or_create(store.folder / "aggregator.key")
         self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}")
-        self._intake = Intake(job, store, self._key, events)
+        self._versions = Versions(job, store)
+        self._intake = Intake(job, store, self._versions, self._key, events)
         self._publisher = Publisher(job, store, self._key, self._link)
 
     def run(self) -> None:
@@ -69,9 +70,8 @@ class Daemon:
     def _start(self) -> None:
         self._store.bind_job(self._job.model_dump_json())
         if self._store.version(1) is None:
-            adapter = first_version(self._job)
-            manifest = write_version(self._job, self._store, adapter, version=1, parent=None)
-            self._store.add_version(manifest)
+            first = self._versions.write(first_version(self._job), version=1, parent=None)
+            self._store.add_version(first)
             self._store.set_round(RoundState(0, "waiting", 1, None))
         self._link.connect()
         job = self._job.job
@@ -132,14 +132,10 @@ class Daemon:
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""
         started = time.monotonic()
-        merged = merge_round(self._job, self._store, state)
+        merged = merge_round(self._job, self._store, self._versions, state)
         seconds = time.monotonic() - started
-        manifest = write_version(
-            self._job,
-            self._store,
-            merged.adapter,
-            version=state.version + 1,
-            parent=state.version,
+        manifest = self._versions.write(
+            merged.adapter, version=state.version + 1, parent=state.version
         )
         last = state.number >= self._job.rounds
         after = RoundState(
@@ -192,14 +188,14 @@ class Daemon:
         return time.time() + self._policy.deadline_s
 
 
-def merge_round(job: Job, store: Store, state: RoundState) -> Merged:
+def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
     """Merge the counted updates of a round by the job's rule."""
     updates = [
-        read_update(job, store, manifest, store.update_file(manifest).read_bytes())
+        read_update(job, versions, manifest, store.update_file(manifest).read_bytes())
         for manifest in store.uploads_of(state.number, "counted")
     ]
     view = RoundView(
-        load_version(job, store, state.version),
+        versions.load(state.version),
         updates,
         job.base.modules,
         job.rank,

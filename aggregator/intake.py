@@ -11,7 +11,7 @@ import numpy as np
 from aggregator.merge import Update
 from aggregator.merge.lowrank import gram
 from aggregator.store import Store
-from aggregator.versions import load_version
+from aggregator.versions import Versions
 from protocol import topics
 from protocol.adapter import add, module_directions, select
 from protocol.bands import Stack, read_adapter, stacks
@@ -28,9 +28,12 @@ Outgoing = list[tuple[str, bytes]]
 class Intake:
     """Take what devices send for one job, and say what to answer."""
 
-    def __init__(self, job: Job, store: Store, key: SigningKey, events: EventLog) -> None:
+    def __init__(
+        self, job: Job, store: Store, versions: Versions, key: SigningKey, events: EventLog
+    ) -> None:
         self._job = job
         self._store = store
+        self._versions = versions
         self._key = key
         self._events = events
 
@@ -119,10 +122,10 @@ class Intake:
             return self._reject(manifest, why)
         try:
             data = self._store.assembled(manifest)
-            update = read_update(self._job, self._store, manifest, data)
+            update = read_update(self._job, self._versions, manifest, data)
         except (BadTensors, BadChunk) as error:
             return self._reject(manifest, str(error))
-        change = update_norm(self._job, self._store, manifest, update)
+        change = update_norm(self._versions, manifest, update)
         if not change <= self._job.limits.update_norm:
             return self._reject(
                 manifest, f"its norm {change:.3g} is over {self._job.limits.update_norm:.3g}"
@@ -203,7 +206,7 @@ def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarra
     )
 
 
-def read_update(job: Job, store: Store, manifest: UploadManifest, data: bytes) -> Update:
+def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:
     """Return what an upload's bytes say: absolute factors of the directions it trained.
 
     Raises:
@@ -212,12 +215,12 @@ def read_update(job: Job, store: Store, manifest: UploadManifest, data: bytes) -
     chosen = upload_directions(job, manifest)
     ranks = {name: len(at) for name, at in chosen.items()}
     change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding)
-    before = select(load_version(job, store, manifest.version), chosen)
+    before = select(versions.load(manifest.version), chosen)
     return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
 
 
-def update_norm(job: Job, store: Store, manifest: UploadManifest, update: Update) -> float:
+def update_norm(versions: Versions, manifest: UploadManifest, update: Update) -> float:
     """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
-    before = select(load_version(job, store, manifest.version), update.directions)
+    before = select(versions.load(manifest.version), update.directions)
     products = gram([update.adapter, before])
     return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))

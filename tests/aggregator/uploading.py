@@ -12,7 +12,7 @@ import numpy as np
 from aggregator.intake import Intake, upload_stacks
 from aggregator.rounds import RoundState
 from aggregator.store import Store
-from aggregator.versions import first_version, write_version
+from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.chunks import split
 from protocol.events import EventLog
@@ -47,7 +47,7 @@ class Aggregator:
         self.device_key, self.key = SigningKey.generate(), SigningKey.generate()
         self.store = Store(folder)
         self.store.bind_job(job.model_dump_json())
-        first = write_version(job, self.store, first_version(job), version=1, parent=None)
+        first = Versions(job, self.store).write(first_version(job), version=1, parent=None)
         self.store.add_version(first)
         self.store.set_round(OPEN)
         self._listen()
@@ -55,7 +55,8 @@ class Aggregator:
     def _listen(self) -> None:
         self.events = io.StringIO()
         log = EventLog(as_json=True, stream=self.events)
-        self.intake = Intake(self.job, self.store, self.key, log)
+        versions = Versions(self.job, self.store)
+        self.intake = Intake(self.job, self.store, versions, self.key, log)
 
     def reopen(self) -> None:
         self.store.close()
