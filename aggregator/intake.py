@@ -1,7 +1,8 @@
 """Messages from devices: read, checked, stored, answered.
 
 Every check of docs/protocol.md stands here or in what this calls. A bad upload is refused with a
-reason and never stops a round; a message that can't be read is dropped and logged.
+reason and never stops a round; a message that can't be read is dropped and logged, and so is a
+chunk that its manifest does not know, for anybody may have sent it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class Intake:
         self._versions = versions
         self._key = key
         self._events = events
+        self._asked_round = 0
+        self._asked: set[tuple[str, int]] = set()
+        """Chunks of this round that came broken and were asked for again: upload, index."""
 
     def handle(self, topic: str, payload: bytes) -> Outgoing:
         """Deal with one message; when this returns, what it asked for is committed."""
@@ -47,8 +51,7 @@ class Intake:
             if found.kind == "upload_manifest":
                 return self._manifest(device, topic, payload)
             if found.kind == "upload_chunk":
-                number = int(found.fields["index"])
-                return self._chunk(device, found.fields["upload"], number, payload)
+                return self._chunk(device, topic, payload)
         except (ProtocolError, KeyError) as error:
             self._events.emit("refused", topic=topic, reason=str(error))
         return []
@@ -94,7 +97,9 @@ class Intake:
         self._store.expect_upload(manifest)
         return self._go_on(manifest)
 
-    def _chunk(self, device: str, upload: str, number: int, payload: bytes) -> Outgoing:
+    def _chunk(self, device: str, topic: str, payload: bytes) -> Outgoing:
+        fields = topics.match(topic).fields
+        upload, number = fields["upload"], int(fields["index"])
         known = self._store.upload(upload)
         if known is None or known.manifest.device != device or known.state != "receiving":
             return []
@@ -103,7 +108,8 @@ class Intake:
         try:
             check_chunk(number, payload, info.chunks, info.chunk_bytes, info.bytes)
         except BadChunk as error:
-            return self._reject(manifest, str(error))
+            self._events.emit("refused", topic=topic, reason=str(error))
+            return self._ask_again(manifest, number)
         self._store.add_chunk(upload, number, payload)
         missing = self._store.missing_chunks(manifest)
         return [] if missing else self._complete(manifest)
@@ -115,6 +121,21 @@ class Intake:
         if not missing:
             return self._complete(manifest)
         return [self._answer(manifest, "need", chunks=missing)]
+
+    def _ask_again(self, manifest: UploadManifest, number: int) -> Outgoing:
+        """Ask for a chunk that came broken: once, after that when the device offers again.
+
+        Chunks are not signed. Whoever can write to the topic can send broken ones without end; that
+        must neither cost the device its update nor have it send one without end.
+        """
+        now = self._store.round()
+        if self._asked_round != now.number:
+            self._asked_round, self._asked = now.number, set()
+        asked = (manifest.upload, number) in self._asked
+        if asked or self._unfit(manifest) or number not in self._store.missing_chunks(manifest):
+            return []
+        self._asked.add((manifest.upload, number))
+        return [self._answer(manifest, "need", chunks=[number])]
 
     def _complete(self, manifest: UploadManifest) -> Outgoing:
         """Verify a complete upload, and count or refuse it."""

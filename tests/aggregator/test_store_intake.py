@@ -186,18 +186,51 @@ def refused(a: Aggregator, manifest: UploadManifest, data: bytes, reason: str) -
     assert answer.kind == "done"
 
 
-def test_a_chunk_with_a_wrong_hash_or_index_refuses_the_upload(aggregator: Aggregator) -> None:
+def test_a_chunk_with_a_wrong_hash_length_or_index_is_dropped(aggregator: Aggregator) -> None:
+    """Chunks are not signed: a wrong one may be anybody's, and says nothing about the upload."""
     data = encode(update(aggregator.job), "f32")
-    wrong = [(0, split(data)[1]), (0, split(data)[0][:-1] + b"!"), (9999, b"")]
-    for examples, (index, chunk) in enumerate(wrong, start=1):
-        manifest = aggregator.manifest(data, examples=examples)
-        (need,) = aggregator.offer(manifest)  # a manifest that differs begins the upload anew
-        assert need.kind == "need"
-        (answer,) = aggregator.chunk(manifest, index, chunk)
-        assert answer.kind == "reject"
-        assert f"chunk {index}" in answer.reason
-        assert aggregator.chunk(manifest, index, chunk) == []
-    assert aggregator.counted() == []
+    chunks = split(data)
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    for index, wrong in [(0, chunks[0][:-1] + b"!"), (1, chunks[0][:9])]:
+        (need,) = aggregator.chunk(manifest, index, wrong)
+        assert (need.kind, need.upload, need.chunks) == ("need", manifest.upload, [index])
+    assert aggregator.chunk(manifest, 9999, b"") == []  # there is nothing to ask for
+    assert aggregator.heard() == ["device", "refused", "refused", "refused"]
+    assert "chunk 0 does not have the announced hash" in aggregator.events.getvalue()
+    (need,) = aggregator.offer(manifest)
+    assert need.chunks == list(range(len(chunks)))
+    (done,) = aggregator.deliver(manifest, data)
+    assert done.kind == "done"
+    assert aggregator.counted() == [manifest]
+
+
+def test_broken_chunks_without_end_are_asked_for_once_each(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    chunks = split(data)
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    aggregator.chunk(manifest, 1, chunks[1])
+    answers = [
+        answer
+        for _ in range(5)
+        for index in range(len(chunks))
+        for answer in aggregator.chunk(manifest, index, b"broken")
+    ]
+    missing = [0, *range(2, len(chunks))]
+    assert [a.chunks for a in answers] == [[index] for index in missing]
+    (need,) = aggregator.offer(manifest)  # as the device does when it hears nothing
+    assert need.chunks == missing
+    (done,) = aggregator.deliver(manifest, data)
+    assert done.kind == "done"
+
+
+def test_a_broken_chunk_of_a_round_that_is_over_is_not_asked_for(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    aggregator.store.set_round(RoundState(2, "open", 1, None))
+    assert aggregator.chunk(manifest, 0, b"broken") == []
 
 
 def test_chunks_that_nobody_announced_are_dropped(aggregator: Aggregator) -> None:
