@@ -16,6 +16,7 @@ from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.versions import first_version, load_version, write_version
 from protocol import topics
+from protocol.errors import TransportError
 from protocol.events import EventLog
 from protocol.messages import Job
 from protocol.signals import stop_on_signals
@@ -44,6 +45,8 @@ class Daemon:
         self._events = events
         self._exit_when_done = exit_when_done
         self._stopping = False
+        self._said_on = 0
+        """The connection on which the job was last published whole."""
         self._key = SigningKey.load_or_create(store.folder / "aggregator.key")
         self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}")
         self._intake = Intake(job, store, self._key, events)
@@ -61,6 +64,10 @@ class Daemon:
                 while not self._stopping:
                     self._serve_one()
                     self._step()
+            except TransportError:
+                # Asked to stop while the broker is away: what is unsaid is said at the next start.
+                if not self._stopping:
+                    raise
             finally:
                 self._link.close()
 
@@ -79,12 +86,8 @@ class Daemon:
         self._link.subscribe(
             [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
         )
+        self._say_everything()
         state = self._store.round()
-        manifest_now = self._store.version(state.version)
-        assert manifest_now is not None, "a round's version is committed before the round is"
-        self._publisher.version(manifest_now)
-        self._publisher.job()
-        self._publisher.round(state, self._policy.fraction)
         self._events.emit(
             "serving",
             job=job,
@@ -95,9 +98,22 @@ class Daemon:
             version=state.version,
         )
 
+    def _say_everything(self) -> None:
+        """Publish where the job stands, which a broker that was restarted may have forgotten."""
+        self._said_on = self._link.connection
+        state = self._store.round()
+        manifest = self._store.version(state.version)
+        assert manifest is not None, "a round's version is committed before the round is"
+        self._publisher.version(manifest)
+        self._publisher.job()
+        self._publisher.round(state, self._policy.fraction)
+
     # -- serve -----------------------------------------------------------------------------------
 
     def _serve_one(self) -> None:
+        if self._link.connected and self._link.connection != self._said_on:
+            self._events.emit("reconnected", connection=self._link.connection)
+            self._say_everything()
         incoming = self._link.receive(TICK_S)
         if incoming is None:
             return
@@ -187,6 +203,7 @@ class Daemon:
 
     def _stop(self) -> None:
         self._stopping = True
+        self._link.abandon()
 
     def _deadline(self) -> float:
         return time.time() + self._policy.deadline_s
