@@ -18,16 +18,18 @@ and the aggregator has none; on a machine without it, give the description that 
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from aggregator.errors import ConfigError
+from aggregator.errors import BadRuleSettings, ConfigError
 from aggregator.merge import rules
 from aggregator.rounds import Policy
 from protocol.messages import BaseModelInfo, Job
@@ -40,8 +42,6 @@ else:
 
 class PolicySettings(BaseModel):
     """How rounds are run; see aggregator.rounds.Policy."""
-
-    model_config = ConfigDict(extra="forbid")
 
     min_devices: int = Field(1, ge=1)
     quorum: int = Field(1, ge=1)
@@ -75,9 +75,7 @@ def build_job(fields: dict[str, Any], where: str) -> tuple[Job, Policy]:
         ConfigError: a field is missing, unknown or wrong.
     """
     fields = dict(fields)
-    unknown = fields.keys() - Job.model_fields.keys() - {"model", "policy"}
-    if unknown:
-        raise ConfigError(f"{where}: there is no setting {sorted(unknown)[0]!r}")
+    _refuse_unknown(fields, where)
     try:
         policy = PolicySettings.model_validate(fields.pop("policy", {})).policy()
     except ValidationError as error:
@@ -88,8 +86,49 @@ def build_job(fields: dict[str, Any], where: str) -> tuple[Job, Policy]:
         job = Job.model_validate({"scale": 2.0, **fields})
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first(error)}") from None
-    rules.find_rule(job.rule)
+    rule = rules.find_rule(job.rule)
+    if isinstance(rule, rules.Rule):
+        try:
+            rules.read_split(job.rule_settings)
+        except BadRuleSettings as error:
+            raise ConfigError(f"{where}: rule_settings: {error}") from None
     return job, policy
+
+
+def known_settings() -> dict[str, list[str]]:
+    """Return the names of the settings in each table of a job file; those at the top under ""."""
+    tables = {"": ["model", "policy", *Job.model_fields], "policy": [*PolicySettings.model_fields]}
+    for name, field in Job.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            tables[name] = [*field.annotation.model_fields]
+    return tables
+
+
+def _refuse_unknown(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse a setting that there is not.
+
+    On the wire a message may have fields that a later version added. A job file is written by hand
+    for this version: a name that is not known is a mistake.
+    """
+    tables = known_settings()
+    for table, known in tables.items():
+        given = fields.get(table) if table else fields
+        for name in given if isinstance(given, dict) else ():
+            if name not in known:
+                meant = _meant(table, name, tables)
+                hint = f"; did you mean {meant!r}?" if meant else ""
+                raise ConfigError(f"{where}: there is no setting {_dotted(table, name)!r}{hint}")
+
+
+def _meant(table: str, name: str, tables: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the setting that was meant, if one is near: in another table, or spelt much alike."""
+    elsewhere = [_dotted(other, name) for other, known in tables.items() if name in known]
+    alike = [_dotted(table, near) for near in difflib.get_close_matches(name, tables[table], n=1)]
+    return next(iter([*elsewhere, *alike]), None)
+
+
+def _dotted(table: str, name: str) -> str:
+    return f"{table}.{name}" if table else name
 
 
 def describe(model: str) -> BaseModelInfo:

@@ -14,8 +14,9 @@ from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
-from aggregator.versions import first_version, load_version, write_version
+from aggregator.versions import Versions, first_version
 from protocol import topics
+from protocol.errors import TransportError
 from protocol.events import EventLog
 from protocol.messages import Job
 from protocol.signals import stop_on_signals
@@ -44,9 +45,12 @@ class Daemon:
         self._events = events
         self._exit_when_done = exit_when_done
         self._stopping = False
+        self._said_on = 0
+        """The connection on which the job was last published whole."""
         self._key = SigningKey.load_or_create(store.folder / "aggregator.key")
         self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}")
-        self._intake = Intake(job, store, self._key, events)
+        self._versions = Versions(job, store)
+        self._intake = Intake(job, store, self._versions, self._key, events)
         self._publisher = Publisher(job, store, self._key, self._link)
 
     def run(self) -> None:
@@ -61,6 +65,10 @@ class Daemon:
                 while not self._stopping:
                     self._serve_one()
                     self._step()
+            except TransportError:
+                # Asked to stop while the broker is away: what is unsaid is said at the next start.
+                if not self._stopping:
+                    raise
             finally:
                 self._link.close()
 
@@ -69,9 +77,8 @@ class Daemon:
     def _start(self) -> None:
         self._store.bind_job(self._job.model_dump_json())
         if self._store.version(1) is None:
-            adapter = first_version(self._job)
-            manifest = write_version(self._job, self._store, adapter, version=1, parent=None)
-            self._store.add_version(manifest)
+            first = self._versions.write(first_version(self._job), version=1, parent=None)
+            self._store.add_version(first)
             self._store.set_round(RoundState(0, "waiting", 1, None))
         self._link.connect()
         job = self._job.job
@@ -79,12 +86,8 @@ class Daemon:
         self._link.subscribe(
             [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
         )
+        self._say_everything()
         state = self._store.round()
-        manifest_now = self._store.version(state.version)
-        assert manifest_now is not None, "a round's version is committed before the round is"
-        self._publisher.version(manifest_now)
-        self._publisher.job()
-        self._publisher.round(state, self._policy.fraction)
         self._events.emit(
             "serving",
             job=job,
@@ -97,9 +100,22 @@ class Daemon:
             version=state.version,
         )
 
+    def _say_everything(self) -> None:
+        """Publish where the job stands, which a broker that was restarted may have forgotten."""
+        self._said_on = self._link.connection
+        state = self._store.round()
+        manifest = self._store.version(state.version)
+        assert manifest is not None, "a round's version is committed before the round is"
+        self._publisher.version(manifest)
+        self._publisher.job()
+        self._publisher.round(state, self._policy.fraction)
+
     # -- serve -----------------------------------------------------------------------------------
 
     def _serve_one(self) -> None:
+        if self._link.connected and self._link.connection != self._said_on:
+            self._events.emit("reconnected", connection=self._link.connection)
+            self._say_everything()
         incoming = self._link.receive(TICK_S)
         if incoming is None:
             return
@@ -134,14 +150,10 @@ class Daemon:
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""
         started = time.monotonic()
-        merged = merge_round(self._job, self._store, state)
+        merged = merge_round(self._job, self._store, self._versions, state)
         seconds = time.monotonic() - started
-        manifest = write_version(
-            self._job,
-            self._store,
-            merged.adapter,
-            version=state.version + 1,
-            parent=state.version,
+        manifest = self._versions.write(
+            merged.adapter, version=state.version + 1, parent=state.version
         )
         last = state.number >= self._job.rounds
         after = RoundState(
@@ -189,19 +201,20 @@ class Daemon:
 
     def _stop(self) -> None:
         self._stopping = True
+        self._link.abandon()
 
     def _deadline(self) -> float:
         return time.time() + self._policy.deadline_s
 
 
-def merge_round(job: Job, store: Store, state: RoundState) -> Merged:
+def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
     """Merge the counted updates of a round by the job's rule."""
     updates = [
-        read_update(job, store, manifest, store.update_file(manifest).read_bytes())
+        read_update(job, versions, manifest, store.update_file(manifest).read_bytes())
         for manifest in store.uploads_of(state.number, "counted")
     ]
     view = RoundView(
-        load_version(job, store, state.version),
+        versions.load(state.version),
         updates,
         job.base.modules,
         job.rank,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from aggregator.errors import StoreError
 from aggregator.store import Store
-from aggregator.versions import load_version
+from aggregator.versions import Versions
 from protocol.files import write_peft
 from protocol.messages import Job
 
@@ -28,7 +28,7 @@ def export_adapter(state: Path, out: Path, *, version: int | None = None) -> int
     if store.version(number) is None:
         raise StoreError(f"there is no version {number} in {state}")
     try:
-        write_peft(load_version(job, store, number), out, base_model=job.base.name)
+        write_peft(Versions(job, store).load(number), out, base_model=job.base.name)
     except OSError as error:
         raise StoreError(f"can't write the adapter to {out}: {error}") from None
     return number

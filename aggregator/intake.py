@@ -1,7 +1,8 @@
 """Messages from devices: read, checked, stored, answered.
 
 Every check of docs/protocol.md stands here or in what this calls. A bad upload is refused with a
-reason and never stops a round; a message that can't be read is dropped and logged.
+reason and never stops a round; a message that can't be read is dropped and logged, and so is a
+chunk that its manifest does not know, for anybody may have sent it.
 """
 
 from __future__ import annotations
@@ -11,29 +12,34 @@ import numpy as np
 from aggregator.merge import Update
 from aggregator.merge.lowrank import gram
 from aggregator.store import Store
-from aggregator.versions import load_version
+from aggregator.versions import Versions
 from protocol import topics
 from protocol.adapter import add, module_directions, select
-from protocol.bands import factor_shapes, from_tensors
+from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
-from protocol.tensors import bytes_each, decode
+from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
-HEADER_ALLOWANCE_BYTES = 1 << 20
 Outgoing = list[tuple[str, bytes]]
 
 
 class Intake:
     """Take what devices send for one job, and say what to answer."""
 
-    def __init__(self, job: Job, store: Store, key: SigningKey, events: EventLog) -> None:
+    def __init__(
+        self, job: Job, store: Store, versions: Versions, key: SigningKey, events: EventLog
+    ) -> None:
         self._job = job
         self._store = store
+        self._versions = versions
         self._key = key
         self._events = events
+        self._asked_round = 0
+        self._asked: set[tuple[str, int]] = set()
+        """Chunks of this round that came broken and were asked for again: upload, index."""
 
     def handle(self, topic: str, payload: bytes) -> Outgoing:
         """Deal with one message; when this returns, what it asked for is committed."""
@@ -45,8 +51,7 @@ class Intake:
             if found.kind == "upload_manifest":
                 return self._manifest(device, topic, payload)
             if found.kind == "upload_chunk":
-                number = int(found.fields["index"])
-                return self._chunk(device, found.fields["upload"], number, payload)
+                return self._chunk(device, topic, payload)
         except (ProtocolError, KeyError) as error:
             self._events.emit("refused", topic=topic, reason=str(error))
         return []
@@ -92,7 +97,9 @@ class Intake:
         self._store.expect_upload(manifest)
         return self._go_on(manifest)
 
-    def _chunk(self, device: str, upload: str, number: int, payload: bytes) -> Outgoing:
+    def _chunk(self, device: str, topic: str, payload: bytes) -> Outgoing:
+        fields = topics.match(topic).fields
+        upload, number = fields["upload"], int(fields["index"])
         known = self._store.upload(upload)
         if known is None or known.manifest.device != device or known.state != "receiving":
             return []
@@ -101,7 +108,8 @@ class Intake:
         try:
             check_chunk(number, payload, info.chunks, info.chunk_bytes, info.bytes)
         except BadChunk as error:
-            return self._reject(manifest, str(error))
+            self._events.emit("refused", topic=topic, reason=str(error))
+            return self._ask_again(manifest, number)
         self._store.add_chunk(upload, number, payload)
         missing = self._store.missing_chunks(manifest)
         return [] if missing else self._complete(manifest)
@@ -114,16 +122,31 @@ class Intake:
             return self._complete(manifest)
         return [self._answer(manifest, "need", chunks=missing)]
 
+    def _ask_again(self, manifest: UploadManifest, number: int) -> Outgoing:
+        """Ask for a chunk that came broken: once, after that when the device offers again.
+
+        Chunks are not signed. Whoever can write to the topic can send broken ones without end; that
+        must neither cost the device its update nor have it send one without end.
+        """
+        now = self._store.round()
+        if self._asked_round != now.number:
+            self._asked_round, self._asked = now.number, set()
+        asked = (manifest.upload, number) in self._asked
+        if asked or self._unfit(manifest) or number not in self._store.missing_chunks(manifest):
+            return []
+        self._asked.add((manifest.upload, number))
+        return [self._answer(manifest, "need", chunks=[number])]
+
     def _complete(self, manifest: UploadManifest) -> Outgoing:
         """Verify a complete upload, and count or refuse it."""
         if why := self._unfit(manifest):
             return self._reject(manifest, why)
         try:
             data = self._store.assembled(manifest)
-            update = read_update(self._job, self._store, manifest, data)
+            update = read_update(self._job, self._versions, manifest, data)
         except (BadTensors, BadChunk) as error:
             return self._reject(manifest, str(error))
-        change = update_norm(self._job, self._store, manifest, update)
+        change = update_norm(self._versions, manifest, update)
         if not change <= self._job.limits.update_norm:
             return self._reject(
                 manifest, f"its norm {change:.3g} is over {self._job.limits.update_norm:.3g}"
@@ -151,8 +174,8 @@ class Intake:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
-        numbers = sum(a * b for a, b in upload_shapes(self._job, manifest).values())
-        largest = numbers * bytes_each(manifest.encoding) + HEADER_ALLOWANCE_BYTES
+        shapes = {s.name: s.shape for s in upload_stacks(self._job, manifest)}
+        largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
         if manifest.file.bytes > min(largest, self._job.limits.upload_bytes):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
         return ""
@@ -184,10 +207,10 @@ class Intake:
         return topic, self._key.seal(message, topic)
 
 
-def upload_shapes(job: Job, manifest: UploadManifest) -> dict[str, tuple[int, int]]:
-    """Return the tensor names and shapes that an upload must have."""
+def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
+    """Return the tensors that an upload must have."""
     ranks = {name: len(at) for name, at in upload_directions(job, manifest).items()}
-    return factor_shapes(job.base.modules, ranks)
+    return stacks(job.base.modules, ranks)
 
 
 def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
@@ -204,21 +227,21 @@ def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarra
     )
 
 
-def read_update(job: Job, store: Store, manifest: UploadManifest, data: bytes) -> Update:
+def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:
     """Return what an upload's bytes say: absolute factors of the directions it trained.
 
     Raises:
         BadTensors: they are not what the manifest and the job imply.
     """
-    tensors = decode(data, upload_shapes(job, manifest), manifest.encoding)
-    change = from_tensors(tensors, job.base.modules, job.scale)
     chosen = upload_directions(job, manifest)
-    before = select(load_version(job, store, manifest.version), chosen)
+    ranks = {name: len(at) for name, at in chosen.items()}
+    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding)
+    before = select(versions.load(manifest.version), chosen)
     return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
 
 
-def update_norm(job: Job, store: Store, manifest: UploadManifest, update: Update) -> float:
+def update_norm(versions: Versions, manifest: UploadManifest, update: Update) -> float:
     """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
-    before = select(load_version(job, store, manifest.version), update.directions)
+    before = select(versions.load(manifest.version), update.directions)
     products = gram([update.adapter, before])
     return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))

@@ -71,7 +71,6 @@ def _replay(
     settings: list[str] | None,
     as_json: bool,
 ) -> None:
-    import signal
     from dataclasses import replace
 
     from device_profiles.fleet import demo_fleet, merge_settings, read_fleet
@@ -79,8 +78,6 @@ def _replay(
     from device_profiles.watch import Watch
     from protocol.transport import BrokerAddress
 
-    # A terminated replay ends its processes, as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if broker:
         BrokerAddress.parse(broker)
     job = parse_settings(settings or [])

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from device_profiles.errors import ReplayError
+from protocol.signals import stop_on_signals
 
 Event = dict[str, Any]
 GRACE_S = 10.0
@@ -48,7 +49,7 @@ class Processes:
         self._threads.append(thread)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield events as they come, until `timeout_s` has passed in all.
+        """Yield events as they come, a good `exit` among them, until `timeout_s` has passed in all.
 
         Raises:
             ReplayError: the time is up, or a process ended with an error; says what it said.
@@ -65,13 +66,21 @@ class Processes:
             if event["event"] == "exit":
                 if event["status"] != 0:
                     raise ReplayError(f"{event['process']} failed: {self._last_words(event)}")
+                yield event
                 continue
             json.dump(event, self._log)
             self._log.write("\n")
             yield event
 
     def stop(self) -> None:
-        """End what still runs: first kindly, then not; `start`ed processes only."""
+        """End what still runs: first kindly, then not; `start`ed processes only.
+
+        A second Ctrl-C, from somebody impatient, does not keep it from ending them all.
+        """
+        with stop_on_signals(lambda: None):
+            self._stop()
+
+    def _stop(self) -> None:
         for process in self._running.values():
             if process.poll() is None:
                 process.terminate()

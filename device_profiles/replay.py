@@ -73,6 +73,10 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     with Processes(out / "events.jsonl", out / "logs") as processes:
         _start_aggregator(processes, options, out)
         for event in processes.events(TIMEOUT_S):
+            if event["event"] == "exit":
+                if event["process"] not in history.finished:
+                    raise ReplayError(f"{event['process']} was stopped before the job was done")
+                continue
             history.take(event)
             on_event(event)
             if event["event"] == "serving":

@@ -8,7 +8,9 @@ Messages only change what the agent knows (`_take`); what is to be done follows 
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Mapping
+from contextlib import suppress
 
 from edge_client.config import Settings
 from edge_client.discover import discover_job
@@ -23,7 +25,7 @@ from edge_client.trainer.worker import Text
 from protocol import topics
 from protocol.adapter import Adapter
 from protocol.bands import parse_band, to_tensors
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
 from protocol.files import write_durably, write_peft
 from protocol.messages import (
@@ -84,8 +86,12 @@ class Agent:
                         # broker up while it is dealt with.
                         self._connection.ack(incoming)
                         self._take(incoming)
-                    else:
+                    elif self._connection.connected:
                         self._advance()
+            except (EdgeError, TransportError):
+                # Asked to stop, the agent ends what it waits for: that is no failure.
+                if not self._stopping:
+                    raise
             finally:
                 self._close()
 
@@ -132,7 +138,8 @@ class Agent:
             text = Text(self._settings.data, self._settings.seed)
             learner = Learner(job, self._settings.name, model, text, plan)
         except EdgeError as error:
-            self._say("unfit", detail=str(error)[:500])
+            if not self._stopping:
+                self._say("unfit", detail=str(error)[:500])
             raise
         self._plan, self._learner = plan, learner
         self._rank_start = plan.rank
@@ -192,6 +199,8 @@ class Agent:
                 "round", round=now.number, rounds=self._job.rounds if self._job else 0
             )
         self._round = now
+        # It may be said again by an aggregator that has missed what was offered to it.
+        self._sender.offer_again()
 
     def _on_manifest(self, manifest: GlobalManifest) -> None:
         wanted = self._round.version if self._round else None
@@ -230,7 +239,8 @@ class Agent:
         if message.kind == "reject":
             self._events.emit("rejected", round=pending.manifest.round, reason=message.reason)
         self._bytes()
-        self._say("idle")
+        if self._job is not None:  # the answer to an update from before a restart comes first
+            self._say("idle")
 
     # -- what is to be done ----------------------------------------------------------------------
 
@@ -386,7 +396,7 @@ class Agent:
                 "detail": detail,
             }
         )
-        self._connection.publish(topic, self._key.seal(status, topic), retain=True).check()
+        self._connection.announce(topic, self._key.seal(status, topic))
         self._events.emit("state", state=state)
 
     def _bytes(self) -> None:
@@ -395,13 +405,19 @@ class Agent:
         )
 
     def _stop(self) -> None:
+        """Stop now: a round's training, of hours perhaps, is given up and begun anew later."""
         self._stopping = True
+        if self._link is not None:
+            self._link.abandon()
+        for process in multiprocessing.active_children():
+            process.kill()
 
     def _close(self) -> None:
         if self._learner is not None:
             self._learner.stop()
         if self._link is not None:
-            if self._job is not None and self._link.connection:
-                self._say("stopped")
+            if self._job is not None and self._link.connected:
+                with suppress(TransportError):  # the will says it then
+                    self._say("stopped")
             self._link.close()
         self._outbox.close()

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from protocol.adapter import Adapter
-from protocol.bands import Band, affordable, band_shapes, bands, covering, from_tensors, join
+from protocol.bands import Band, affordable, band_ranks, bands, covering, join, read_adapter
 from protocol.chunks import assemble, check_chunk
 from protocol.errors import MalformedMessage
 from protocol.messages import GlobalManifest, Job
-from protocol.tensors import bytes_each, decode
+from protocol.tensors import bytes_each
 
 
 def wanted_bands(job: Job, *, rank: int, held: int, byte_budget: float) -> list[Band]:
@@ -85,6 +85,7 @@ class Download:
             chunks = self._chunks[band]
             data = assemble((chunks[i] for i in sorted(chunks)), info.bytes, info.sha256)
             shapes = self.job.base.modules
-            tensors = decode(data, band_shapes(shapes, band), self.manifest.encoding)
-            parts[band] = from_tensors(tensors, shapes, self.job.scale)
+            parts[band] = read_adapter(
+                data, shapes, band_ranks(shapes, band), self.job.scale, self.manifest.encoding
+            )
         return join(parts, self.job.scale)

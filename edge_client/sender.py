@@ -44,6 +44,10 @@ class Sender:
         )
         self._link.publish(topic, self._key.seal(manifest, topic)).check()
 
+    def offer_again(self) -> None:
+        """Let the next `offer` be made at once."""
+        self._offered = ("", 0, 0.0)
+
     def send_chunks(self, pending: Pending, wanted: Sequence[int]) -> None:
         """Send the chunks that the aggregator says are missing.
 

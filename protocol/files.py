@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from protocol.adapter import Adapter
-from protocol.bands import to_tensors
 from protocol.tensors import encode
 
 
@@ -54,9 +53,15 @@ def write_peft(adapter: Adapter, folder: Path, *, base_model: str) -> None:
         "use_dora": False,
         "inference_mode": True,
     }
-    tensors = encode(to_tensors(Adapter(layers, adapter.scale)), "f32")
-    write_durably(folder / "adapter_model.safetensors", tensors)
+    tensors = {_tensor_name(name, "A"): f.a for name, f in layers.items()}
+    tensors |= {_tensor_name(name, "B"): f.b for name, f in layers.items()}
+    write_durably(folder / "adapter_model.safetensors", encode(tensors, "f32"))
     write_durably(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def _tensor_name(module: str, factor: str) -> str:
+    """Return PEFT's name of a factor."""
+    return f"base_model.model.{module}.lora_{factor}.weight"
 
 
 def _exactly(module: str) -> str:

@@ -1,15 +1,16 @@
 """Tensors as bytes: safetensors in three encodings, read only after its header was believed.
 
-`f32` and `bf16` are plain safetensors. `int8` stores each row as int8 with a float32 scale of its
-own in a second tensor named `{name}.row_scale`; what it loses is for the sender to carry on
-(error feedback). https://huggingface.co/docs/safetensors describes the file format.
+`f32` and `bf16` are plain safetensors. `int8` stores each row (of the last axis) as int8 with a
+float32 scale of its own in a second tensor named `{name}.row_scale`; what its rounding loses is
+lost. https://huggingface.co/docs/safetensors describes the file format.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ from protocol.errors import BadTensors
 Encoding = Literal["f32", "bf16", "int8"]
 HEADER_LIMIT_BYTES = 1 << 20
 ROW_SCALE = ".row_scale"
+Parts = Mapping[str, Sequence[str]]
+"""Tensor name → what people call each of its parts along the first axis."""
+NO_PARTS: Parts = MappingProxyType({})
 _SIZE = {"F32": 4, "BF16": 2, "I8": 1}
 _DTYPE = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
 
@@ -27,6 +31,12 @@ _DTYPE = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
 def bytes_each(encoding: Encoding) -> int:
     """Return the bytes that one number takes, row scales and header aside."""
     return {"f32": 4, "bf16": 2, "int8": 1}[encoding]
+
+
+def tensor_bytes(expected: Mapping[str, tuple[int, ...]], encoding: Encoding) -> int:
+    """Return the bytes of a file's tensors, row scales included, its header aside."""
+    announced = _announced(expected, encoding).values()
+    return sum(math.prod(shape) * _SIZE[dtype] for dtype, shape in announced)
 
 
 def encode(tensors: Mapping[str, np.ndarray], encoding: Encoding) -> bytes:
@@ -55,12 +65,17 @@ def encode(tensors: Mapping[str, np.ndarray], encoding: Encoding) -> bytes:
 
 
 def decode(
-    data: bytes | memoryview, expected: Mapping[str, tuple[int, ...]], encoding: Encoding
+    data: bytes | memoryview,
+    expected: Mapping[str, tuple[int, ...]],
+    encoding: Encoding,
+    *,
+    parts: Parts = NO_PARTS,
 ) -> dict[str, np.ndarray]:
     """Return the float32 tensors of a file from a stranger.
 
     Before any tensor is read the header must be within its limit and hold exactly the `expected`
-    names, with their shapes and the dtypes of `encoding`, laid out without gap or overlap.
+    names, with their shapes and the dtypes of `encoding`, laid out without gap or overlap. Errors
+    name the `parts` of a tensor too.
 
     Raises:
         BadTensors: something is not as announced, or a value is NaN or infinite.
@@ -68,17 +83,19 @@ def decode(
     view = memoryview(data)
     announced = _announced(expected, encoding)
     places, start = _header(view)
-    if extra := places.keys() - announced.keys():
-        raise BadTensors(f"tensor {min(extra)!r} is not part of this job and rank")
-    if missing := announced.keys() - places.keys():
-        raise BadTensors(f"tensor {min(missing)!r} is missing")
-    _check_layout(places, announced, len(view) - start)
+    missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
+    extra = [f"tensor {n!r} is not part of this job and rank" for n in places if n not in announced]
+    if missing or extra:
+        raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
+    _check_layout(places, announced, len(view) - start, parts)
     raw = {name: view[start + a : start + b] for name, (_, _, a, b) in places.items()}
     tensors = {}
     for name, shape in expected.items():
         tensor = _read(name, shape, raw, encoding)
-        if not np.isfinite(tensor).all():
-            raise BadTensors(f"tensor {name!r} has a value that is not finite")
+        finite = np.isfinite(tensor)
+        if not finite.all():
+            first = int(np.unravel_index(np.argmin(finite), shape)[0])
+            raise BadTensors(f"{_called(name, parts, first)} has a value that is not finite")
         tensors[name] = tensor
     return tensors
 
@@ -90,7 +107,7 @@ def round_trip(tensor: np.ndarray, encoding: Encoding) -> np.ndarray:
         return _from_bf16(_to_bf16(values))
     if encoding == "int8":
         codes, scales = _to_int8(values)
-        restored: np.ndarray = codes.astype(np.float32) * scales[:, None]
+        restored: np.ndarray = codes.astype(np.float32) * scales[..., None]
         return restored
     return values
 
@@ -107,8 +124,18 @@ def _announced(
         name: (dtype, tuple(shape)) for name, shape in expected.items()
     }
     if encoding == "int8":
-        announced |= {name + ROW_SCALE: ("F32", (shape[0],)) for name, shape in expected.items()}
+        announced |= {name + ROW_SCALE: ("F32", shape[:-1]) for name, shape in expected.items()}
     return announced
+
+
+def _called(name: str, parts: Parts, part: int | None = None) -> str:
+    """Return how an error names a tensor: with one of its parts, or the first and their number."""
+    known = parts.get(name.removesuffix(ROW_SCALE), ())
+    if not known:
+        return f"tensor {name!r}"
+    if part is not None:
+        return f"tensor {name!r} ({known[part]})"
+    return f"tensor {name!r} ({known[0]}{f' and {len(known) - 1} more' if len(known) > 1 else ''})"
 
 
 def _header(view: memoryview) -> tuple[dict[str, Place], int]:
@@ -151,16 +178,17 @@ def _check_layout(
     places: Mapping[str, Place],
     announced: Mapping[str, tuple[str, tuple[int, ...]]],
     data_bytes: int,
+    parts: Parts,
 ) -> None:
     for name, (dtype, shape) in announced.items():
         theirs, their_shape, first, last = places[name]
         if (theirs, their_shape) != (dtype, shape):
             raise BadTensors(
-                f"tensor {name!r} is {theirs} {their_shape}, this job and rank imply "
+                f"{_called(name, parts)} is {theirs} {their_shape}, this job and rank imply "
                 f"{dtype} {shape}"
             )
         if last - first != math.prod(shape) * _SIZE[dtype]:
-            raise BadTensors(f"tensor {name!r} has {last - first} bytes for shape {shape}")
+            raise BadTensors(f"{_called(name, parts)} has {last - first} bytes for shape {shape}")
     end = 0
     for _, _, first, last in sorted(places.values(), key=lambda place: place[2]):
         if first != end:
@@ -178,9 +206,9 @@ def _read(
     if encoding == "bf16":
         return _from_bf16(np.frombuffer(raw[name], "<u2")).reshape(shape)
     codes = np.frombuffer(raw[name], np.int8).reshape(shape)
-    scales = np.frombuffer(raw[name + ROW_SCALE], "<f4")
+    scales = np.frombuffer(raw[name + ROW_SCALE], "<f4").reshape(shape[:-1])
     with np.errstate(over="ignore", invalid="ignore"):  # `decode` refuses what comes of it
-        restored: np.ndarray = codes.astype(np.float32) * scales[:, None]
+        restored: np.ndarray = codes.astype(np.float32) * scales[..., None]
     return restored
 
 
@@ -197,7 +225,7 @@ def _from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def _to_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes (n, m) int8 and the scale of each row (n,) float32; a row of zeros has 0."""
-    scales = (np.abs(values).max(axis=1, initial=0.0) / 127).astype(np.float32)
+    """Return codes (…, m) int8 and the scale of each row (…) float32; a row of zeros has 0."""
+    scales = (np.abs(values).max(axis=-1, initial=0.0) / 127).astype(np.float32)
     safe = np.where(scales > 0, scales, 1)
-    return np.rint(values / safe[:, None]).clip(-127, 127).astype(np.int8), scales
+    return np.rint(values / safe[..., None]).clip(-127, 127).astype(np.int8), scales

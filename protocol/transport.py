@@ -11,12 +11,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -30,6 +31,8 @@ QUEUE_LIMIT = 256
 SESSION_EXPIRY_S = 7 * 24 * 3600
 KEEPALIVE_S = 30
 RETRIES = 2
+SESSION_TAKEN_OVER = 0x8E
+"""MQTT 5's reason for hanging up on a client when another one connects with its id."""
 MQTT5_PATIENCE_S = 2.5
 """How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
 
@@ -136,6 +139,9 @@ class MqttTransport:
         self._resubscribed = 0
         self._connected = False
         self._refused = ""
+        self._taken_over = False
+        self._abandoned = False
+        self._announcement: tuple[str, bytes] | None = None
         self._packet_limit: int | None = None
         self._closed = threading.Event()
         self._client: paho.Client | None = None
@@ -146,6 +152,11 @@ class MqttTransport:
     @property
     def mqtt5(self) -> bool:
         return self._client is not None and self._client._protocol == paho.MQTTv5
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now; if not, paho is trying to get one."""
+        return self._connected
 
     def connect(self, timeout_s: float = 10.0) -> None:
         """Connect, trying the protocol versions in turn, again if the broker hangs up.
@@ -186,14 +197,34 @@ class MqttTransport:
         if not new:
             return
         before = self.connection
-        result, message_id = self._live().subscribe([(f, QOS) for f in new])
+        _, message_id = self._live().subscribe([(f, QOS) for f in new])
         self._expect(
             # ... or a later connection, on which everything is subscribed to again
             lambda: message_id in self._granted or self._resubscribed > before,
             timeout_s,
             "SUBSCRIBE",
-            result,
         )
+
+    def announce(self, topic: str, payload: bytes) -> None:
+        """Publish a retained message, now and after every reconnection, until the next one.
+
+        Without a connection it goes out with the next. What the will may have said in between is
+        so put right by a client that is busy with other things.
+
+        Raises:
+            TransportError: the broker did not answer in time.
+            DeliveryRefused: it refused the message.
+        """
+        self._announcement = (topic, payload)
+        if self._connected:
+            self.publish(topic, payload, retain=True).check()
+
+    def abandon(self) -> None:
+        """Let nobody wait for a broker that is away any longer: who waits gets a TransportError.
+
+        It may be called from a signal handler. While there is a connection it changes nothing.
+        """
+        self._abandoned = True
 
     def unsubscribe(self, filters: list[str]) -> None:
         """Stop receiving what `filters` named."""
@@ -207,7 +238,8 @@ class MqttTransport:
         """Publish with QoS 1 and return the broker's verdict.
 
         Raises:
-            TransportError: the broker did not answer in time; paho goes on trying.
+            TransportError: the broker did not answer in time; paho goes on trying. Time without
+                a connection does not count, for on the next one everything is sent again.
         """
         return self.publish_all([(topic, payload)], retain=retain, timeout_s=timeout_s)[0]
 
@@ -266,11 +298,18 @@ class MqttTransport:
             self._state.notify_all()
         if not code.is_failure and self._filters:
             _, self._resubscription = client.subscribe([(f, QOS) for f in self._filters])
+        if not code.is_failure and self._announcement:
+            client.publish(*self._announcement, qos=QOS, retain=True)
 
-    def _on_disconnect(self, *arguments: Any) -> None:
+    def _on_disconnect(
+        self, client: paho.Client, _: Any, __: Any, code: ReasonCode, ___: Any
+    ) -> None:
         with self._state:
             self._connected = False
-            self._refused = self._refused or str(arguments[-2])
+            self._refused = self._refused or str(code)
+            if code.value == SESSION_TAKEN_OVER:
+                self._taken_over = True
+                client.disconnect()  # coming back would end the other, which would come back …
             self._state.notify_all()
 
     def _on_socket_close(self, *_: Any) -> None:
@@ -331,6 +370,11 @@ class MqttTransport:
 
     def _live(self) -> paho.Client:
         client = self._client
+        if self._taken_over:
+            raise TransportError(
+                f"another program has connected to {self.address} as {self.client_id!r}; only one "
+                "may: end the other, or give one of them another name"
+            )
         if client is None or client._thread is None or not client._thread.is_alive():
             raise TransportError(f"the connection to {self.address} has ended")
         return client
@@ -353,21 +397,18 @@ class MqttTransport:
             code = self._verdicts.pop(message_id)
         return Delivery(topic, str(code) if code.is_failure else "")
 
-    def _expect(
-        self,
-        happened: Any,
-        timeout_s: float,
-        what: str,
-        result: MQTTErrorCode = MQTTErrorCode.MQTT_ERR_SUCCESS,
-    ) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _expect(self, happened: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait until something has happened; only time with a connection counts."""
+        left = timeout_s
         with self._state:
             while not happened():
-                left = deadline - time.monotonic()
-                if left <= 0 or result == MQTTErrorCode.MQTT_ERR_NO_CONN:
+                if left <= 0 or (self._abandoned and not self._connected):
                     raise TransportError(f"{self.address} did not answer to {what} in time")
                 self._live()
+                since = time.monotonic()
                 self._state.wait(min(left, 1.0))
+                if self._connected:
+                    left -= time.monotonic() - since
 
 
 def _start(version: int) -> dict[str, Any]:

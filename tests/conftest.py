@@ -29,11 +29,13 @@ MOSQUITTO = shutil.which("mosquitto") or shutil.which(
 
 
 @contextmanager
-def running_mosquitto(folder: Path, settings: str = "") -> Iterator[BrokerAddress]:
-    """Run a mosquitto of one's own on a free loopback port, with more lines of configuration."""
+def running_mosquitto(
+    folder: Path, settings: str = "", *, port: int = 0
+) -> Iterator[BrokerAddress]:
+    """Run a mosquitto of one's own on a loopback port (0: a free one), with more settings."""
     if MOSQUITTO is None:
         pytest.skip("mosquitto is not installed")
-    address = BrokerAddress("127.0.0.1", free_port())
+    address = BrokerAddress("127.0.0.1", port or free_port())
     folder.mkdir(parents=True, exist_ok=True)
     config, log = folder / "mosquitto.conf", folder / "mosquitto.log"
     # Started as root it would become another user, who may not read pytest's folders.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -24,7 +25,14 @@ class TrainingProcess:
         self._process: BaseProcess = context.Process(
             target=serve, args=(theirs,), name="training", daemon=True
         )
-        self._process.start()
+        # A child inherits which signals are blocked: Ctrl-C, which a terminal sends to both, is
+        # the agent's to deal with. The tracker, if it were started here, would undo that.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def call(

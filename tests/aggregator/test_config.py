@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from aggregator.config import build_job, read_job
+from aggregator.config import build_job, known_settings, read_job
 from aggregator.errors import AggregatorError, ConfigError
 from aggregator.rounds import Policy
-from protocol.messages import BaseModelInfo
+from protocol.messages import BaseModelInfo, Job, Message
 
 BASE = BaseModelInfo(
     name="toy", sha256="0" * 64, parameters=1000, modules={"model.layers.0.q": (8, 6)}
@@ -82,6 +82,7 @@ def test_the_same_in_json(tmp_path: Path, description: Path) -> None:
         ("[pruning]\ngamma = 1.0", "pruning.gamma"),
         ("rounds = = 3", "job.toml"),
         ('rule = "no-such-rule"', "no-such-rule"),
+        ("[rule_settings]\nsplt = 1", "rule_settings: the rule has no setting 'splt'"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_it(
@@ -93,6 +94,56 @@ def test_what_is_wrong_is_one_line_that_names_it(
         assert isinstance(caught.value, ConfigError)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "unknown", "meant"),
+    [
+        ("ruunds = 2", "ruunds", "rounds"),
+        ("[training]\nstps = 2", "training.stps", "training.steps"),
+        ("[pruning]\nrank-min = 2", "pruning.rank-min", "pruning.rank_min"),
+        ("[limits]\nupload_byte = 2", "limits.upload_byte", "limits.upload_bytes"),
+        ("[policy]\nquorums = 2", "policy.quorums", "policy.quorum"),
+        ("[training]\nsteps = 2\nrounds = 2", "training.rounds", "rounds"),  # a slip in TOML
+        ("steps = 2", "steps", "training.steps"),
+        ('"training.steps" = 2', "training.steps", "training"),  # a name with a dot in it
+        ("[training]\ncolour = 1", "training.colour", None),
+        ("[training]\n'' = 1", "training.", None),
+    ],
+)
+def test_a_setting_that_there_is_not_is_refused_with_the_nearest(
+    tmp_path: Path, description: Path, more: str, unknown: str, meant: str | None
+) -> None:
+    path = written(tmp_path, toml(description, more))
+    with pytest.raises(ConfigError) as caught:
+        read_job(path)
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    assert str(caught.value) == f"{path}: there is no setting {unknown!r}{hint}"
+
+
+def test_an_inline_description_is_checked_too() -> None:
+    base = {**BASE.model_dump(), "module": {}}
+    with pytest.raises(ConfigError, match=r"'base\.module'; did you mean 'base\.modules'\?"):
+        build_job({"job": "notes", "base": base}, "here")
+
+
+def test_no_table_escapes_the_check() -> None:
+    """Every message inside a job is a table of its own, and has no message in it again."""
+    tables = known_settings()
+    inner = [f.annotation for f in Job.model_fields.values()]
+    models = [m for m in inner if isinstance(m, type) and issubclass(m, Message)]
+    assert len(tables) == len(models) + 2
+    for model in models:
+        kinds = [f.annotation for f in model.model_fields.values()]
+        assert not any(isinstance(k, type) and issubclass(k, Message) for k in kinds)
+
+
+def test_on_the_wire_unknown_fields_are_still_ignored() -> None:
+    """So that a later version may add some."""
+    job, _ = build_job({"job": "notes", "base": BASE.model_dump()}, "here")
+    sent = job.model_dump() | {"colour": 1}
+    sent["training"] |= {"momentum": 0.9}
+    assert Job.model_validate_json(json.dumps(sent)) == job
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "5", "null", '"job"', "{", "[" * 50_000])

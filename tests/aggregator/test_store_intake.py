@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aggregator.errors import StoreError
-from aggregator.intake import upload_shapes
+from aggregator.intake import upload_stacks
 from aggregator.rounds import RoundState
 from protocol import topics
 from protocol.chunks import split
@@ -52,7 +52,7 @@ def test_an_update_is_asked_for_taken_and_counted_once(aggregator: Aggregator) -
     assert aggregator.heard().count("counted") == 1
     kept = aggregator.store.update_file(manifest).read_bytes()
     assert kept == data
-    found = decode(kept, upload_shapes(aggregator.job, manifest), "f32")
+    found = decode(kept, {s.name: s.shape for s in upload_stacks(aggregator.job, manifest)}, "f32")
     assert all(np.array_equal(found[n], t) for n, t in tensors.items())
 
 
@@ -63,6 +63,17 @@ def test_every_encoding_is_taken(tmp_path: Path, encoding: Encoding) -> None:
     data = encode(update(made.job), encoding)
     (answer,) = made.deliver(made.manifest(data), data)
     assert answer.kind == "done"
+    made.store.close()
+
+
+def test_row_scales_may_be_larger_than_the_codes(tmp_path: Path) -> None:
+    """At rank 2 each row of B has 2 bytes of codes and 4 of scale: over a MiB in a large model."""
+    base = {"name": "toy", "sha256": "0" * 64, "parameters": 1, "modules": {"m": (300_000, 4)}}
+    made = Aggregator(tmp_path, make_job("int8", base=base))
+    made.greet()
+    data = encode({"A.2x4": np.zeros((1, 2, 4)), "B.300000x2": np.zeros((1, 300_000, 2))}, "int8")
+    (answer,) = made.deliver(made.manifest(data, rank=2, rank_trained=2), data)
+    assert (answer.kind, answer.reason) == ("done", "")
     made.store.close()
 
 
@@ -101,8 +112,8 @@ def test_other_bytes_under_the_same_upload_begin_it_anew(aggregator: Aggregator)
         ({"round": 0}, "round 0 is over"),
         ({"held": 129}, "129 directions"),
         ({"encoding": "bf16"}, "encoding is bf16"),
-        ({"rank": 2}, "more than its rank 2 takes|instead|imply"),
-        ({"rank": 128, "rank_trained": 128}, "imply"),
+        ({"rank": 2}, "more than its rank 2 takes|instead|missing"),
+        ({"rank": 128, "rank_trained": 128}, "q) is missing"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(
@@ -118,19 +129,19 @@ def bad(name: str) -> bytes:
     tensors = update(job)
     first = min(tensors)
     if name == "nan":
-        tensors[first][0, 0] = np.nan
+        tensors[first][0, 0, 0] = np.nan
     elif name == "infinite":
-        tensors[first][-1, -1] = np.inf
+        tensors[first][-1, -1, -1] = np.inf
     elif name == "norm":
         tensors = update(job, 1e4)
     elif name == "largest":
         tensors = {n: np.full_like(t, np.finfo(np.float32).max) for n, t in tensors.items()}
     elif name == "shape":
-        tensors[first] = tensors[first][:-1]
+        tensors[first] = tensors[first][:, :-1]
     elif name == "missing":
         del tensors[first]
     elif name == "extra":
-        tensors["a" * 2000] = np.zeros((1, 1), np.float32)
+        tensors["a" * 2000] = np.zeros((1, 1, 1), np.float32)
     elif name == "garbage":
         return bytes(200_000)
     elif name == "empty":
@@ -175,18 +186,51 @@ def refused(a: Aggregator, manifest: UploadManifest, data: bytes, reason: str) -
     assert answer.kind == "done"
 
 
-def test_a_chunk_with_a_wrong_hash_or_index_refuses_the_upload(aggregator: Aggregator) -> None:
+def test_a_chunk_with_a_wrong_hash_length_or_index_is_dropped(aggregator: Aggregator) -> None:
+    """Chunks are not signed: a wrong one may be anybody's, and says nothing about the upload."""
     data = encode(update(aggregator.job), "f32")
-    wrong = [(0, split(data)[1]), (0, split(data)[0][:-1] + b"!"), (9999, b"")]
-    for examples, (index, chunk) in enumerate(wrong, start=1):
-        manifest = aggregator.manifest(data, examples=examples)
-        (need,) = aggregator.offer(manifest)  # a manifest that differs begins the upload anew
-        assert need.kind == "need"
-        (answer,) = aggregator.chunk(manifest, index, chunk)
-        assert answer.kind == "reject"
-        assert f"chunk {index}" in answer.reason
-        assert aggregator.chunk(manifest, index, chunk) == []
-    assert aggregator.counted() == []
+    chunks = split(data)
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    for index, wrong in [(0, chunks[0][:-1] + b"!"), (1, chunks[0][:9])]:
+        (need,) = aggregator.chunk(manifest, index, wrong)
+        assert (need.kind, need.upload, need.chunks) == ("need", manifest.upload, [index])
+    assert aggregator.chunk(manifest, 9999, b"") == []  # there is nothing to ask for
+    assert aggregator.heard() == ["device", "refused", "refused", "refused"]
+    assert "chunk 0 does not have the announced hash" in aggregator.events.getvalue()
+    (need,) = aggregator.offer(manifest)
+    assert need.chunks == list(range(len(chunks)))
+    (done,) = aggregator.deliver(manifest, data)
+    assert done.kind == "done"
+    assert aggregator.counted() == [manifest]
+
+
+def test_broken_chunks_without_end_are_asked_for_once_each(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    chunks = split(data)
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    aggregator.chunk(manifest, 1, chunks[1])
+    answers = [
+        answer
+        for _ in range(5)
+        for index in range(len(chunks))
+        for answer in aggregator.chunk(manifest, index, b"broken")
+    ]
+    missing = [0, *range(2, len(chunks))]
+    assert [a.chunks for a in answers] == [[index] for index in missing]
+    (need,) = aggregator.offer(manifest)  # as the device does when it hears nothing
+    assert need.chunks == missing
+    (done,) = aggregator.deliver(manifest, data)
+    assert done.kind == "done"
+
+
+def test_a_broken_chunk_of_a_round_that_is_over_is_not_asked_for(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    aggregator.store.set_round(RoundState(2, "open", 1, None))
+    assert aggregator.chunk(manifest, 0, b"broken") == []
 
 
 def test_chunks_that_nobody_announced_are_dropped(aggregator: Aggregator) -> None:

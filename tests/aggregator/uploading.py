@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.intake import Intake, upload_shapes
+from aggregator.intake import Intake, upload_stacks
 from aggregator.rounds import RoundState
 from aggregator.store import Store
-from aggregator.versions import first_version, write_version
+from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.chunks import split
 from protocol.events import EventLog
@@ -47,7 +47,7 @@ class Aggregator:
         self.device_key, self.key = SigningKey.generate(), SigningKey.generate()
         self.store = Store(folder)
         self.store.bind_job(job.model_dump_json())
-        first = write_version(job, self.store, first_version(job), version=1, parent=None)
+        first = Versions(job, self.store).write(first_version(job), version=1, parent=None)
         self.store.add_version(first)
         self.store.set_round(OPEN)
         self._listen()
@@ -55,7 +55,8 @@ class Aggregator:
     def _listen(self) -> None:
         self.events = io.StringIO()
         log = EventLog(as_json=True, stream=self.events)
-        self.intake = Intake(self.job, self.store, self.key, log)
+        versions = Versions(self.job, self.store)
+        self.intake = Intake(self.job, self.store, versions, self.key, log)
 
     def reopen(self) -> None:
         self.store.close()
@@ -115,6 +116,8 @@ def update(job: Job, size: float = 0.01, **changed: np.ndarray) -> dict[str, np.
         job="notes", device=DEVICE, round=ROUND, rank=64, rank_trained=64, held=128
     )
     rng = np.random.default_rng(0)
-    shapes = upload_shapes(job, manifest)
-    found = {n: (size * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+    found = {
+        s.name: (size * rng.standard_normal(s.shape)).astype(np.float32)
+        for s in upload_stacks(job, manifest)
+    }
     return {**found, **changed}

@@ -19,6 +19,7 @@ from protocol.tensors import (
     decode,
     encode,
     round_trip,
+    tensor_bytes,
 )
 
 ENCODINGS: list[Encoding] = ["f32", "bf16", "int8"]
@@ -122,6 +123,16 @@ def test_bytes_each(encoding: Encoding) -> None:
     tensors = {"w": np.ones((64, 1024), np.float32)}
     size = len(encode(tensors, encoding))
     assert 0 <= size - 64 * 1024 * bytes_each(encoding) < 1000
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_tensor_bytes_is_a_file_without_its_header(encoding: Encoding) -> None:
+    """Row scales count: an update of many short rows has more bytes of them than of codes."""
+    tensors = {"w": np.ones((3, 1000, 2), np.float32), **drawn()}
+    data = encode(tensors, encoding)
+    header = 8 + int.from_bytes(data[:8], "little")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    assert tensor_bytes(shapes, encoding) == len(data) - header
 
 
 def test_files_that_others_write_may_carry_metadata_and_another_order() -> None:

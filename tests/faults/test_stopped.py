@@ -1,0 +1,80 @@
+"""SIGTERM and Ctrl-C end each command in good order, whatever it is at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.processes import Program, SmallFleet, last_status
+
+pytestmark = pytest.mark.timeout(240)  # seconds where nobody else uses the machine: below 60
+
+
+@pytest.mark.parametrize("fleet", [5000], indirect=True)
+def test_aggregator_and_devices_stop_when_told(fleet: SmallFleet) -> None:
+    aggregator = fleet.aggregator()
+    aggregator.wait_for("serving")
+    desk, kitchen = fleet.device("desk"), fleet.device("kitchen")
+    desk.wait_for("step", round=1, step=1)
+    kitchen.wait_for("step", round=1, step=1)
+    # A service manager tells the agent alone, a terminal everything that it started.
+    assert desk.end(signal.SIGTERM) == 0
+    assert kitchen.end(signal.SIGINT, group=True) == 0
+    assert aggregator.wait_for("device", device="desk", online=False)["state"] == "stopped"
+    assert aggregator.end(signal.SIGTERM) == 0
+    for device in ("desk", "kitchen"):
+        status = last_status(fleet.broker, device)
+        assert (status.online, status.state) == (False, "stopped")
+    assert [desk.stderr, kitchen.stderr, aggregator.stderr] == ["", "", ""]
+    assert not aggregator.of("counted"), "what was not trained to its end is not offered"
+
+
+def test_a_device_stops_while_it_plans_or_waits(
+    fleet: SmallFleet, tmp_path: Path, start: Callable[[Program], Program]
+) -> None:
+    waiting = fleet.device("desk")
+    aggregator = fleet.aggregator()
+    aggregator.wait_for("serving")
+    planning = fleet.device("kitchen", "--cache", tmp_path / "nothing measured yet")
+    planning.wait_for("state", state="planning")
+    time.sleep(1)
+    assert planning.end(signal.SIGTERM, timeout_s=10) == 0
+    assert planning.stderr == ""
+    assert waiting.end(signal.SIGINT, group=True) == 0
+    assert waiting.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_replay_ends_all_that_it_started(
+    fleet: SmallFleet,
+    tmp_path: Path,
+    start: Callable[[Program], Program],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "fleet.toml").write_text(
+        "".join(
+            f'[[device]]\nname = "{name}"\nprofile = "laptop-16gb"\ndata = "{name}.txt"\n'
+            for name in ("kitchen", "desk")
+        )
+    )
+    arguments = ["run", tmp_path / "fleet.toml", "--out", tmp_path / "runs", "--json"]
+    replay = start(Program("device_profiles.cli", arguments, tmp_path, "replay"))
+    replay.wait_for("state", state="planning")
+    children = psutil.Process(replay.process.pid).children(recursive=True)
+    assert len(children) >= 3
+    # Ctrl-C reaches everything in the terminal, and the impatient press it twice.
+    to_all = number == signal.SIGINT
+    if to_all:
+        os.killpg(replay.process.pid, number)
+        time.sleep(0.2)
+    assert replay.end(number, group=to_all) == 128 + number
+    assert psutil.wait_procs(children, timeout=1)[1] == []
+    assert replay.stderr == f"ended by {number.name}\n"
