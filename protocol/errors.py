@@ -9,7 +9,10 @@ TunefleetError                 anything a person is to read as one line
 │   └── BadChunk               a chunk that its manifest does not know
 └── TransportError             the link to the broker
     ├── BrokerUnreachable      no connection, or none in time
+    ├── TlsRefused             one side does not take the other's certificate
+    ├── CertificateUnusable    an own certificate or key is missing, expired or not in order
     └── DeliveryRefused        the broker took the connection but not the message
+        └── MessageTooLarge    it is over the broker's packet limit, and was not sent
 """
 
 from __future__ import annotations
@@ -71,6 +74,24 @@ class BrokerUnreachable(TransportError):
         self.address = address
 
 
+class TlsRefused(TransportError):
+    """A server whose certificate is not to be trusted, or that does not take ours."""
+
+    def __init__(self, address: str, why: str) -> None:
+        super().__init__(f"no secure connection to {address}: {why}")
+        self.address = address
+        self.why = why
+
+
+class CertificateUnusable(TransportError):
+    """An own certificate or key that is missing, not in order, or not valid now."""
+
+    def __init__(self, path: object, why: str) -> None:
+        super().__init__(f"the certificate {path} can't be used: {why}")
+        self.path = path
+        self.why = why
+
+
 class DeliveryRefused(TransportError):
     """The broker did not take a message: not authorised, too large, over quota."""
 
@@ -78,3 +99,13 @@ class DeliveryRefused(TransportError):
         super().__init__(f"the broker refused a message on {topic}: {why}")
         self.topic = topic
         self.why = why
+
+
+class MessageTooLarge(DeliveryRefused):
+    """A message over the broker's packet limit; it has not been sent."""
+
+    def __init__(self, topic: str, limit_bytes: int) -> None:
+        super().__init__(
+            topic, f"it is larger than the broker's packet limit of {limit_bytes} bytes"
+        )
+        self.limit_bytes = limit_bytes

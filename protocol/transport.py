@@ -9,12 +9,11 @@ MQTT 5 is tried first, then 3.1.1.
 from __future__ import annotations
 
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -22,7 +21,11 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from protocol.errors import BrokerUnreachable, DeliveryRefused, TransportError
+from protocol.errors import BrokerUnreachable, DeliveryRefused, TlsRefused, TransportError
+from protocol.link import BrokerAddress, Delivery, Incoming, Transport
+from protocol.tls import TlsFiles, explain, refusal
+
+__all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles", "Transport"]
 
 QOS = 1
 WINDOW = 32
@@ -37,80 +40,17 @@ MQTT5_PATIENCE_S = 2.5
 """How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
 
 _VERSIONS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
-    """Where a broker listens; written mqtt://host:port, or mqtts:// for TLS.
-
-    `?version=3.1.1` or `?version=5` at its end says which MQTT it speaks; without it both are
-    tried, which takes a moment with a broker that leaves MQTT 5 unanswered.
-    """
-
-    host: str
-    port: int
-    tls: bool = False
-    version: str = ""
-
-    @classmethod
-    def parse(cls, url: str) -> BrokerAddress:
-        """Read a URL.
-
-        Raises:
-            TransportError: it is not mqtt[s]://host[:port][?version=5|3.1.1].
-        """
-        parts = urlsplit(url if "://" in url else f"mqtt://{url}")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        version = parts.query.removeprefix("version=")
-        right = parts.scheme in ("mqtt", "mqtts") and parts.hostname and port != -1
-        if not right or version not in ("", *_VERSIONS):
-            raise TransportError(
-                f"{url!r} is not a broker address; write mqtt://host:port or mqtts://host:port"
-            )
-        tls = parts.scheme == "mqtts"
-        return cls(parts.hostname or "", port or (8883 if tls else 1883), tls, version)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        version = f"?version={self.version}" if self.version else ""
-        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}{version}"
-
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """A message from the broker; `connection` counts the connections up to its own."""
-
-    topic: str
-    payload: bytes
-    retained: bool
-    message_id: int
-    connection: int
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """What the broker said to a publish: `refused` is empty, or its reason."""
-
-    topic: str
-    refused: str = ""
-
-    def check(self) -> None:
-        """Raise DeliveryRefused unless the broker took the message."""
-        if self.refused:
-            raise DeliveryRefused(self.topic, self.refused)
-
-
-class Transport(Protocol):
-    """What agents and the aggregator need of a link."""
-
-    def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, timeout_s: float = 30.0
-    ) -> Delivery: ...
-    def receive(self, timeout_s: float) -> Incoming | None: ...
-    def ack(self, incoming: Incoming) -> None: ...
+_PACKET_OVERHEAD_BYTES = 16
+"""More than a PUBLISH has around topic and payload."""
+_WORDS = {
+    0x83: "it does not take this",
+    0x87: "not authorized: its access rules do not let this client do that",
+    0x90: "it does not take this topic",
+    0x95: "too large a packet for it",
+    0x97: "a quota of it is used up",
+    0x99: "it does not take this payload",
+}
+"""MQTT 5's reason codes in words."""
 
 
 class MqttTransport:
@@ -122,7 +62,13 @@ class MqttTransport:
         client_id: str,
         *,
         will: tuple[str, bytes] | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
+        """Prepare a link; `tls` says who this client is, where the address asks for TLS.
+
+        Raises:
+            CertificateUnusable: its certificate is not in order.
+        """
         self.address = address
         self.client_id = client_id
         self.connection = 0
@@ -134,7 +80,8 @@ class MqttTransport:
         self._filters: list[str] = []
         self._state = threading.Condition()
         self._verdicts: dict[int, ReasonCode] = {}
-        self._granted: set[int] = set()
+        self._granted: dict[int, str] = {}
+        """Answered SUBSCRIBEs → why the broker refuses, or empty."""
         self._resubscription: int | None = None
         self._resubscribed = 0
         self._connected = False
@@ -143,6 +90,11 @@ class MqttTransport:
         self._abandoned = False
         self._announcement: tuple[str, bytes] | None = None
         self._packet_limit: int | None = None
+        self._window = WINDOW
+        """Messages in flight: fewer if the broker takes fewer at once."""
+        self._context: ssl.SSLContext | None = None
+        if address.tls:
+            self._context = tls.context() if tls else ssl.create_default_context()
         self._closed = threading.Event()
         self._client: paho.Client | None = None
         self.bytes_sent = 0
@@ -163,12 +115,15 @@ class MqttTransport:
 
         Raises:
             BrokerUnreachable: nobody answers there, or the broker refuses every version.
+            TlsRefused: one side does not take the other's certificate; says why.
         """
         why = "no answer"
         for version in [*self._versions, *self._versions[-1:] * RETRIES]:
             client = self._new_client(version)
             try:
                 client.connect(self.address.host, self.address.port, KEEPALIVE_S, **_start(version))
+            except ssl.SSLError as error:
+                raise TlsRefused(str(self.address), explain(error)) from None
             except (OSError, ValueError) as error:
                 raise BrokerUnreachable(str(self.address), str(error) or repr(error)) from None
             self._client, self._refused = client, ""
@@ -183,6 +138,10 @@ class MqttTransport:
                 why = self._refused or "no answer to CONNECT"
             client.disconnect()
             client.loop_stop()
+            if self._context is not None and (
+                words := refusal(self.address.host, self.address.port, self._context)
+            ):
+                raise TlsRefused(str(self.address), words)
         self._client = None
         raise BrokerUnreachable(str(self.address), why)
 
@@ -191,6 +150,7 @@ class MqttTransport:
 
         Raises:
             TransportError: the broker did not answer in time.
+            DeliveryRefused: it refuses one of them.
         """
         new = [f for f in filters if f not in self._filters]
         self._filters += new
@@ -204,6 +164,8 @@ class MqttTransport:
             timeout_s,
             "SUBSCRIBE",
         )
+        if why := self._granted.get(message_id or 0):
+            raise DeliveryRefused(", ".join(new), why)
 
     def announce(self, topic: str, payload: bytes) -> None:
         """Publish a retained message, now and after every reconnection, until the next one.
@@ -246,7 +208,7 @@ class MqttTransport:
     def publish_all(
         self, messages: list[tuple[str, bytes]], *, retain: bool = False, timeout_s: float = 30.0
     ) -> list[Delivery]:
-        """Publish in order with at most WINDOW messages in flight; return each verdict.
+        """Publish in order with at most a window of messages in flight; return each verdict.
 
         Raises:
             TransportError: a verdict did not come in `timeout_s` seconds.
@@ -254,7 +216,7 @@ class MqttTransport:
         deliveries: list[Delivery] = []
         flying: list[tuple[str, int | None]] = []
         for topic, payload in messages:
-            if len(flying) == WINDOW:
+            if len(flying) >= self._window:
                 deliveries.append(self._land(*flying.pop(0), timeout_s))
             flying.append((topic, self._send(topic, payload, retain)))
         return deliveries + [self._land(*one, timeout_s) for one in flying]
@@ -295,6 +257,7 @@ class MqttTransport:
                 self.connection += 1
                 self._connected = True
                 self._packet_limit = getattr(properties, "MaximumPacketSize", None)
+                self._window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
             self._state.notify_all()
         if not code.is_failure and self._filters:
             _, self._resubscription = client.subscribe([(f, QOS) for f in self._filters])
@@ -336,9 +299,11 @@ class MqttTransport:
             self._verdicts[message_id] = code
             self._state.notify_all()
 
-    def _on_subscribe(self, _: Any, __: Any, message_id: int, *___: Any) -> None:
+    def _on_subscribe(
+        self, _: Any, __: Any, message_id: int, codes: list[ReasonCode], ___: Any
+    ) -> None:
         with self._state:
-            self._granted.add(message_id)
+            self._granted[message_id] = next((_in_words(c) for c in codes if c.is_failure), "")
             if message_id == self._resubscription:
                 self._resubscribed = self.connection
             self._state.notify_all()
@@ -356,8 +321,8 @@ class MqttTransport:
         )
         client.max_inflight_messages_set(WINDOW)
         client.reconnect_delay_set(1, 30)
-        if self.address.tls:
-            client.tls_set()
+        if self._context is not None:
+            client.tls_set_context(self._context)
         if self._will:
             client.will_set(self._will[0], self._will[1], qos=QOS, retain=True)
         client.on_connect = self._on_connect
@@ -382,7 +347,7 @@ class MqttTransport:
     def _send(self, topic: str, payload: bytes, retain: bool) -> int | None:
         """Hand a message to paho; return its id, or None when the broker would not take it."""
         limit = self._packet_limit
-        if limit is not None and len(payload) + len(topic) + 16 > limit:
+        if limit is not None and len(payload) + len(topic) + _PACKET_OVERHEAD_BYTES > limit:
             return None  # paho would retry it for ever
         info = self._live().publish(topic, payload, qos=QOS, retain=retain)
         self.bytes_sent += len(payload)
@@ -391,11 +356,12 @@ class MqttTransport:
     def _land(self, topic: str, message_id: int | None, timeout_s: float) -> Delivery:
         """Wait for the verdict on a message."""
         if message_id is None:
-            return Delivery(topic, f"larger than the broker's packet limit ({self._packet_limit})")
+            why = f"larger than the broker's packet limit ({self._packet_limit})"
+            return Delivery(topic, why, self._packet_limit)
         self._expect(lambda: message_id in self._verdicts, timeout_s, topic)
         with self._state:
             code = self._verdicts.pop(message_id)
-        return Delivery(topic, str(code) if code.is_failure else "")
+        return Delivery(topic, _in_words(code) if code.is_failure else "")
 
     def _expect(self, happened: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait until something has happened; only time with a connection counts."""
@@ -409,6 +375,11 @@ class MqttTransport:
                 self._state.wait(min(left, 1.0))
                 if self._connected:
                     left -= time.monotonic() - since
+
+
+def _in_words(code: ReasonCode) -> str:
+    """Return what a reason code means."""
+    return _WORDS.get(code.value, str(code).lower())
 
 
 def _start(version: int) -> dict[str, Any]:
