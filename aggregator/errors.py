@@ -6,7 +6,9 @@ TunefleetError                 anything a person is to read as one line (protoco
     ├── UnknownRule            a merge rule that is neither built in nor installed
     ├── BadRuleSettings        a rule was given settings that it does not have
     ├── ConfigError            the job file or a flag is missing something or wrong
-    └── StoreError             the state folder can't be used
+    ├── StoreError             the state folder can't be used
+    ├── FolderError            a fleet's folder is missing, there already, or not in order
+    └── EnrolmentRefused       somebody asked to be let in and may not; the reason is for them
 """
 
 from __future__ import annotations
@@ -53,3 +55,11 @@ class ConfigError(AggregatorError):
 
 class StoreError(AggregatorError):
     """The state folder can't be written, or belongs to another job."""
+
+
+class FolderError(AggregatorError):
+    """A fleet's folder is missing, is there already, or is not in order."""
+
+
+class EnrolmentRefused(AggregatorError):
+    """Somebody asked to be let into the fleet and may not; the reason is for them to read."""

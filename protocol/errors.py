@@ -5,8 +5,10 @@ TunefleetError                 anything a person is to read as one line
 │   ├── MalformedMessage       not JSON, a field missing or out of bounds
 │   ├── UnsupportedVersion     another major version of the protocol
 │   ├── BadSignature           unsigned, wrongly signed, or signed by somebody else
+│   ├── Replayed               older than what was said before, or changed since
 │   ├── BadTensors             names, shapes, dtypes or values not those that were announced
 │   └── BadChunk               a chunk that its manifest does not know
+├── KeyUnusable                an own signing key is not in order
 └── TransportError             the link to the broker
     ├── BrokerUnreachable      no connection, or none in time
     ├── TlsRefused             one side does not take the other's certificate
@@ -52,12 +54,26 @@ class BadSignature(ProtocolError):
         super().__init__(f"signature refused on {where}: {why}")
 
 
+class Replayed(ProtocolError):
+    """A message that was right once: older than what is known, or other settings for a job."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"refused as replayed or rolled back: {why}")
+
+
 class BadTensors(ProtocolError):
     """Tensor bytes whose names, shapes, dtypes or values are not those that were announced."""
 
 
 class BadChunk(ProtocolError):
     """A chunk that its manifest does not know: wrong index, length or hash."""
+
+
+class KeyUnusable(TunefleetError):
+    """An own signing key that can't be read."""
+
+    def __init__(self, path: object, why: str) -> None:
+        super().__init__(f"the signing key {path} can't be used: {why}")
 
 
 class TransportError(TunefleetError):

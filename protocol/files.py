@@ -9,15 +9,20 @@ from pathlib import Path
 from protocol.adapter import Adapter
 from protocol.tensors import encode
 
+PRIVATE = 0o600
+"""Mode of a file that its owner alone may read."""
 
-def write_durably(path: Path, data: bytes) -> None:
+
+def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a file so that after a power cut it is there whole or not at all.
 
-    Temporary file, fsync, rename, fsync of the folder.
+    Temporary file, fsync, rename, fsync of the folder. `mode` is further limited by the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # one left by a crash may have another mode
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

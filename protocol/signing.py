@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ValidationError
 
 from protocol import VERSION
-from protocol.errors import BadSignature, MalformedMessage, UnsupportedVersion
+from protocol.errors import BadSignature, KeyUnusable, MalformedMessage, UnsupportedVersion
+from protocol.files import PRIVATE, write_durably
 
 MESSAGE_LIMIT_BYTES = 512 * 1024
 M = TypeVar("M", bound=BaseModel)
@@ -38,17 +38,28 @@ class SigningKey:
 
     @classmethod
     def load_or_create(cls, path: Path) -> SigningKey:
-        """Read the key of a state folder, or make it there, readable by its owner alone."""
+        """Read the key of a state folder, or make it there, readable by its owner alone.
+
+        Raises:
+            KeyUnusable: the file there is no key, or may not be read.
+        """
         if path.exists():
-            return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
+            return cls.load(path)
         key = Ed25519PrivateKey.generate()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key.private_bytes_raw())
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(path, key.private_bytes_raw(), mode=PRIVATE)
         return cls(key)
+
+    @classmethod
+    def load(cls, path: Path) -> SigningKey:
+        """Read a key.
+
+        Raises:
+            KeyUnusable: the file is no key, or may not be read.
+        """
+        try:
+            return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise KeyUnusable(path, str(error)) from None
 
     def seal(self, message: BaseModel, topic: str) -> bytes:
         """Return the signed bytes of a message for a topic."""

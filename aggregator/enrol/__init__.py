@@ -1,0 +1,1 @@
+"""A fleet's folder: its CA, who is in it, what its broker is told, and the door for new devices."""

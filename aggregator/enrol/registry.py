@@ -1,0 +1,175 @@
+"""Who belongs to a fleet: tokens, certificates and signing keys, in SQLite.
+
+`aggregator enroll` and `revoke` write here while `aggregator serve` reads, so that the word of the
+operator counts at once. Time is a parameter, in seconds since 1970. Connections belong to one
+thread; each thread opens its own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from aggregator.errors import EnrolmentRefused, FolderError
+from protocol.files import PRIVATE
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS tokens (
+  digest TEXT PRIMARY KEY, device TEXT NOT NULL, expires REAL NOT NULL,
+  used_by TEXT NOT NULL DEFAULT '', certificate TEXT NOT NULL DEFAULT '') STRICT;
+CREATE TABLE IF NOT EXISTS devices (
+  name TEXT PRIMARY KEY, signing_key TEXT NOT NULL, revoked REAL) STRICT;
+CREATE TABLE IF NOT EXISTS certificates (
+  serial TEXT PRIMARY KEY, device TEXT NOT NULL, expires REAL NOT NULL, revoked REAL) STRICT;
+"""
+BUSY_S = 10.0
+
+
+class TokenUse(NamedTuple):
+    """Hold what a token is good for: a device's name, or a certificate given out before."""
+
+    device: str
+    certificate: str
+
+
+class Registry:
+    """Open the registry in a fleet's folder, making it if need be."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.touch(PRIVATE)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_S)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise FolderError(f"can't open the list of devices {path}: {error}") from None
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._db
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # -- tokens ----------------------------------------------------------------------------------
+
+    def add_token(self, digest: str, device: str, *, expires: float) -> None:
+        """Remember a token by its hash; earlier unused ones of the device are worth nothing now."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM tokens WHERE device = ? AND used_by = ''", (device,))
+            db.execute(
+                "INSERT INTO tokens (digest, device, expires) VALUES (?, ?, ?)",
+                (digest, device, expires),
+            )
+
+    def check_token(self, digest: str, keys: str, *, now: float) -> TokenUse:
+        """Return what a token is good for in the hands of whoever holds these keys.
+
+        A token that was used is good for the same keys again, until it expires: their owner may not
+        have had the answer.
+
+        Raises:
+            EnrolmentRefused: unknown, expired, or used with other keys.
+        """
+        row = self._db.execute(
+            "SELECT device, expires, used_by, certificate FROM tokens WHERE digest = ?", (digest,)
+        ).fetchone()
+        if row is None:
+            raise EnrolmentRefused("there is no such token here, or a newer one has replaced it")
+        device, expires, used_by, certificate = row
+        if now >= expires:
+            raise EnrolmentRefused(
+                f"the token for {device} has expired; ask for a new one (aggregator enroll)"
+            )
+        if used_by and not hmac.compare_digest(used_by, keys):
+            raise EnrolmentRefused(
+                f"the token for {device} has been used already; if that was not you, tell the "
+                "operator to revoke it"
+            )
+        return TokenUse(device, certificate)
+
+    def admit(
+        self,
+        digest: str,
+        keys: str,
+        device: str,
+        signing_key: str,
+        *,
+        certificate: str,
+        serial: int,
+        expires: float,
+    ) -> None:
+        """Use a token up: pin the device's signing key and note its certificate, all or nothing.
+
+        Raises:
+            EnrolmentRefused: the token went to somebody else meanwhile, or the device is known with
+                another signing key and has not been revoked.
+        """
+        with self._transaction() as db:
+            taken = db.execute(
+                "UPDATE tokens SET used_by = ?, certificate = ? WHERE digest = ? AND used_by = ''",
+                (keys, certificate, digest),
+            )
+            if taken.rowcount != 1:
+                raise EnrolmentRefused(f"the token for {device} has been used already")
+            known = db.execute(
+                "SELECT signing_key, revoked FROM devices WHERE name = ?", (device,)
+            ).fetchone()
+            if known is not None and known[1] is None and known[0] != signing_key:
+                raise EnrolmentRefused(
+                    f"{device} is known with another signing key; if it was set up anew, the "
+                    f"operator revokes it first (aggregator revoke {device})"
+                )
+            db.execute("INSERT OR REPLACE INTO devices VALUES (?, ?, NULL)", (device, signing_key))
+            db.execute(
+                "INSERT INTO certificates VALUES (?, ?, ?, NULL)", (str(serial), device, expires)
+            )
+
+    # -- devices ---------------------------------------------------------------------------------
+
+    def signing_key(self, device: str) -> str | None:
+        """Return the pinned key of a device that belongs to the fleet now; None for any other."""
+        row = self._db.execute(
+            "SELECT signing_key FROM devices WHERE name = ? AND revoked IS NULL", (device,)
+        ).fetchone()
+        return row[0] if row else None
+
+    def devices(self) -> set[str]:
+        """Return all that belong to the fleet now."""
+        rows = self._db.execute("SELECT name FROM devices WHERE revoked IS NULL")
+        return {row[0] for row in rows}
+
+    def known(self, device: str) -> bool:
+        """Say whether a device has ever been enrolled, or has a token."""
+        query = "SELECT 1 FROM devices WHERE name = ? UNION SELECT 1 FROM tokens WHERE device = ?"
+        return self._db.execute(query, (device, device)).fetchone() is not None
+
+    def revoke(self, device: str, *, now: float) -> None:
+        """Put a device out: its key, its certificates and its tokens count for nothing."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM tokens WHERE device = ?", (device,))
+            db.execute(
+                "UPDATE devices SET revoked = ? WHERE name = ? AND revoked IS NULL", (now, device)
+            )
+            db.execute(
+                "UPDATE certificates SET revoked = ? WHERE device = ? AND revoked IS NULL",
+                (now, device),
+            )
+
+    def revoked_serials(self) -> list[tuple[int, float]]:
+        """Return all revoked certificates and when each was revoked."""
+        rows = self._db.execute(
+            "SELECT serial, revoked FROM certificates WHERE revoked IS NOT NULL ORDER BY serial"
+        )
+        return [(int(serial), revoked) for serial, revoked in rows]

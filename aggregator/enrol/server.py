@@ -1,0 +1,182 @@
+"""The door for new devices: enrolment over HTTPS, in a thread of `aggregator serve`.
+
+Anybody can reach it, so that it reads little, keeps nothing open for long and says no in one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from types import TracebackType
+
+import uvicorn
+from cryptography.hazmat.primitives import serialization
+from fastapi import FastAPI, Request, Response
+
+from aggregator.enrol import ca
+from aggregator.enrol.folder import FleetFolder
+from aggregator.errors import ConfigError, EnrolmentRefused
+from protocol.enrolment import (
+    ANSWER_TOPIC,
+    BODY_LIMIT_BYTES,
+    PATH_CA,
+    PATH_ENROL,
+    REQUEST_TOPIC,
+    EnrolAnswer,
+    EnrolRequest,
+    Token,
+)
+from protocol.errors import ProtocolError
+from protocol.events import EventLog
+from protocol.signing import open_message
+
+CONNECTIONS = 64
+IDLE_S = 5
+START_S = 10.0
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def enrol(folder: FleetFolder, payload: bytes, now: datetime) -> tuple[str, bytes]:
+    """Trade a token for a certificate; return the device's name and the sealed answer.
+
+    Repeated with the same token and keys, the answer is the same.
+
+    Raises:
+        EnrolmentRefused: the token, the request or the device's key is not good.
+        ProtocolError: the request can't be read.
+    """
+    request, signing_key = open_message(payload, REQUEST_TOPIC, EnrolRequest)
+    token = Token.parse(request.token)
+    public = ca.read_request(request.csr)
+    spki = public.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    keys = hashlib.sha256(spki + signing_key.encode()).hexdigest()
+    registry = folder.registry()
+    try:
+        use = registry.check_token(token.digest, keys, now=now.timestamp())
+        pem = use.certificate
+        if not pem:
+            certificate = folder.authority().client_for(public, use.device, now)
+            pem = ca.pem(certificate).decode()
+            registry.admit(
+                token.digest,
+                keys,
+                use.device,
+                signing_key,
+                certificate=pem,
+                serial=certificate.serial_number,
+                expires=certificate.not_valid_after_utc.timestamp(),
+            )
+    finally:
+        registry.close()
+    answer = EnrolAnswer(
+        device=use.device,
+        certificate=pem,
+        ca=folder.ca_pem(),
+        broker=str(folder.broker_for_devices),
+    )
+    return use.device, folder.signing_key().seal(answer, ANSWER_TOPIC)
+
+
+def build_app(folder: FleetFolder, events: EventLog, clock: Clock = utc_now) -> FastAPI:
+    """Return the two addresses of enrolment: the CA for everybody, a certificate for a token."""
+    app = FastAPI(title="tunefleet", openapi_url=None)
+
+    def say(status: int, text: str) -> Response:
+        return Response(text + "\n", status, media_type="text/plain; charset=utf-8")
+
+    async def give_ca() -> Response:
+        return Response(folder.ca_pem(), media_type="application/x-pem-file")
+
+    async def give_certificate(request: Request) -> Response:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > BODY_LIMIT_BYTES:
+                return say(413, f"a request has at most {BODY_LIMIT_BYTES} bytes")
+        who = request.client.host if request.client else ""
+        try:
+            device, answer = enrol(folder, bytes(body), clock())
+        except (EnrolmentRefused, ProtocolError) as error:
+            events.emit("enrolment refused", address=who, reason=str(error))
+            return say(403 if isinstance(error, EnrolmentRefused) else 400, str(error))
+        events.emit("enrolled", device=device, address=who)
+        return Response(answer, media_type="application/json")
+
+    app.add_api_route(PATH_CA, give_ca, methods=["GET"])
+    app.add_api_route(PATH_ENROL, give_certificate, methods=["POST"])
+    return app
+
+
+class EnrolmentServer:
+    """Serve enrolment for as long as the block lasts."""
+
+    def __init__(
+        self, folder: FleetFolder, events: EventLog, *, port: int, clock: Clock = utc_now
+    ) -> None:
+        """Take the port.
+
+        Raises:
+            ConfigError: it is taken.
+        """
+        self._socket = _listen(folder.settings.bind, port)
+        self.port: int = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                build_app(folder, events, clock),
+                ssl_certfile=folder.server_certificate,
+                ssl_keyfile=folder.server_key,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_keep_alive=IDLE_S,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="enrolment", daemon=True
+        )
+
+    def __enter__(self) -> EnrolmentServer:
+        self._thread.start()
+        deadline = time.monotonic() + START_S
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise ConfigError(f"enrolment did not start on port {self.port}")
+            time.sleep(0.01)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join(5)
+        self._socket.close()
+
+
+def _listen(bind: str, port: int) -> socket.socket:
+    """Listen on one address, or on all: IPv6 and IPv4 where there are both."""
+    both = not bind and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in bind else socket.AF_INET
+    try:
+        return socket.create_server((bind, port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen for enrolment on port {port}: {error.strerror}; name another with "
+            "--enroll-port, or 0 for none"
+        ) from None
