@@ -47,6 +47,8 @@ class PolicySettings(BaseModel):
     quorum: int = Field(1, ge=1)
     deadline_s: float = Field(3600.0, gt=0)
     fraction: float = Field(1.0, gt=0, le=1)
+    quarantine_after: int = Field(5, ge=1)
+    quarantine_s: float = Field(3600.0, ge=0)
 
     def policy(self) -> Policy:
         return Policy(**self.model_dump())

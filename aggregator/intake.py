@@ -2,15 +2,22 @@
 
 Every check of docs/protocol.md stands here or in what this calls. A bad upload is refused with a
 reason and never stops a round; a message that can't be read is dropped and logged, and so is a
-chunk that its manifest does not know, for anybody may have sent it.
+chunk that its manifest does not know, for anybody may have sent it. A device whose uploads are bad
+time after time is kept out for a while. Where a fleet has a registry, nobody else is heard.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 
+from aggregator.enrol.registry import Registry
 from aggregator.merge import Update
 from aggregator.merge.lowrank import gram
+from aggregator.quota import FILES_A_ROUND, Bucket, RoundBytes
+from aggregator.rounds import Policy
 from aggregator.store import Store
 from aggregator.versions import Versions
 from protocol import topics
@@ -23,6 +30,7 @@ from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
+LIMITS_KEPT = 4096
 Outgoing = list[tuple[str, bytes]]
 
 
@@ -30,38 +38,69 @@ class Intake:
     """Take what devices send for one job, and say what to answer."""
 
     def __init__(
-        self, job: Job, store: Store, versions: Versions, key: SigningKey, events: EventLog
+        self,
+        job: Job,
+        store: Store,
+        versions: Versions,
+        key: SigningKey,
+        events: EventLog,
+        *,
+        policy: Policy | None = None,
+        registry: Registry | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._job = job
         self._store = store
         self._versions = versions
         self._key = key
         self._events = events
+        self._policy = policy or Policy()
+        self._registry = registry
+        self._clock = clock
+        self._messages = Bucket()
+        self._bytes = RoundBytes()
+        self._limits: dict[tuple[str, int, int, int], int] = {}
         self._asked_round = 0
         self._asked: set[tuple[str, int]] = set()
         """Chunks of this round that came broken and were asked for again: upload, index."""
 
     def handle(self, topic: str, payload: bytes) -> Outgoing:
         """Deal with one message; when this returns, what it asked for is committed."""
+        device = ""
         try:
             found = topics.match(topic)
             device = found.fields["device"]
+            if self._registry is not None and self._registry.signing_key(device) is None:
+                raise MalformedMessage(topic, "this device is not enrolled, or has been revoked")
+            if found.kind == "upload_chunk":
+                return self._chunk(device, topic, payload)
+            if not self._messages.take(device, self._clock()):
+                return []
             if found.kind == "status":
                 return self._status(device, topic, payload)
             if found.kind == "upload_manifest":
                 return self._manifest(device, topic, payload)
-            if found.kind == "upload_chunk":
-                return self._chunk(device, topic, payload)
         except (ProtocolError, KeyError) as error:
-            self._events.emit("refused", topic=topic, reason=str(error))
+            self._refuse(device, topic, error)
         return []
+
+    def _refuse(self, device: str, topic: str, error: Exception) -> None:
+        """Log what can't be taken, as long as there is not too much of it."""
+        if self._messages.take(f"log of {device}", self._clock()):
+            self._events.emit("refused", topic=topic, reason=str(error))
+
+    def _device_key(self, device: str) -> str | None:
+        """Return the key that a device signs with: pinned at enrolment, or else at first sight."""
+        if self._registry is not None:
+            return self._registry.signing_key(device)
+        return self._store.device_key(device)
 
     # -- the kinds -------------------------------------------------------------------------------
 
     def _status(self, device: str, topic: str, payload: bytes) -> Outgoing:
         if not payload:
             return []
-        status, key = open_message(payload, topic, Status, trusted=self._store.device_key(device))
+        status, key = open_message(payload, topic, Status, trusted=self._device_key(device))
         if status.device != device or status.job != self._job.job:
             raise MalformedMessage(topic, "it speaks of another device or job")
         before = self._store.status(device)
@@ -77,7 +116,7 @@ class Intake:
         return []
 
     def _manifest(self, device: str, topic: str, payload: bytes) -> Outgoing:
-        key = self._store.device_key(device)
+        key = self._device_key(device)
         if key is None:
             raise MalformedMessage(topic, "the device has not said who it is (no status)")
         manifest, _ = open_message(payload, topic, UploadManifest, trusted=key)
@@ -92,6 +131,8 @@ class Intake:
             return [self._answer(manifest, "done")]
         if known is not None and known.state == "rejected" and known.manifest == manifest:
             return [self._answer(manifest, "reject", reason=known.reason)]
+        if why := self._late(manifest) or self._kept_out(device):
+            return self._reject(manifest, why, at_fault=False)
         if why := self._unfit(manifest):
             return self._reject(manifest, why)
         self._store.expect_upload(manifest)
@@ -105,10 +146,13 @@ class Intake:
             return []
         manifest = known.manifest
         info = manifest.file
+        self._bytes.add(device, manifest.round, len(payload))
+        if self._bytes.sent(device, manifest.round) > self._round_limit(manifest):
+            return self._reject(manifest, self._too_much(manifest))
         try:
             check_chunk(number, payload, info.chunks, info.chunk_bytes, info.bytes)
         except BadChunk as error:
-            self._events.emit("refused", topic=topic, reason=str(error))
+            self._refuse(device, topic, error)
             return self._ask_again(manifest, number)
         self._store.add_chunk(upload, number, payload)
         missing = self._store.missing_chunks(manifest)
@@ -132,15 +176,15 @@ class Intake:
         if self._asked_round != now.number:
             self._asked_round, self._asked = now.number, set()
         asked = (manifest.upload, number) in self._asked
-        if asked or self._unfit(manifest) or number not in self._store.missing_chunks(manifest):
+        if asked or self._late(manifest) or number not in self._store.missing_chunks(manifest):
             return []
         self._asked.add((manifest.upload, number))
         return [self._answer(manifest, "need", chunks=[number])]
 
     def _complete(self, manifest: UploadManifest) -> Outgoing:
         """Verify a complete upload, and count or refuse it."""
-        if why := self._unfit(manifest):
-            return self._reject(manifest, why)
+        if why := self._late(manifest):
+            return self._reject(manifest, why, at_fault=False)
         try:
             data = self._store.assembled(manifest)
             update = read_update(self._job, self._versions, manifest, data)
@@ -152,6 +196,7 @@ class Intake:
                 manifest, f"its norm {change:.3g} is over {self._job.limits.update_norm:.3g}"
             )
         self._store.count_upload(manifest, data)
+        self._store.forgive(manifest.device)
         self._events.emit(
             "counted",
             device=manifest.device,
@@ -163,26 +208,63 @@ class Intake:
         )
         return [self._answer(manifest, "done")]
 
-    def _unfit(self, manifest: UploadManifest) -> str:
-        """Say why an upload is not wanted, from its manifest alone; empty if it is."""
+    def _late(self, manifest: UploadManifest) -> str:
+        """Say why an upload is not wanted now, through no fault of it; empty if it is."""
         now = self._store.round()
         if now.state != "open" or manifest.round != now.number:
             return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
         if manifest.version != now.version:
             return f"it starts from version {manifest.version}, the round from {now.version}"
+        return ""
+
+    def _kept_out(self, device: str) -> str:
+        """Say until when a device is in quarantine; empty if it is not."""
+        until = self._store.quarantine(device)
+        if self._clock() >= until:
+            return ""
+        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(until))
+        times = self._policy.quarantine_after
+        return f"{times} of its updates in a row were refused: it is in quarantine until {when}"
+
+    def _unfit(self, manifest: UploadManifest) -> str:
+        """Say what is wrong with an upload, from its manifest alone; empty if nothing is."""
         if manifest.held > self._job.rank:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
-        shapes = {s.name: s.shape for s in upload_stacks(self._job, manifest)}
-        largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
-        if manifest.file.bytes > min(largest, self._job.limits.upload_bytes):
+        if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
+        if self._bytes.sent(manifest.device, manifest.round) > self._round_limit(manifest):
+            return self._too_much(manifest)
         return ""
 
-    def _reject(self, manifest: UploadManifest, reason: str) -> Outgoing:
+    def _largest(self, manifest: UploadManifest) -> int:
+        """Return the bytes that an upload of this rank can have."""
+        shapes = {s.name: s.shape for s in upload_stacks(self._job, manifest)}
+        largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
+        return min(largest, self._job.limits.upload_bytes)
+
+    def _round_limit(self, manifest: UploadManifest) -> int:
+        """Return the bytes that a device may send in a round; worked out once, not each chunk."""
+        key = (manifest.upload, manifest.rank, manifest.rank_trained, manifest.held)
+        if key not in self._limits:
+            if len(self._limits) >= LIMITS_KEPT:
+                self._limits.clear()
+            self._limits[key] = FILES_A_ROUND * self._largest(manifest)
+        return self._limits[key]
+
+    def _too_much(self, manifest: UploadManifest) -> str:
+        return f"it sent more than {self._round_limit(manifest)} bytes in this round"
+
+    def _reject(self, manifest: UploadManifest, reason: str, *, at_fault: bool = True) -> Outgoing:
+        """Refuse an upload; whose device is at fault comes nearer to quarantine."""
+        device = manifest.device
         self._store.reject_upload(manifest, reason)
-        self._events.emit("rejected", device=manifest.device, round=manifest.round, reason=reason)
+        self._events.emit("rejected", device=device, round=manifest.round, reason=reason)
+        if at_fault:
+            until = self._clock() + self._policy.quarantine_s
+            if self._store.strike(device, self._policy.quarantine_after, until):
+                self._events.emit("quarantined", device=device, until=until)
         return [self._answer(manifest, "reject", reason=reason)]
 
     def _answer(

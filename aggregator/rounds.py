@@ -27,6 +27,10 @@ class Policy:
     deadline_s: float = 3600.0
     fraction: float = 1.0
     """Share of the fleet that is asked; drawn by a hash of device and round."""
+    quarantine_after: int = 5
+    """Updates of a device, in a row, that are refused for what they are before it is kept out."""
+    quarantine_s: float = 3600.0
+    """For how long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS devices (
   name TEXT PRIMARY KEY, public_key TEXT NOT NULL, status TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS conduct (
+  device TEXT PRIMARY KEY, strikes INTEGER NOT NULL, quarantine REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS uploads (
   upload TEXT PRIMARY KEY, device TEXT NOT NULL, round INTEGER NOT NULL, manifest TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('receiving', 'counted', 'rejected')),
@@ -150,14 +152,19 @@ class Store:
         return row[0] if row else None
 
     def set_status(self, status: Status, public_key: str) -> bool:
-        """Remember how a device is; return False for a status older than the one known."""
+        """Remember how a device is; return False for a status older than the one known.
+
+        Whose key has changed (which the caller has allowed) counts its starts anew.
+        """
         known = self.status(status.device)
-        if known is not None and known.boot > status.boot:
+        same = self.device_key(status.device) == public_key
+        if known is not None and same and known.boot > status.boot:
             return False
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO devices VALUES (?, ?, ?) "
-                "ON CONFLICT (name) DO UPDATE SET status = excluded.status",
+                "ON CONFLICT (name) DO UPDATE SET "
+                "status = excluded.status, public_key = excluded.public_key",
                 (status.device, public_key, status.model_dump_json()),
             )
         return True
@@ -172,6 +179,35 @@ class Store:
         every = [Status.model_validate_json(row[0]) for row in rows]
         return {s.device for s in every if s.online and s.state not in ("unfit", "stopped")}
 
+    def strike(self, device: str, limit: int, until: float) -> bool:
+        """Note a refused update; after `limit` in a row quarantine begins and True is returned."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO conduct VALUES (?, 1, 0) "
+                "ON CONFLICT (device) DO UPDATE SET strikes = strikes + 1",
+                (device,),
+            )
+            begun = db.execute(
+                "UPDATE conduct SET strikes = 0, quarantine = ? WHERE device = ? AND strikes >= ?",
+                (until, device, limit),
+            )
+            return begun.rowcount > 0
+
+    def forgive(self, device: str) -> None:
+        """Forget what was refused before: an update of the device has been counted."""
+        self._db.execute("DELETE FROM conduct WHERE device = ?", (device,))
+
+    def quarantine(self, device: str) -> float:
+        """Return until when a device is kept out, in seconds since 1970; 0 if it never was."""
+        row = self._db.execute(
+            "SELECT quarantine FROM conduct WHERE device = ?", (device,)
+        ).fetchone()
+        return row[0] if row else 0.0
+
+    def quarantined(self, now: float) -> set[str]:
+        rows = self._db.execute("SELECT device FROM conduct WHERE quarantine > ?", (now,))
+        return {row[0] for row in rows}
+
     # -- uploads ---------------------------------------------------------------------------------
 
     def upload(self, upload: str) -> Upload | None:
@@ -179,12 +215,21 @@ class Store:
         return Upload(UploadManifest.model_validate_json(row[0]), row[1], row[2]) if row else None
 
     def expect_upload(self, manifest: UploadManifest) -> None:
-        """Begin an upload, or begin it again when the device now offers other bytes."""
+        """Begin an upload, or begin it again when the device now offers other bytes.
+
+        A device has one upload open: what it left of others is forgotten.
+        """
         known = self.upload(manifest.upload)
         if known is not None and known.manifest == manifest:
             return
         with self._transaction() as db:
-            db.execute("DELETE FROM chunks WHERE upload = ?", (manifest.upload,))
+            others = "device = ? AND (upload = ? OR state = 'receiving')"
+            whose = (manifest.device, manifest.upload)
+            db.execute(
+                f"DELETE FROM chunks WHERE upload IN (SELECT upload FROM uploads WHERE {others})",
+                whose,
+            )
+            db.execute(f"DELETE FROM uploads WHERE {others}", whose)
             db.execute(
                 "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, 'receiving', '', ?)",
                 (
