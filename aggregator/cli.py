@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ import typer
 from protocol.cli import run_command
 
 if TYPE_CHECKING:
+    from aggregator.enrol.folder import FleetFolder
+    from protocol.events import EventLog
     from protocol.transport import BrokerAddress
 
 app = typer.Typer(
@@ -20,8 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DEFAULT_STATE = Path("aggregator-state")
 State = Annotated[
-    Path, typer.Option(help="Folder of the aggregator's state.", envvar="TUNEFLEET_STATE")
+    Path | None,
+    typer.Option(
+        help=f"Folder of the aggregator's state (default: {DEFAULT_STATE}, or in --dir).",
+        envvar="TUNEFLEET_STATE",
+    ),
 ]
 
 
@@ -30,46 +38,167 @@ def _group() -> None:
     """Keep subcommands even while there are few."""
 
 
+Fleet = Annotated[
+    Path, typer.Option("--dir", help="The fleet's folder, made by `aggregator init`.")
+]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to make for the fleet.")],
+    host: Annotated[
+        list[str],
+        typer.Option(help="Name or address by which devices reach this computer; may be repeated."),
+    ],
+    port: Annotated[int, typer.Option(help="Port of the broker.", min=1, max=65535)] = 8883,
+    enroll_port: Annotated[int, typer.Option(help="Port of enrolment.", min=1, max=65535)] = 8884,
+    bind: Annotated[str, typer.Option(help="Address to listen on (default: all).")] = "",
+) -> None:
+    """Make a fleet: its keys and certificates, and the settings of its broker."""
+    from aggregator.enrol.folder import FleetSettings, create_fleet
+
+    settings = FleetSettings(hosts=host, port=port, enrol_port=enroll_port, bind=bind)
+    fleet = create_fleet(folder, settings, datetime.now(timezone.utc))
+    typer.echo(f"the fleet is in {fleet.path}; keep it to yourself, ca.key above all")
+    typer.echo(f"1. the broker:     mosquitto -c {fleet.path}/mosquitto.conf")
+    typer.echo("   as a service:   see the README, or the drop-in in systemd/mosquitto.service.d")
+    typer.echo(f"2. the aggregator: aggregator serve job.toml --dir {fleet.path}")
+    typer.echo(f"3. each device:    aggregator enroll NAME --dir {fleet.path}")
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(help="What the device is to be called.")],
+    folder: Fleet,
+    hours: Annotated[float, typer.Option(help="How long the token is good for.", min=0.01)] = 24.0,
+) -> None:
+    """Print a one-time token that lets a device in; it is asked for while `serve` runs."""
+    from aggregator.enrol.folder import FleetFolder, check_device
+
+    fleet = FleetFolder(folder)
+    token = fleet.issue_token(check_device(name), hours=hours, now=datetime.now(timezone.utc))
+    typer.echo(str(token))
+    where = f"https://{fleet.settings.hosts[0]}:{fleet.settings.enrol_port}"
+    typer.echo(
+        f"good once, for {hours:g} hours; on {name}: edge-client join {where} --token …", err=True
+    )
+
+
+@app.command()
+def revoke(name: Annotated[str, typer.Argument(help="The device.")], folder: Fleet) -> None:
+    """Put a device out of the fleet; to let it in again, enroll it anew."""
+    from aggregator.enrol.folder import FleetFolder
+
+    fleet = FleetFolder(folder)
+    fleet.revoke(name, datetime.now(timezone.utc))
+    broker = fleet.reload_broker()
+    told = (
+        f"Mosquitto (process {broker}) has been told"
+        if broker is not None
+        else "tell Mosquitto: systemctl reload mosquitto, or send it SIGHUP"
+    )
+    typer.echo(
+        f"{name} is revoked: the aggregator drops all it sends; {told}; a connection that is open "
+        "now stays open, but for what the aggregator drops, until Mosquitto is restarted"
+    )
+
+
 @app.command()
 def serve(
     job_file: Annotated[Path, typer.Argument(help="The job, in TOML; see docs/job.md.")],
-    state: State = Path("aggregator-state"),
+    state: State = None,
     broker: Annotated[
         str, typer.Option(help="mqtt://host:port; without it an embedded broker is started.")
     ] = "",
     port: Annotated[int, typer.Option(help="Port of the embedded broker (0: a free one).")] = 1883,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="The fleet's folder: its broker, its keys, and enrolment."),
+    ] = None,
+    enroll_port: Annotated[
+        int | None,
+        typer.Option(help="Port of enrolment, with --dir (0: none; default: the fleet's)."),
+    ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Serve a job: take updates, merge them, broadcast versions, until it is stopped."""
     from aggregator.config import read_job
     from aggregator.daemon import Daemon
+    from aggregator.errors import ConfigError
     from aggregator.store import Store
     from protocol.events import EventLog
     from protocol.transport import BrokerAddress
 
     events = EventLog(as_json=as_json)
     job, policy = read_job(job_file)
+    if folder is None and enroll_port is not None:
+        raise ConfigError("--enroll-port needs the fleet's folder: --dir")
     with ExitStack() as stack:
-        if broker:
-            address = BrokerAddress.parse(broker)
+        address = BrokerAddress.parse(broker) if broker else None
+        if folder is not None:
+            fleet = _open_fleet(stack, folder, events, enroll_port)
+            address = address or fleet.broker_here
+            store = Store(state or fleet.state(job.job))
+            membership = fleet.membership()
         else:
+            store, membership = Store(state or DEFAULT_STATE), None
+        if address is None:
             address = _embedded(stack, port)
             events.emit("broker", address=str(address), note="embedded: for trial, loopback only")
-        Daemon(job, policy, Store(state), address, events, exit_when_done=exit_when_done).run()
+        Daemon(
+            job,
+            policy,
+            store,
+            address,
+            events,
+            membership=membership,
+            exit_when_done=exit_when_done,
+        ).run()
 
 
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
-    state: State = Path("aggregator-state"),
+    state: State = None,
     version: Annotated[int | None, typer.Option(help="Version (default: the newest).")] = None,
 ) -> None:
     """Write the shared adapter as a directory that PeftModel.from_pretrained loads."""
     from aggregator.export import export_adapter
 
-    number = export_adapter(state, out, version=version)
+    number = export_adapter(state or DEFAULT_STATE, out, version=version)
     typer.echo(f"version {number} is in {out}")
+
+
+def _open_fleet(
+    stack: ExitStack, path: Path, events: EventLog, enroll_port: int | None
+) -> FleetFolder:
+    """Open a fleet's folder for this process alone, and let devices in while the stack lasts.
+
+    Raises:
+        FolderError: it is not there, not in order, or another aggregator serves it.
+        ConfigError: enrolment can't be served.
+    """
+    import importlib.util
+
+    from aggregator.enrol.folder import FleetFolder
+    from aggregator.errors import ConfigError
+
+    fleet = FleetFolder(path)
+    stack.enter_context(fleet.served_here())
+    port = fleet.settings.enrol_port if enroll_port is None else enroll_port
+    if not port:
+        return fleet
+    if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
+        raise ConfigError(
+            "enrolment needs the extra: pip install 'tunefleet[aggregator]'; or serve without it: "
+            "--enroll-port 0"
+        )
+    from aggregator.enrol.server import EnrolmentServer
+
+    server = stack.enter_context(EnrolmentServer(fleet, events, port=port))
+    events.emit("enrolment", port=server.port)
+    return fleet
 
 
 def _embedded(stack: ExitStack, port: int) -> BrokerAddress:

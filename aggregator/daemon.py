@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake, read_update
 from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
@@ -37,6 +38,7 @@ class Daemon:
         broker: BrokerAddress,
         events: EventLog,
         *,
+        membership: Membership | None = None,
         exit_when_done: bool = False,
     ) -> None:
         self._job = job
@@ -47,10 +49,18 @@ class Daemon:
         self._stopping = False
         self._said_on = 0
         """The connection on which the job was last published whole."""
-        self._key = SigningKey.load_or_create(store.folder / "aggregator.key")
-        self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}")
+        self._key = (
+            membership.key
+            if membership
+            else SigningKey.load_or_create(store.folder / "aggregator.key")
+        )
+        self._registry = membership.registry if membership else None
+        tls = membership.tls if membership else None
+        self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}", tls=tls)
         self._versions = Versions(job, store)
-        self._intake = Intake(job, store, self._versions, self._key, events)
+        self._intake = Intake(
+            job, store, self._versions, self._key, events, policy=policy, registry=self._registry
+        )
         self._publisher = Publisher(job, store, self._key, self._link)
 
     def run(self) -> None:
@@ -134,7 +144,7 @@ class Daemon:
             job=self._job.job,
             rounds=self._job.rounds,
             time_s=time.time(),
-            online=self._store.ready_devices(),
+            online=self._ready(),
             delivered={m.device for m in self._store.uploads_of(state.number, "counted")},
             refused={m.device for m in self._store.uploads_of(state.number, "rejected")},
         )
@@ -146,6 +156,13 @@ class Daemon:
             self._enter(replace(state, deadline=self._deadline()))
         elif action == "finish":
             self._enter(RoundState(state.number, "finished", state.version, None))
+
+    def _ready(self) -> set[str]:
+        """Return the devices that may take part: no round waits for one that is kept out."""
+        found = self._store.ready_devices() - self._store.quarantined(time.time())
+        if self._registry is not None:
+            found &= self._registry.devices()
+        return found
 
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""
