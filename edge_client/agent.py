@@ -15,7 +15,7 @@ from contextlib import suppress
 from edge_client.config import Settings
 from edge_client.discover import discover_job
 from edge_client.download import Download, wanted_bands
-from edge_client.errors import ConfigError, EdgeError
+from edge_client.errors import EdgeError
 from edge_client.learner import Learner
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
@@ -58,6 +58,7 @@ class Agent:
         self._boot = self._outbox.next_boot()
         self._stopping = False
         self._link: MqttTransport | None = None
+        self._job_name = ""
         self._job: Job | None = None
         self._round: Round | None = None
         self._plan: Plan | None = None
@@ -111,12 +112,16 @@ class Agent:
             job_name = discover_job(settings, lambda: self._stopping)
         if not job_name:
             return
+        self._job_name = job_name
         topic = topics.topic("status", job=job_name, device=settings.name)
         will = Status(
             job=job_name, device=settings.name, online=False, boot=self._boot, state="stopped"
         )
         self._link = MqttTransport(
-            settings.broker, f"tunefleet-{settings.name}", will=(topic, self._key.seal(will, topic))
+            settings.broker,
+            f"tunefleet-{settings.name}",
+            will=(topic, self._key.seal(will, topic)),
+            tls=settings.tls,
         )
         self._link.connect()
         self._sender = Sender(self._link, self._key, self._outbox)
@@ -161,7 +166,7 @@ class Agent:
     def _take(self, incoming: Incoming) -> None:
         try:
             found = topics.match(incoming.topic)
-            if not incoming.payload:
+            if not incoming.payload or found.fields["job"] != self._job_name:
                 return
             if found.kind == "global_chunk":
                 self._chunk(found.fields, incoming.payload)
@@ -186,14 +191,12 @@ class Agent:
         return message
 
     def _on_job(self, job: Job) -> None:
+        self._outbox.check_job(job)
         if self._job is None:
             self._begin(job)
-        elif job != self._job:
-            raise ConfigError("the job's settings have changed; start the agent again")
 
     def _on_round(self, now: Round) -> None:
-        if self._round is not None and now.version < self._round.version:
-            raise ProtocolError(f"version {now.version} is older than {self._round.version}")
+        self._outbox.check_round(now)
         if self._round is None or now.number != self._round.number:
             self._events.emit(
                 "round", round=now.number, rounds=self._job.rounds if self._job else 0

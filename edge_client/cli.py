@@ -55,9 +55,12 @@ def run(
         list[Path], typer.Option(help="File or folder of text to learn from; may be repeated.")
     ],
     broker: Annotated[
-        str, typer.Option(help="mqtt://host:port of the fleet's broker.")
-    ] = "mqtt://127.0.0.1:1883",
-    name: Annotated[str, typer.Option(help="This device's name (default: its host name).")] = "",
+        str,
+        typer.Option(help="mqtt://host:port of the broker (default: as joined, or this computer)."),
+    ] = "",
+    name: Annotated[
+        str, typer.Option(help="This device's name (default: as joined, or its host name).")
+    ] = "",
     job: Annotated[str, typer.Option(help="Job (default: the first the broker shows).")] = "",
     model: Annotated[
         str, typer.Option(help="Folder of the base model, where the job's name is not found here.")
@@ -85,19 +88,22 @@ def run(
     from device_profiles.schema import load_profile
     from edge_client.agent import Agent
     from edge_client.calibrate import cache_folder
-    from edge_client.config import Settings, check_name, default_state, default_threads
-    from edge_client.profile import measure_profile, slug
+    from edge_client.config import Settings, check_name, default_threads
+    from edge_client.membership import identity, state_folder
+    from edge_client.profile import measure_profile
     from protocol.events import EventLog
-    from protocol.transport import BrokerAddress
 
-    device = check_name(name or slug(platform.node() or "device")[:63].strip("-"))
+    check_name(name or _host_name())
+    folder = state or state_folder(name, _host_name())
+    device, address, tls = identity(folder, name=name, broker=broker, default_name=_host_name())
     found = load_profile(profile) if profile else measure_profile()
     _require_training()
     settings = Settings(
         name=device,
-        broker=BrokerAddress.parse(broker),
+        broker=address,
+        tls=tls,
         data=tuple(data),
-        state=state or default_state(device),
+        state=folder,
         cache=cache or cache_folder(),
         profile=found,
         job=job,
@@ -110,6 +116,25 @@ def run(
         compare_alone=compare_alone,
     )
     Agent(settings, EventLog(as_json=as_json, device=device)).run()
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(help="https://host:port of the fleet's enrolment.")],
+    token: Annotated[
+        str, typer.Option(help="What `aggregator enroll` printed.", envvar="TUNEFLEET_TOKEN")
+    ],
+    state: Annotated[Path | None, typer.Option(help="Folder of this device's state.")] = None,
+) -> None:
+    """Join a fleet with a token: its keys are made here and stay here."""
+    from edge_client.config import default_state
+    from edge_client.join import join as join_fleet
+
+    folder = state or default_state(_host_name())
+    joined = join_fleet(url, token, folder)
+    more = f" --state {folder}" if state else ""
+    typer.echo(f"this device is {joined.device!r}; its broker is {joined.broker}")
+    typer.echo(f"now: edge-client run --data FOLDER{more}")
 
 
 @app.command()
@@ -143,6 +168,13 @@ def evaluate(
         for name, row in zip(adapters, losses, strict=True)
     }
     typer.echo(json.dumps(table))
+
+
+def _host_name() -> str:
+    """Return the host's name as a device's name."""
+    from edge_client.profile import slug
+
+    return slug(platform.node() or "device")[:63].strip("-")
 
 
 def _require_training() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from device_profiles.schema import DeviceProfile
 from edge_client.errors import ConfigError
+from protocol.tls import TlsFiles
 from protocol.topics import NAME
 from protocol.transport import BrokerAddress
 
@@ -24,6 +25,8 @@ class Settings:
     cache: Path
     """Where calibrations are remembered."""
     profile: DeviceProfile
+    tls: TlsFiles | None = None
+    """Who this device is at the broker, if it has joined a fleet."""
     job: str = ""
     """The job to take part in; empty: the first that the broker shows."""
     model: str = ""

@@ -15,18 +15,23 @@ def discover_job(settings: Settings, stopping: Callable[[], bool]) -> str:
     """Return the name of the first job shown, or "" when stopped before.
 
     A connection of its own asks: a device's last will names its job, and is said on connecting.
+    A broker that takes the client id from the certificate gives it the device's own session: what
+    waits there for the agent is left unacknowledged, and comes again.
 
     Raises:
         TransportError: the broker can't be reached.
     """
-    scout = MqttTransport(settings.broker, f"tunefleet-{settings.name}-scout")
+    scout = MqttTransport(settings.broker, f"tunefleet-{settings.name}-scout", tls=settings.tls)
     scout.connect()
+    every_job = [topics.subscription("job")]
     try:
-        scout.subscribe([topics.subscription("job")])
+        scout.subscribe(every_job)
         while not stopping():
             if (incoming := scout.receive(TICK_S)) is not None:
-                scout.ack(incoming)
-                return topics.match(incoming.topic).fields["job"]
+                if (found := topics.match(incoming.topic)).kind == "job":
+                    scout.ack(incoming)
+                scout.unsubscribe(every_job)
+                return found.fields["job"]
         return ""
     finally:
         scout.close()

@@ -6,6 +6,7 @@ TunefleetError
     ├── ModelError             the base model is not there, or not one that can be trained
     ├── DataError              the owner's text is missing, unreadable or too short
     ├── ConfigError            a setting is missing, unknown or out of bounds
+    ├── JoinRefused            a fleet does not let this device in, or is not the token's
     └── WorkerError            the training process died or broke its protocol
 """
 
@@ -32,6 +33,15 @@ class DataError(EdgeError):
 
 class ConfigError(EdgeError):
     """A setting is missing, unknown or out of bounds."""
+
+
+class JoinRefused(EdgeError):
+    """A fleet that does not let this device in, can't be reached, or is not the token's."""
+
+    def __init__(self, url: str, why: str) -> None:
+        super().__init__(f"can't join the fleet at {url}: {why}")
+        self.url = url
+        self.why = why
 
 
 class WorkerError(EdgeError):

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_client.errors import ConfigError
-from protocol.messages import UploadManifest
+from protocol.errors import Replayed
+from protocol.messages import Job, Round, UploadManifest
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS updates (
   upload TEXT PRIMARY KEY, round INTEGER NOT NULL, manifest TEXT NOT NULL, data BLOB NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS jobs (job TEXT PRIMARY KEY, settings TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS numbers (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 """
 
@@ -80,6 +82,37 @@ class Outbox:
     def trained_round(self, job: str) -> int:
         """Return the last round of a job that the device has trained for."""
         return self._number(f"round of {job}", 0)
+
+    # -- what the aggregator has said, so that it can't be said again when it is old ---------------
+
+    def check_job(self, job: Job) -> None:
+        """Remember a job's settings at first sight.
+
+        Raises:
+            Replayed: they are other ones than before.
+        """
+        row = self._db.execute("SELECT settings FROM jobs WHERE job = ?", (job.job,)).fetchone()
+        if row is None:
+            self._db.execute("INSERT INTO jobs VALUES (?, ?)", (job.job, job.model_dump_json()))
+        elif Job.model_validate_json(row[0]) != job:
+            raise Replayed(
+                f"job {job.job!r} has other settings than this device has begun it with; new "
+                "settings need another job name"
+            )
+
+    def check_round(self, now: Round) -> None:
+        """Remember the newest round and version of a job.
+
+        Raises:
+            Replayed: one of them is older than what was seen before.
+        """
+        for kind, number in (("round", now.number), ("version", now.version)):
+            seen = self._number(f"seen {kind} of {now.job}", 0)
+            if number < seen:
+                raise Replayed(f"{kind} {number} of job {now.job!r} is older than {kind} {seen}")
+        for kind, number in (("round", now.number), ("version", now.version)):
+            if number > self._number(f"seen {kind} of {now.job}", 0):
+                self._set(f"seen {kind} of {now.job}", number)
 
     def _number(self, key: str, default: int) -> int:
         row = self._db.execute("SELECT value FROM numbers WHERE key = ?", (key,)).fetchone()
