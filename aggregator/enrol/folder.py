@@ -112,7 +112,7 @@ class FleetFolder:
         return SigningKey.load(self.path / "signing.key")
 
     def registry(self) -> Registry:
-        return Registry(self.path / "devices.sqlite")
+        return Registry(self.path / "state" / "devices.sqlite")
 
     def state(self, job: str) -> Path:
         """Where the aggregator keeps a job."""
@@ -146,7 +146,7 @@ class FleetFolder:
         Raises:
             FolderError: one is there already.
         """
-        with (self.path / "state" / "lock").open("w") as lock:
+        with (self.path / "state" / "serve.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -214,12 +214,12 @@ def create_fleet(path: Path, settings: FleetSettings, now: datetime) -> FleetFol
             path.rmdir()
         if path.exists():
             raise FolderError(f"{path} is there already; name a folder that is not")
+        if making.exists():
+            raise FolderError(f"{making} is left from another try; remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         making.mkdir(mode=0o700)
         _fill(making, path, settings, now)
         making.rename(path)
-    except FileExistsError:
-        raise FolderError(f"{making} is left from another try; remove it") from None
     except OSError as error:
         raise FolderError(f"can't make {path}: {error}") from None
     return FleetFolder(path)
@@ -232,13 +232,13 @@ def _fill(making: Path, path: Path, settings: FleetSettings, now: datetime) -> N
     server = authority.server(list(dict.fromkeys(hosts)), now)
     own = authority.client(broker_config.AGGREGATOR, now)
     user = _user()
-    secrets = ["ca.key", "signing.key", "aggregator.key", "devices.sqlite", "state"]
+    secrets = ["ca.key", "signing.key", "aggregator.key", "state"]
     for name in ("broker", "state", "systemd"):
         (making / name).mkdir(mode=0o700)
     for name, key in (("ca", authority.key), ("server", server.key), ("aggregator", own.key)):
         write_durably(making / f"{name}.key", ca.key_pem(key), mode=PRIVATE)
     SigningKey.load_or_create(making / "signing.key")
-    Registry(making / "devices.sqlite").close()
+    Registry(making / "state" / "devices.sqlite").close()
     files: dict[str, str | bytes] = {
         "ca.pem": ca.pem(authority.certificate),
         "server.pem": ca.pem(server.certificate),

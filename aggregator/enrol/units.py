@@ -34,7 +34,6 @@ User={user}
 ExecStart={python} -m aggregator serve {job} --dir {place}
 Restart=on-failure
 RestartSec=10
-MemoryMax=4G
 {_SANDBOX}
 ReadWritePaths={place}
 

@@ -78,12 +78,12 @@ class Fleet:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
 
 
-def make_folder(path: Path) -> FleetFolder:
-    """Make a fleet that listens on loopback alone, on free ports."""
+def make_folder(path: Path, ahead: timedelta = timedelta()) -> FleetFolder:
+    """Make a fleet that listens on loopback alone, on free ports, by a clock that is ahead."""
     settings = FleetSettings(
         hosts=["localhost"], port=free_port(), enrol_port=free_port(), bind="127.0.0.1"
     )
-    return create_fleet(path, settings, datetime.now(timezone.utc))
+    return create_fleet(path, settings, datetime.now(timezone.utc) + ahead)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
+from aggregator.enrol.ca import key_pem, pem
 from aggregator.enrol.server import EnrolmentServer
 from edge_client.errors import ConfigError, JoinRefused
 from edge_client.join import join
@@ -24,7 +25,7 @@ from protocol.enrolment import BODY_LIMIT_BYTES, REQUEST_TOPIC, EnrolRequest, To
 from protocol.errors import CertificateUnusable, MalformedMessage
 from protocol.events import EventLog
 from protocol.signing import SigningKey
-from protocol.tls import client_context
+from protocol.tls import client_context, refusal
 from tests.security.fleet import LEAVES_SOCKET, Fleet, make_folder
 
 pytestmark = [pytest.mark.timeout(60), LEAVES_SOCKET]
@@ -181,6 +182,29 @@ def test_a_clock_that_is_a_year_off_is_named(fleet: Fleet) -> None:
         fleet.join("desk").context()
 
 
+@pytest.mark.parametrize(("days", "when"), [(365, "not valid yet"), (-800, "expired")])
+def test_a_server_of_another_time_is_refused_with_a_word_on_clocks(
+    fleet: Fleet, days: int, when: str
+) -> None:
+    other = make_folder(fleet.devices.parent / "other", timedelta(days=days))
+    token = str(other.issue_token("kitchen", hours=1, now=fleet.clock()))
+    with (
+        EnrolmentServer(other, EventLog(as_json=True, stream=fleet.log), port=0) as server,
+        pytest.raises(JoinRefused, match=f"certificate is {when}.*clock is wrong"),
+    ):
+        join(f"https://localhost:{server.port}", token, fleet.devices / "kitchen")
+
+
+def test_a_certificate_that_has_expired_is_named_by_the_broker_too(fleet: Fleet) -> None:
+    """A device whose clock is behind takes its own certificate for good."""
+    files, then = fleet.join("kitchen"), fleet.clock() - timedelta(days=800)
+    old = fleet.folder.authority().client("kitchen", then)
+    files.certificate.write_bytes(pem(old.certificate))
+    files.key.write_bytes(key_pem(old.key))
+    context = files.context(then)
+    assert "has expired" in refusal("localhost", fleet.folder.port, context)
+
+
 def test_a_folder_belongs_to_one_aggregator(fleet: Fleet) -> None:
     files = fleet.join("kitchen")
     other = make_folder(fleet.devices.parent / "other")
@@ -212,15 +236,15 @@ def test_weak_and_unreadable_certificate_requests(fleet: Fleet) -> None:
     weak = rsa.generate_private_key(65537, 1024)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kitchen")])
     csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(weak, hashes.SHA256())
-    pem = csr.public_bytes(serialization.Encoding.PEM).decode()
-    for wrong, why in ((pem, "2048"), ("no PEM", "can't be read")):
+    weak_csr = csr.public_bytes(serialization.Encoding.PEM).decode()
+    for wrong, why in ((weak_csr, "2048"), ("no PEM", "can't be read")):
         sealed = key.seal(EnrolRequest(token=token, csr=wrong), REQUEST_TOPIC)
         status, said = ask(fleet, sealed)
         assert status == 403 and why in said
     # Signed for another purpose, it is no request.
-    sealed = key.seal(EnrolRequest(token=token, csr=pem), "enrol/answer")
+    sealed = key.seal(EnrolRequest(token=token, csr=weak_csr), "enrol/answer")
     assert ask(fleet, sealed)[0] == 400
-    changed = json.loads(key.seal(EnrolRequest(token=token, csr=pem), REQUEST_TOPIC))
+    changed = json.loads(key.seal(EnrolRequest(token=token, csr=weak_csr), REQUEST_TOPIC))
     changed["body"] = changed["body"].replace("BEGIN", "BEGIN ")
     assert ask(fleet, json.dumps(changed).encode())[0] == 400
     assert fleet.folder.registry().signing_key("kitchen") is None

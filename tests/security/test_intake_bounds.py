@@ -1,0 +1,163 @@
+"""A device that misbehaves: bounded, kept out for a while, and nobody waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregator.intake import Intake
+from aggregator.quota import FILES_A_ROUND, KEYS_KEPT, Bucket, RoundBytes
+from aggregator.rounds import Policy, RoundState, next_action
+from aggregator.versions import Versions
+from protocol.chunks import CHUNK_BYTES, split
+from protocol.events import EventLog
+from protocol.tensors import encode
+from tests.aggregator.uploading import DEVICE, Aggregator, make_job, update
+
+
+@pytest.fixture
+def aggregator(tmp_path: Path) -> Iterator[Aggregator]:
+    made = Aggregator(tmp_path / "state", make_job())
+    made.greet()
+    yield made
+    made.store.close()
+
+
+class Clock:
+    now = 1e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def with_clock(aggregator: Aggregator, policy: Policy) -> Clock:
+    clock = Clock()
+    aggregator.intake = Intake(
+        aggregator.job,
+        aggregator.store,
+        Versions(aggregator.job, aggregator.store),
+        aggregator.key,
+        EventLog(as_json=True, stream=aggregator.events),
+        policy=policy,
+        clock=clock,
+    )
+    return clock
+
+
+def in_round(aggregator: Aggregator, number: int) -> None:
+    aggregator.store.set_round(RoundState(number, "open", 1, None))
+
+
+def test_bad_updates_in_a_row_lead_to_quarantine_and_it_ends(aggregator: Aggregator) -> None:
+    clock = with_clock(aggregator, Policy(quarantine_after=3, quarantine_s=60))
+    good = encode(update(aggregator.job), "f32")
+    bad = encode({"A.64x260": np.zeros((1, 64, 260))}, "f32")
+    for number in (1, 2, 3):
+        in_round(aggregator, number)
+        (answer,) = aggregator.deliver(aggregator.manifest(bad, round=number), bad)
+        assert answer.kind == "reject" and "quarantine" not in answer.reason
+    assert aggregator.heard().count("quarantined") == 1
+    assert aggregator.store.quarantined(clock.now) == {DEVICE}
+
+    in_round(aggregator, 4)
+    (answer,) = aggregator.deliver(aggregator.manifest(good, round=4), good)
+    assert "3 of its updates in a row were refused" in answer.reason
+    aggregator.reopen()
+    clock = with_clock(aggregator, Policy(quarantine_after=3, quarantine_s=60))
+    in_round(aggregator, 5)
+    (answer,) = aggregator.deliver(aggregator.manifest(good, round=5), good)
+    assert answer.kind == "reject", "it outlives a restart"
+
+    clock.now += 61
+    in_round(aggregator, 6)
+    (answer,) = aggregator.deliver(aggregator.manifest(good, round=6), good)
+    assert answer.kind == "done"
+    assert aggregator.store.quarantined(clock.now) == set()
+
+
+def test_a_good_update_in_between_and_being_late_are_no_faults(aggregator: Aggregator) -> None:
+    with_clock(aggregator, Policy(quarantine_after=2))
+    good = encode(update(aggregator.job), "f32")
+    bad = encode({"A.64x260": np.zeros((1, 64, 260))}, "f32")
+    for number, data in ((1, bad), (2, good), (3, bad), (4, good)):
+        in_round(aggregator, number)
+        aggregator.deliver(aggregator.manifest(data, round=number), data)
+    in_round(aggregator, 20)
+    for late in range(5, 15):
+        (answer,) = aggregator.offer(aggregator.manifest(good, round=late))
+        assert "is over" in answer.reason
+    assert "quarantined" not in aggregator.heard()
+
+
+def test_no_round_waits_for_who_is_kept_out() -> None:
+    now, policy = RoundState(1, "open", 1, None), Policy()
+    place = {"job": "notes", "rounds": 3, "time_s": 0.0}
+    online, kept_out = {"good", "bad"}, {"bad"}
+    assert next_action(now, policy, **place, online=online, delivered={"good"}) is None
+    found = next_action(now, policy, **place, online=online - kept_out, delivered={"good"})
+    assert found == "merge"
+
+
+def test_bytes_of_a_round_are_bounded_by_the_rank(aggregator: Aggregator) -> None:
+    """Wrong chunks count as well: who sends for ever is refused, and the refusal is kept."""
+    data = encode(update(aggregator.job), "f32")
+    manifest = aggregator.manifest(data)
+    aggregator.offer(manifest)
+    limit = FILES_A_ROUND * aggregator.intake._largest(manifest)
+    answers = []
+    for _ in range(limit // CHUNK_BYTES):
+        answers += aggregator.chunk(manifest, 0, bytes(CHUNK_BYTES))
+    assert [answer.kind for answer in answers] == ["need"], "asked for again, once"
+    answers = aggregator.chunk(manifest, 0, bytes(CHUNK_BYTES))
+    assert answers[-1].kind == "reject" and f"more than {limit} bytes" in answers[-1].reason
+    assert aggregator.chunk(manifest, 0, split(data)[0]) == []
+    (answer,) = aggregator.offer(aggregator.manifest(data, examples=11))
+    assert answer.kind == "reject" and "bytes in this round" in answer.reason
+
+
+def test_a_device_has_one_upload_open(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    first = aggregator.manifest(data)
+    aggregator.offer(first)
+    aggregator.chunk(first, 0, split(data)[0])
+    in_round(aggregator, 2)
+    second = aggregator.manifest(data, round=2)
+    aggregator.offer(second)
+    assert aggregator.store.upload(first.upload) is None
+    assert len(aggregator.store.missing_chunks(first)) == len(split(data))
+    assert aggregator.chunk(first, 1, split(data)[1]) == []
+
+
+def test_a_flood_of_messages_is_dropped_and_hardly_logged(aggregator: Aggregator) -> None:
+    clock = with_clock(aggregator, Policy())
+    before = len(aggregator.heard())
+    for number in range(1000):
+        aggregator.intake.handle(f"tunefleet/1/notes/d/{DEVICE}/status", b"nonsense")
+        aggregator.intake.handle(f"tunefleet/1/notes/d/{DEVICE}/up/x{number}/0", b"")
+    assert len(aggregator.heard()) - before < 300
+    data = encode(update(aggregator.job), "f32")
+    assert aggregator.offer(aggregator.manifest(data)) == []
+    clock.now += 2
+    (need,) = aggregator.offer(aggregator.manifest(data))
+    assert need.kind == "need"
+
+
+def test_buckets_and_bytes() -> None:
+    bucket = Bucket(burst=2, per_s=1)
+    assert [bucket.take("a", t) for t in (0, 0, 0, 0.5, 1.0, 1.5)] == [
+        True, True, False, False, True, False,
+    ]  # fmt: skip
+    assert bucket.take("b", 0)
+    assert not bucket.take("a", -5), "a clock that goes back gives nothing"
+    for number in range(3 * KEYS_KEPT):
+        bucket.take(f"key {number}", 100 + number)
+    assert len(bucket._left) <= KEYS_KEPT + 1
+    sent = RoundBytes()
+    sent.add("a", 1, 5)
+    sent.add("a", 1, 5)
+    assert (sent.sent("a", 1), sent.sent("b", 1), sent.sent("a", 2)) == (10, 0, 0)
+    sent.add("a", 2, 1)
+    assert (sent.sent("a", 1), sent.sent("a", 2)) == (0, 1)
