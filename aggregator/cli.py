@@ -186,6 +186,8 @@ def _open_fleet(
 
     fleet = FleetFolder(path)
     stack.enter_context(fleet.served_here())
+    for name in fleet.renew(datetime.now(timezone.utc)):
+        events.emit("renewed", certificate=name)
     port = fleet.settings.enrol_port if enroll_port is None else enroll_port
     if not port:
         return fleet

@@ -62,9 +62,24 @@ class Authority:
         """Issue the certificate of broker and enrolment, for these host names and addresses."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = x509.SubjectAlternativeName([_host(host) for host in hosts])
-        builder = self._leaf(hosts[0], key.public_key(), now, ExtendedKeyUsageOID.SERVER_AUTH)
+        builder = self._leaf(
+            _subject(hosts[0]), key.public_key(), now, ExtendedKeyUsageOID.SERVER_AUTH
+        )
         builder = builder.add_extension(names, critical=False)
         return Issued(builder.sign(self.key, hashes.SHA256()), key)
+
+    def renewed(self, old: x509.Certificate, now: datetime) -> x509.Certificate:
+        """Issue a certificate as an old one was, for the same key, from now on."""
+        public, (purpose,) = (
+            old.public_key(),
+            old.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value,
+        )
+        assert isinstance(public, ec.EllipticCurvePublicKey), "keys of a fleet's folder are EC"
+        builder = self._leaf(old.subject, public, now, purpose)
+        for extension in old.extensions:
+            if isinstance(extension.value, x509.SubjectAlternativeName):
+                builder = builder.add_extension(extension.value, critical=False)
+        return builder.sign(self.key, hashes.SHA256())
 
     def client(self, name: str, now: datetime) -> Issued:
         """Issue a client certificate with a new key."""
@@ -73,7 +88,7 @@ class Authority:
 
     def client_for(self, public: PublicKey, name: str, now: datetime) -> x509.Certificate:
         """Issue a client certificate for somebody's own key."""
-        builder = self._leaf(name, public, now, ExtendedKeyUsageOID.CLIENT_AUTH)
+        builder = self._leaf(_subject(name), public, now, ExtendedKeyUsageOID.CLIENT_AUTH)
         return builder.sign(self.key, hashes.SHA256())
 
     def revocations(self, revoked: Iterable[tuple[int, datetime]], now: datetime) -> bytes:
@@ -96,11 +111,11 @@ class Authority:
         return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def _leaf(
-        self, name: str, public: PublicKey, now: datetime, purpose: x509.ObjectIdentifier
+        self, subject: x509.Name, public: PublicKey, now: datetime, purpose: x509.ObjectIdentifier
     ) -> x509.CertificateBuilder:
         until = min(now + timedelta(days=LEAF_DAYS), self.certificate.not_valid_after_utc)
         return (
-            _builder(_subject(name), self.certificate.subject, public, now, until)
+            _builder(subject, self.certificate.subject, public, now, until)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)

@@ -17,7 +17,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ from protocol.transport import BrokerAddress
 
 ALWAYS = ("localhost", "127.0.0.1")
 """Hosts of every server certificate, for the aggregator beside its broker."""
+RENEW_BEFORE = timedelta(days=180)
 _HOST = r"(?!-)[A-Za-z0-9-]{1,63}(?:\.(?!-)[A-Za-z0-9-]{1,63})*"
 
 
@@ -129,6 +130,22 @@ class FleetFolder:
             raise FolderError(f"the CA key in {self.path} is not an EC key")
         return ca.Authority(certificate, key)
 
+    def renew(self, now: datetime) -> list[str]:
+        """Renew the certificates of broker and aggregator that end soon; keys stay.
+
+        Returns which; the broker has been told to read its own again, if it runs from here.
+        """
+        renewed = []
+        for name in ("server.pem", "aggregator.pem"):
+            old = x509.load_pem_x509_certificate(self._read(name))
+            if old.not_valid_after_utc - now < RENEW_BEFORE:
+                new = self.authority().renewed(old, now)
+                write_durably(self.path / name, ca.pem(new), mode=PRIVATE)
+                renewed.append(name)
+        if renewed:
+            self.reload_broker()
+        return renewed
+
     def _read(self, name: str) -> bytes:
         try:
             return (self.path / name).read_bytes()
@@ -180,7 +197,8 @@ class FleetFolder:
             for serial, when in registry.revoked_serials()
         ]
         registry.close()
-        write_durably(self.path / "crl.pem", self.authority().revocations(serials, now))
+        crl = self.authority().revocations(serials, now)
+        write_durably(self.path / "crl.pem", crl, mode=PRIVATE)
 
     def reload_broker(self) -> int | None:
         """Have the broker that runs from this folder read its CRL again; return its process id.

@@ -6,6 +6,7 @@ import http.client
 import json
 import shutil
 import stat
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from edge_client.join import join
 from edge_client.membership import identity, read_membership
 from protocol import topics
 from protocol.enrolment import BODY_LIMIT_BYTES, REQUEST_TOPIC, EnrolRequest, Token
-from protocol.errors import CertificateUnusable, MalformedMessage
+from protocol.errors import CertificateUnusable, MalformedMessage, TlsRefused
 from protocol.events import EventLog
 from protocol.signing import SigningKey
 from protocol.tls import client_context, refusal
@@ -170,6 +171,27 @@ def test_a_certificate_is_renewed_with_the_same_keys(fleet: Fleet) -> None:
     fleet.join("kitchen")
     assert files.certificate.read_bytes() != before
     fleet.link(files, "kitchen")
+
+
+def test_server_and_aggregator_are_renewed_in_time(fleet: Fleet) -> None:
+    files = fleet.join("kitchen")
+    assert fleet.folder.renew(fleet.clock()) == []
+    later = fleet.clock() + timedelta(days=600)
+    assert fleet.folder.renew(later) == ["server.pem", "aggregator.pem"]
+    assert fleet.folder.renew(later) == []
+    for name in ("server.pem", "aggregator.pem"):
+        found = x509.load_pem_x509_certificate((fleet.folder.path / name).read_bytes())
+        assert found.not_valid_after_utc - later > timedelta(days=728)
+    # By today's clock they are not valid yet, which shows that Mosquitto has read them again.
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            fleet.link(files, "kitchen").close()
+        except TlsRefused as error:
+            why = str(error)
+            break
+        assert time.monotonic() < deadline
+    assert "not valid yet" in why
 
 
 def test_a_clock_that_is_a_year_off_is_named(fleet: Fleet) -> None:
