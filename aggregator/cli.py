@@ -70,7 +70,7 @@ def init(
 def enroll(
     name: Annotated[str, typer.Argument(help="What the device is to be called.")],
     folder: Fleet,
-    hours: Annotated[float, typer.Option(help="How long the token is good for.", min=0.01)] = 24.0,
+    hours: Annotated[float, typer.Option(help="How long the token is good for.")] = 24.0,
 ) -> None:
     """Print a one-time token that lets a device in; it is asked for while `serve` runs."""
     from aggregator.enrol.folder import FleetFolder, check_device

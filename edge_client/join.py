@@ -8,7 +8,6 @@ device the same answer again while the token lasts.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import ssl
 from pathlib import Path
@@ -60,9 +59,7 @@ def join(url: str, token_text: str, state: Path) -> Membership:
     # Nothing is believed of this first answer but what the token confirms.
     unchecked = ssl.create_default_context()
     unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
-    ca_pem = _ask(host, port, unchecked, "GET", PATH_CA).decode("ascii", "replace")
-    if _sha256(ca_pem) != token.ca_sha256:
-        raise JoinRefused(url, "this is not the fleet that the token is for: its CA is another one")
+    ca_pem = _confirmed(_ask(host, port, unchecked, "GET", PATH_CA), token, url)
 
     request = EnrolRequest(token=str(token), csr=_certificate_request(tls_key))
     answer_bytes = _ask(
@@ -81,11 +78,14 @@ def join(url: str, token_text: str, state: Path) -> Membership:
     _refuse_other_fleet(url, state, aggregator_key)
 
     files = tls_files(state)
-    write_durably(files.ca, ca_pem.encode())
-    write_durably(files.certificate, answer.certificate.encode())
-    write_durably(state / "aggregator.pub", aggregator_key.encode())
     membership = Membership(device=answer.device, broker=answer.broker)
-    write_durably(state / FILE, membership.model_dump_json(indent=1).encode())
+    try:
+        write_durably(files.ca, ca_pem.encode())
+        write_durably(files.certificate, answer.certificate.encode())
+        write_durably(state / "aggregator.pub", aggregator_key.encode())
+        write_durably(state / FILE, membership.model_dump_json(indent=1).encode())
+    except OSError as error:
+        raise ConfigError(f"can't write to {state}: {error}; join again") from None
     return membership
 
 
@@ -112,7 +112,7 @@ def _ask(
         found = answer.read(BODY_LIMIT_BYTES + 1)
     except OSError as error:
         raise JoinRefused(where, explain(error)) from None
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, UnicodeError) as error:
         raise JoinRefused(where, f"it does not speak HTTP: {error!r}") from None
     finally:
         connection.close()
@@ -151,11 +151,19 @@ def _certificate_request(key: ec.EllipticCurvePrivateKey) -> str:
     return request.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def _sha256(pem: str) -> bytes:
+def _confirmed(answer: bytes, token: Token, url: str) -> str:
+    """Return the token's CA in PEM, and only it: an answer may hold others behind it.
+
+    Raises:
+        JoinRefused: the answer does not begin with it.
+    """
     try:
-        return x509.load_pem_x509_certificate(pem.encode()).fingerprint(hashes.SHA256())
+        found = x509.load_pem_x509_certificate(answer)
     except ValueError:
-        return hashlib.sha256(pem.encode()).digest()
+        found = None
+    if found is None or found.fingerprint(hashes.SHA256()) != token.ca_sha256:
+        raise JoinRefused(url, "this is not the fleet that the token is for: its CA is another one")
+    return found.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def _check_certificate(url: str, answer: EnrolAnswer, key: ec.EllipticCurvePrivateKey) -> None:

@@ -39,6 +39,7 @@ from protocol.transport import BrokerAddress
 
 ALWAYS = ("localhost", "127.0.0.1")
 """Hosts of every server certificate, for the aggregator beside its broker."""
+HOURS_MAX = 24 * 90
 RENEW_BEFORE = timedelta(days=180)
 _HOST = r"(?!-)[A-Za-z0-9-]{1,63}(?:\.(?!-)[A-Za-z0-9-]{1,63})*"
 
@@ -122,13 +123,12 @@ class FleetFolder:
     def authority(self) -> ca.Authority:
         """Return the CA with its key."""
         try:
-            certificate = x509.load_pem_x509_certificate(self._read("ca.pem"))
             key = serialization.load_pem_private_key(self._read("ca.key"), None)
         except (ValueError, TypeError) as error:
-            raise FolderError(f"the CA in {self.path} can't be read: {error}") from None
+            raise FolderError(f"the CA's key in {self.path} can't be read: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise FolderError(f"the CA key in {self.path} is not an EC key")
-        return ca.Authority(certificate, key)
+        return ca.Authority(self._certificate("ca.pem"), key)
 
     def renew(self, now: datetime) -> list[str]:
         """Renew the certificates of broker and aggregator that end soon; keys stay.
@@ -137,7 +137,7 @@ class FleetFolder:
         """
         renewed = []
         for name in ("server.pem", "aggregator.pem"):
-            old = x509.load_pem_x509_certificate(self._read(name))
+            old = self._certificate(name)
             if old.not_valid_after_utc - now < RENEW_BEFORE:
                 new = self.authority().renewed(old, now)
                 write_durably(self.path / name, ca.pem(new), mode=PRIVATE)
@@ -145,6 +145,12 @@ class FleetFolder:
         if renewed:
             self.reload_broker()
         return renewed
+
+    def _certificate(self, name: str) -> x509.Certificate:
+        try:
+            return x509.load_pem_x509_certificate(self._read(name))
+        except ValueError as error:
+            raise FolderError(f"{self.path / name} can't be read: {error}") from None
 
     def _read(self, name: str) -> bytes:
         try:
@@ -175,8 +181,14 @@ class FleetFolder:
     # -- who is in -------------------------------------------------------------------------------
 
     def issue_token(self, device: str, *, hours: float, now: datetime) -> Token:
-        """Return a new token for a device, valid once and for so long."""
-        token = Token.issue(ca.sha256(x509.load_pem_x509_certificate(self._read("ca.pem"))))
+        """Return a new token for a device, valid once and for so long.
+
+        Raises:
+            FolderError: the time is not one.
+        """
+        if not 0 < hours <= HOURS_MAX:
+            raise FolderError(f"--hours {hours:g}: a token is good for up to {HOURS_MAX} hours")
+        token = Token.issue(ca.sha256(self._certificate("ca.pem")))
         registry = self.registry()
         registry.add_token(token.digest, device, expires=now.timestamp() + hours * 3600)
         registry.close()

@@ -104,6 +104,8 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
         ("aggregator", "init", job / "x", "--host", "a"): "can't make",
         ("aggregator", "enroll", "kitchen", "--dir", missing): "aggregator init",
         ("aggregator", "enroll", "Kitchen!", "--dir", fleet): "can't be a device's name",
+        ("aggregator", "enroll", "desk", "--dir", fleet, "--hours", "nan"): "--hours nan",
+        ("aggregator", "enroll", "desk", "--dir", fleet, "--hours", "-1"): "--hours -1",
         ("aggregator", "revoke", "desk", "--dir", fleet): "no device 'desk'",
         ("aggregator", "revoke", "desk", "--dir", missing): "aggregator init",
         ("aggregator", "serve", job, "--dir", missing): "aggregator init",
@@ -111,6 +113,7 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
         ("aggregator", "serve", job, "--dir", fleet): "no MQTT broker at mqtts://127.0.0.1",
         ("edge_client", "join", nobody, "--token", token): "copy all of what",
         ("edge_client", "join", nobody, "--token", good): "refused",
+        ("edge_client", "join", "https://a..b", "--token", good): "can't join the fleet",
         ("edge_client", "join", "http://a", "--token", good): "write https://host:port",
         ("edge_client", "join", nobody, "--token", good, "--state", job): "name another --state",
     }

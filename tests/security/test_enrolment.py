@@ -131,6 +131,19 @@ def test_a_relay_with_the_right_ca_but_another_certificate_gets_nothing(fleet: F
     assert fleet.events() == []
 
 
+def test_a_relay_that_adds_a_ca_of_its_own_gets_nothing(fleet: Fleet) -> None:
+    """The token confirms one certificate; what stands behind it in the answer is not trusted."""
+    other = make_folder(fleet.devices.parent / "other")
+    own = other.ca_pem()
+    (other.path / "ca.pem").write_text(fleet.folder.ca_pem() + own)
+    with (
+        EnrolmentServer(other, EventLog(as_json=True, stream=fleet.log), port=0) as server,
+        pytest.raises(JoinRefused, match="not to be trusted"),
+    ):
+        join(f"https://localhost:{server.port}", fleet.token("kitchen"), fleet.devices / "k")
+    assert fleet.events() == []
+
+
 def test_a_device_does_not_pass_for_the_server(fleet: Fleet) -> None:
     """A certificate of the fleet's CA for a device is none for a server."""
     files, other = fleet.join("localhost"), make_folder(fleet.devices.parent / "other")
