@@ -88,7 +88,8 @@ class Learner:
 
     def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float:
         """Return the loss on a split of the device's text, nats a token."""
-        loss: float = self._process.call("evaluate", adapter=adapter, split=split)
+        self._process.call("load", trained=None, frozen=adapter)
+        loss: float = self._process.call("evaluate", split=split)
         return loss
 
     def memory(self) -> tuple[float, float]:
@@ -115,11 +116,10 @@ class Learner:
         def progress(value: Any) -> None:
             on_step(*value)
 
+        self._process.call("load", trained=trained, frozen=frozen)
         answer: tuple[Adapter, TrainReport] = self._process.call(
             "train",
             stream=stream,
-            trained=trained,
-            frozen=frozen,
             settings=settings.model_copy(update={"steps": steps}),
             learning_rate=learning_rate(self._job, rank),
             pruning=self._job.pruning if prune else None,

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from edge_client.errors import WorkerError
+from edge_client.trainer.pipe import receive, send
 from edge_client.trainer.worker import serve
 
 
@@ -37,9 +38,9 @@ class TrainingProcess:
             EdgeError: what the worker itself found wrong, as it said it.
         """
         try:
-            self._connection.send((name, arguments))
+            send(self._connection, (name, arguments))
             while True:
-                reply = self._connection.recv()
+                reply = receive(self._connection)
                 if not reply.progress:
                     break
                 if on_progress is not None:

@@ -26,6 +26,8 @@ from edge_client.memory import (
     return_freed_memory,
 )
 from edge_client.plan import Plan
+from edge_client.trainer.base import TrainReport
+from edge_client.trainer.pipe import receive, send
 from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
 from protocol.messages import Pruning, Training
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from edge_client.data import Batch
     from edge_client.trainer.torch_trainer import TorchTrainer
 
+NO_ADAPTER = Adapter({}, 1.0)
 PROBE_RANK = 8
 PROBE_STEPS = 1
 
@@ -152,16 +155,25 @@ class Worker:
             tuple(str(problem) for problem in reading.problems),
         )
 
+    def load(self, trained: Adapter | None, frozen: Adapter | None) -> None:
+        """Put adapters on the base model.
+
+        A request of its own: what came over the pipe is gone before training or evaluating starts.
+        """
+        trainer, plan = self._ready()
+        trainer.load(trained or NO_ADAPTER, frozen, plan)
+
     def train(
         self,
         stream: str,
-        trained: Adapter,
-        frozen: Adapter | None,
         settings: Training,
         learning_rate: float,
         pruning: Pruning | None,
-    ) -> tuple[Adapter, Any]:
-        """Train, reading on where `stream` (the fleet's, or the local comparison's) stopped."""
+    ) -> tuple[Adapter, TrainReport]:
+        """Train what is loaded, reading on where `stream` stopped; then unload it.
+
+        A stream is the fleet's, or the local comparison's.
+        """
         from edge_client.data import BatchStream
 
         trainer, plan = self._ready()
@@ -169,7 +181,6 @@ class Worker:
             self._streams[stream] = BatchStream(
                 self._rows["train"], plan.micro_batch, seed=self._seed
             )
-        trainer.load(trained, frozen, plan)
         report = trainer.train(
             self._streams[stream],
             settings=settings,
@@ -177,15 +188,23 @@ class Worker:
             pruning=pruning,
             on_step=lambda step, loss: self._progress((step, loss)),
         )
-        return trainer.adapter(), report
+        adapter = trainer.adapter()
+        self._unload()
+        return adapter, report
 
-    def evaluate(self, adapter: Adapter | None, split: str) -> float:
-        """Return the loss of the base with `adapter` (None: without) on a split, nats a token."""
+    def evaluate(self, split: str) -> float:
+        """Return the loss on a split of the base with what is loaded; then unload it."""
         from edge_client.data import evaluation_batches
 
         trainer, plan = self._ready()
-        trainer.load(Adapter({}, 1.0), adapter, plan)
-        return trainer.evaluate(evaluation_batches(self._rows[split], plan.micro_batch))
+        loss = trainer.evaluate(evaluation_batches(self._rows[split], plan.micro_batch))
+        self._unload()
+        return loss
+
+    def _unload(self) -> None:
+        """Leave the base model alone, so that the next adapters don't arrive beside the last."""
+        trainer, plan = self._ready()
+        trainer.load(NO_ADAPTER, None, plan)
 
     def memory(self) -> tuple[float, float]:
         """Return the floor, and the peak above it since the base model was loaded, in MiB."""
@@ -234,21 +253,22 @@ def serve(connection: Connection) -> None:
     offer_to_oom_killer()
     restrain_libraries()
     make_peaks_predictable()
-    worker = Worker(lambda value: connection.send(Reply(value, progress=True)))
+    worker = Worker(lambda value: send(connection, Reply(value, progress=True)))
     while True:
         try:
-            name, arguments = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            reply = Reply(getattr(worker, name)(**arguments))
-        except TunefleetError as error:
-            reply = Reply(error=error)
-        except KeyboardInterrupt:
-            return
-        except Exception:  # the top of a process: the parent says it in one line
-            reply = Reply(crash=traceback.format_exc())
-        try:
-            connection.send(reply)
-        except BrokenPipeError:  # the agent has gone: so does its training
-            return
+            reply = _answer(worker, receive(connection))
+            return_freed_memory()
+            send(connection, reply)
+            del reply
+        except (EOFError, KeyboardInterrupt, BrokenPipeError):
+            return  # the agent has gone: so does its training
+
+
+def _answer(worker: Worker, request: tuple[str, dict[str, Any]]) -> Reply:
+    name, arguments = request
+    try:
+        return Reply(getattr(worker, name)(**arguments))
+    except TunefleetError as error:
+        return Reply(error=error)
+    except Exception:  # the top of a process: the parent says it in one line
+        return Reply(crash=traceback.format_exc())
