@@ -1,0 +1,1 @@
+"""Measurements behind the claims; each module runs as `python -m benchmarks.NAME`."""
