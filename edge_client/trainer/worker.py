@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_client.memory import (
-    MIB,
     Probe,
     make_peaks_predictable,
     offer_to_oom_killer,
@@ -102,6 +101,9 @@ class Worker:
         self._tokenizer = load_tokenizer(model)
         self._find_floor(dtype, threads)
         self._trainer = TorchTrainer(model, dtype=dtype, threads=threads)
+        _settle()
+        # A base in its file's own dtype is mapped, and pages not yet touched count as `fixed`.
+        weights_mib = resident_mib() - self._floor
         probes = {}
         for checkpointing in (True, False):
             lengths = (max(seq_len // 4, 16), seq_len)
@@ -109,7 +111,7 @@ class Worker:
             for _ in range(2):
                 pair = [self._probe(n, checkpointing, scale) for n in lengths]
             probes[checkpointing] = (pair[0], pair[1])
-        return ProbeReport(self._floor, weights_mib(self._trainer.model), probes)
+        return ProbeReport(self._floor, weights_mib, probes)
 
     def _probe(self, tokens: int, checkpointing: bool, scale: float) -> Probe:
         """Do what a device does in a round, with two steps, and measure the peak."""
@@ -251,12 +253,6 @@ def _probe_row(tokens: int) -> Any:
 
     ids = np.ones(tokens, np.int32)
     return PackedRow(ids, ids, np.arange(tokens, dtype=np.int32), ids)
-
-
-def weights_mib(model: Any) -> float:
-    """Return the weights and buffers of a torch module."""
-    every = (*model.parameters(), *model.buffers())
-    return float(sum(t.numel() * t.element_size() for t in every)) / MIB
 
 
 def serve(connection: Connection) -> None:
