@@ -7,6 +7,7 @@ TunefleetError
     ├── DataError              the owner's text is missing, unreadable or too short
     ├── ConfigError            a setting is missing, unknown or out of bounds
     └── WorkerError            the training process died or broke its protocol
+        └── WorkerKilled       it was killed, as the kernel does when memory runs out
 """
 
 from __future__ import annotations
@@ -36,3 +37,7 @@ class ConfigError(EdgeError):
 
 class WorkerError(EdgeError):
     """The training process died, was killed, or said something unexpected."""
+
+
+class WorkerKilled(WorkerError):
+    """The training process was killed, as the kernel does when memory runs out."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
@@ -17,6 +18,11 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 SHORTEST_TOKENS = 64
 RESERVE_SHARE = 0.05
 """Share of a device's memory that is left alone, for what else runs on it."""
+HEADROOM_SHARE = 0.05
+"""Share by which a peak may be above its prediction.
+
+Runs of one plan differ by what the heap fragments and by the kernels that oneDNN caches; what
+`benchmarks/memory.py` measures stays within it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +97,41 @@ def choose_plan(
     training: Training,
     native_bf16: bool,
     threads: int,
+    below_mib: float = inf,
 ) -> Plan:
     """Return the best plan for a process that may take `budget_mib` in all.
+
+    Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`:
+    the prediction of a plan that was too large for the kernel.
 
     A device that can hold the whole shared adapter does (`shared_rank`; 0 when the job drops the
     remainder): training in its context is worth more than rank. Then comes the largest rank; at
     one rank the dtype the CPU is fast in, no checkpointing, the larger micro-batch. Sequences are
     cut only when even the smallest rank does not fit with whole ones.
 
+    So more memory never gives a worse plan in that order. It can give a smaller rank: a device that
+    can just hold the whole shared adapter trains less of it than it could have without holding it.
+
     Raises:
         NoPlanFits: nothing fits; says what the smallest would take.
     """
+
+    def predict(way: Way, rank: int, held: int, micro_batch: int, seq_len: int) -> float:
+        return predict_mib(
+            shapes,
+            weights_mib=calibration.weights_mib[way.dtype],
+            activations=calibration.activations[way],
+            way=way,
+            rank=rank,
+            held=held,
+            tokens=micro_batch * seq_len,
+            accumulates=micro_batch * seq_len < training.tokens_per_step,
+        )
+
+    def fits(plan: Plan) -> bool:
+        fixed = calibration.activations[Way(plan.dtype, plan.checkpointing)].fixed_mib
+        headroom = HEADROOM_SHARE * (plan.predicted_mib - fixed)
+        return plan.predicted_mib + headroom <= plan.budget_mib and plan.predicted_mib < below_mib
 
     def preference(plan: Plan) -> tuple[object, ...]:
         fast = plan.dtype == ("bf16" if native_bf16 else "f32")
@@ -118,7 +148,17 @@ def choose_plan(
     seq_len = training.max_tokens
     while seq_len >= min(SHORTEST_TOKENS, training.max_tokens):
         every = [
-            _plan(shapes, calibration, way, budgets[way], rank, held, micro_batch, seq_len, threads)
+            Plan(
+                rank,
+                held,
+                micro_batch,
+                seq_len,
+                way.checkpointing,
+                way.dtype,
+                threads,
+                predict(way, rank, held, micro_batch, seq_len),
+                budgets[way],
+            )
             for way in calibration.activations
             for rank in ladder
             for held in ([h for h in ladder if rank <= h <= shared_rank] or [rank])
@@ -126,45 +166,17 @@ def choose_plan(
             if micro_batch == 1 or micro_batch * seq_len <= training.tokens_per_step
         ]
         least = min(least, *((plan.predicted_mib, plan.budget_mib) for plan in every))
-        fitting = [plan for plan in every if plan.predicted_mib <= plan.budget_mib]
+        fitting = [plan for plan in every if fits(plan)]
         if fitting:
             return max(fitting, key=preference)
         seq_len //= 2
+    if below_mib < inf:
+        raise NoPlanFits(
+            f"the smallest plan needs {least[0]:.0f} MiB above the floor, and {below_mib:.0f} MiB "
+            "there were too much; free memory, or take a smaller base model"
+        )
     raise NoPlanFits(
         f"the smallest plan needs {least[0]:.0f} MiB above a floor of "
         f"{calibration.floor_mib:.0f} MiB, this device has {least[1]:.0f} MiB there; free memory, "
         "raise the cap, or take a smaller base model"
-    )
-
-
-def _plan(
-    shapes: Shapes,
-    calibration: Calibration,
-    way: Way,
-    budget_mib: float,
-    rank: int,
-    held: int,
-    micro_batch: int,
-    seq_len: int,
-    threads: int,
-) -> Plan:
-    predicted = predict_mib(
-        shapes,
-        weights_mib=calibration.weights_mib[way.dtype],
-        activations=calibration.activations[way],
-        way=way,
-        rank=rank,
-        held=held,
-        tokens=micro_batch * seq_len,
-    )
-    return Plan(
-        rank,
-        held,
-        micro_batch,
-        seq_len,
-        way.checkpointing,
-        way.dtype,
-        threads,
-        predicted,
-        budget_mib,
     )
