@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
 from edge_client.plan import (
-    HEADROOM_SHARE,
     Calibration,
     Plan,
     budget_above_floor,
     choose_plan,
+    headroom_mib,
     memory_budget,
 )
 from protocol.messages import Training
@@ -123,7 +123,7 @@ def test_the_prediction_is_within_the_budget_and_is_that_of_the_memory_model(
 ) -> None:
     plan = choose(budget, shared_rank=shared, native_bf16=native)
     fixed = CALIBRATION.activations[Way(plan.dtype, plan.checkpointing)].fixed_mib
-    headroom = HEADROOM_SHARE * (plan.predicted_mib - fixed)
+    headroom = headroom_mib(plan.predicted_mib, fixed)
     assert plan.predicted_mib + headroom <= plan.budget_mib
     assert plan.budget_mib == pytest.approx(budget - FLOOR)
     way = Way(plan.dtype, plan.checkpointing)
