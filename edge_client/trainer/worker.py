@@ -246,8 +246,10 @@ def serve(connection: Connection) -> None:
             reply = Reply(error=error)
         except KeyboardInterrupt:
             return
-        except Exception:  # the top of a process: the parent says it in one line
-            reply = Reply(crash=traceback.format_exc())
+        except Exception as error:  # the top of a process: the parent says it in one line
+            # The rest stays on this device: what the parent says goes to the broker too.
+            traceback.print_exc()
+            reply = Reply(crash=type(error).__name__)
         try:
             connection.send(reply)
         except BrokenPipeError:  # the agent has gone: so does its training
