@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
+
 from device_profiles.clear import clear_job
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
@@ -219,7 +221,12 @@ def _losses(
         [*common, *sample, "--max-rows", str(SAMPLE_ROWS)],
     ]
     with ThreadPoolExecutor(len(questions)) as pool:
-        whole, sampled = (json.loads(answer) for answer in pool.map(_ask, questions))
+        try:
+            whole, sampled = (json.loads(answer) for answer in pool.map(_ask, questions))
+        except BaseException:  # a signal: the pool would wait for the answers, minutes perhaps
+            for process in psutil.Process().children():
+                process.kill()
+            raise
     means = {name: fmean(row.values()) for name, row in sampled.items()}
     across = {"base": means["base"], "merged": means[str(shared)]}
     if options.compare_alone:
