@@ -37,7 +37,9 @@ def serve(
     broker: Annotated[
         str, typer.Option(help="mqtt://host:port; without it an embedded broker is started.")
     ] = "",
-    port: Annotated[int, typer.Option(help="Port of the embedded broker (0: a free one).")] = 1883,
+    port: Annotated[
+        int, typer.Option(help="Port of the embedded broker (0: a free one).", min=0, max=65535)
+    ] = 1883,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
@@ -46,11 +48,13 @@ def serve(
     from aggregator.daemon import Daemon
     from aggregator.store import Store
     from protocol.events import EventLog
+    from protocol.files import lock_folder
     from protocol.transport import BrokerAddress
 
     events = EventLog(as_json=as_json)
     job, policy = read_job(job_file)
     with ExitStack() as stack:
+        stack.enter_context(lock_folder(state, "aggregator"))
         if broker:
             address = BrokerAddress.parse(broker)
         else:

@@ -106,10 +106,9 @@ class Agent:
     def _find_job(self) -> None:
         """Wait for a job to be shown, then connect with the will that belongs to it."""
         settings = self._settings
-        job_name = settings.job
-        if not job_name:
-            self._events.emit("state", state="waiting for a job")
-            job_name = discover_job(settings, lambda: self._stopping)
+        what = f"job {settings.job}" if settings.job else "a job"
+        self._events.emit("state", state=f"waiting for {what}")
+        job_name = discover_job(settings, self._key.public, lambda: self._stopping)
         if not job_name:
             return
         topic = topics.topic("status", job=job_name, device=settings.name)

@@ -7,9 +7,10 @@ TunefleetError                 anything a person is to read as one line
 │   ├── BadSignature           unsigned, wrongly signed, or signed by somebody else
 │   ├── BadTensors             names, shapes, dtypes or values not those that were announced
 │   └── BadChunk               a chunk that its manifest does not know
-└── TransportError             the link to the broker
-    ├── BrokerUnreachable      no connection, or none in time
-    └── DeliveryRefused        the broker took the connection but not the message
+├── TransportError             the link to the broker
+│   ├── BrokerUnreachable      no connection, or none in time
+│   └── DeliveryRefused        the broker took the connection but not the message
+└── StateError                 a state folder that can't be used, is in use, or is damaged
 """
 
 from __future__ import annotations
@@ -78,3 +79,7 @@ class DeliveryRefused(TransportError):
         super().__init__(f"the broker refused a message on {topic}: {why}")
         self.topic = topic
         self.why = why
+
+
+class StateError(TunefleetError):
+    """A state folder that can't be written to, that another process has, or that is damaged."""

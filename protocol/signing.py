@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ValidationError
 
 from protocol import VERSION
-from protocol.errors import BadSignature, MalformedMessage, UnsupportedVersion
+from protocol.errors import BadSignature, MalformedMessage, StateError, UnsupportedVersion
 
 MESSAGE_LIMIT_BYTES = 512 * 1024
 M = TypeVar("M", bound=BaseModel)
@@ -38,9 +38,19 @@ class SigningKey:
 
     @classmethod
     def load_or_create(cls, path: Path) -> SigningKey:
-        """Read the key of a state folder, or make it there, readable by its owner alone."""
+        """Read the key of a state folder, or make it there, readable by its owner alone.
+
+        Raises:
+            StateError: the file holds something else.
+        """
         if path.exists():
-            return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
+            try:
+                return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
+            except ValueError:
+                raise StateError(
+                    f"{path} holds no key (32 bytes); bring it back from a backup, or begin anew "
+                    "with another --state folder and another name"
+                ) from None
         key = Ed25519PrivateKey.generate()
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -59,16 +59,19 @@ class BrokerAddress:
         Raises:
             TransportError: it is not mqtt[s]://host[:port][?version=5|3.1.1].
         """
-        parts = urlsplit(url if "://" in url else f"mqtt://{url}")
         try:
+            parts = urlsplit(url if "://" in url else f"mqtt://{url}")
             port = parts.port
-        except ValueError:
-            port = -1
+        except ValueError:  # a port that is none, or half an IPv6 address
+            raise _not_an_address(url) from None
         version = parts.query.removeprefix("version=")
-        right = parts.scheme in ("mqtt", "mqtts") and parts.hostname and port != -1
-        if not right or version not in ("", *_VERSIONS):
+        right = parts.scheme in ("mqtt", "mqtts") and (parts.hostname or "").strip() and port != 0
+        if not right or version not in ("", *_VERSIONS) or parts.path not in ("", "/"):
+            raise _not_an_address(url)
+        if parts.username is not None:
             raise TransportError(
-                f"{url!r} is not a broker address; write mqtt://host:port or mqtts://host:port"
+                f"the broker address for {parts.hostname} names a user: users and passwords are "
+                "not supported yet; leave them out"
             )
         tls = parts.scheme == "mqtts"
         return cls(parts.hostname or "", port or (8883 if tls else 1883), tls, version)
@@ -122,7 +125,10 @@ class MqttTransport:
         client_id: str,
         *,
         will: tuple[str, bytes] | None = None,
+        temporary: bool = False,
     ) -> None:
+        """Prepare a link; a `temporary` one leaves no session at the broker, nor takes one up."""
+        self._temporary = temporary
         self.address = address
         self.client_id = client_id
         self.connection = 0
@@ -168,7 +174,9 @@ class MqttTransport:
         for version in [*self._versions, *self._versions[-1:] * RETRIES]:
             client = self._new_client(version)
             try:
-                client.connect(self.address.host, self.address.port, KEEPALIVE_S, **_start(version))
+                client.connect(
+                    self.address.host, self.address.port, KEEPALIVE_S, **self._start(version)
+                )
             except (OSError, ValueError) as error:
                 raise BrokerUnreachable(str(self.address), str(error) or repr(error)) from None
             self._client, self._refused = client, ""
@@ -346,7 +354,7 @@ class MqttTransport:
     # -- private ---------------------------------------------------------------------------------
 
     def _new_client(self, version: int) -> paho.Client:
-        clean = None if version == paho.MQTTv5 else False
+        clean = None if version == paho.MQTTv5 else self._temporary
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
@@ -367,6 +375,15 @@ class MqttTransport:
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
         return client
+
+    def _start(self, version: int) -> dict[str, Any]:
+        """Return CONNECT's arguments for a session that outlives the connection, or does not."""
+        if version != paho.MQTTv5:
+            return {}
+        properties = Properties(PacketTypes.CONNECT)
+        properties.SessionExpiryInterval = 0 if self._temporary else SESSION_EXPIRY_S
+        properties.ReceiveMaximum = WINDOW
+        return {"clean_start": self._temporary, "properties": properties}
 
     def _live(self) -> paho.Client:
         client = self._client
@@ -411,11 +428,7 @@ class MqttTransport:
                     left -= time.monotonic() - since
 
 
-def _start(version: int) -> dict[str, Any]:
-    """Return CONNECT's arguments for a session that outlives the connection."""
-    if version != paho.MQTTv5:
-        return {}
-    properties = Properties(PacketTypes.CONNECT)
-    properties.SessionExpiryInterval = SESSION_EXPIRY_S
-    properties.ReceiveMaximum = WINDOW
-    return {"clean_start": False, "properties": properties}
+def _not_an_address(url: str) -> TransportError:
+    return TransportError(
+        f"{url!r} is not a broker address; write mqtt://host:port or mqtts://host:port"
+    )

@@ -60,7 +60,7 @@ class TrainingProcess:
         if reply.error is not None:
             raise reply.error
         if reply.crash:
-            raise WorkerError(f"the training process failed in {name}:\n{reply.crash}")
+            raise WorkerError(f"the training process failed in {name}: {reply.crash}")
         return reply.value
 
     def stop(self) -> None:

@@ -290,5 +290,7 @@ def _answer(worker: Worker, request: tuple[str, dict[str, Any]]) -> Reply:
         return Reply(getattr(worker, name)(**arguments))
     except TunefleetError as error:
         return Reply(error=error)
-    except Exception:  # the top of a process: the parent says it in one line
-        return Reply(crash=traceback.format_exc())
+    except Exception as error:  # the top of a process: the parent says it in one line
+        # The rest stays on this device: what the parent says goes to the broker too.
+        traceback.print_exc()
+        return Reply(crash=type(error).__name__)
