@@ -133,10 +133,9 @@ def choose_plan(
             accumulates=micro_batch * seq_len < training.tokens_per_step,
         )
 
-    def fits(plan: Plan) -> bool:
+    def needs_mib(plan: Plan) -> float:
         fixed = calibration.activations[Way(plan.dtype, plan.checkpointing)].fixed_mib
-        peak_mib = plan.predicted_mib + headroom_mib(plan.predicted_mib, fixed)
-        return peak_mib <= plan.budget_mib and plan.predicted_mib < below_mib
+        return plan.predicted_mib + headroom_mib(plan.predicted_mib, fixed)
 
     def preference(plan: Plan) -> tuple[object, ...]:
         fast = plan.dtype == ("bf16" if native_bf16 else "f32")
@@ -170,15 +169,19 @@ def choose_plan(
             for micro_batch in MICRO_BATCHES
             if micro_batch == 1 or micro_batch * seq_len <= training.tokens_per_step
         ]
-        least = min(least, *((plan.predicted_mib, plan.budget_mib) for plan in every))
-        fitting = [plan for plan in every if fits(plan)]
+        least = min(least, *((needs_mib(plan), plan.budget_mib) for plan in every))
+        fitting = [
+            plan
+            for plan in every
+            if needs_mib(plan) <= plan.budget_mib and plan.predicted_mib < below_mib
+        ]
         if fitting:
             return max(fitting, key=preference)
         seq_len //= 2
     if below_mib < inf:
         raise NoPlanFits(
-            f"the smallest plan needs {least[0]:.0f} MiB above the floor, and {below_mib:.0f} MiB "
-            "there were too much; free memory, or take a smaller base model"
+            f"a plan of {below_mib:.0f} MiB above the floor was too much for this device, and no "
+            "smaller one is left; free memory, or take a smaller base model"
         )
     raise NoPlanFits(
         f"the smallest plan needs {least[0]:.0f} MiB above a floor of "

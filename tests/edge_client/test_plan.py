@@ -43,7 +43,7 @@ CALIBRATION = Calibration(
     },
 )
 TRAINING = Training(tokens_per_step=1024, max_tokens=256)
-budgets = st.floats(650, 4000)
+budgets = st.floats(660, 4000)
 quick = settings(max_examples=40, deadline=None)
 
 
@@ -93,14 +93,14 @@ def test_more_memory_never_gives_a_worse_plan_with_a_remainder(one: float, other
 
 
 def test_more_memory_can_give_a_smaller_rank_for_the_sake_of_the_whole_adapter() -> None:
-    plans = [choose(budget) for budget in range(660, 700, 4)]
+    plans = [choose(budget) for budget in range(670, 730, 4)]
     at = next(i for i, plan in enumerate(plans) if plan.held >= 64)
     assert plans[at - 1].rank > plans[at].rank
     assert worth(plans[at - 1]) < worth(plans[at])
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.floats(660, 760), st.sampled_from([0, 64]))
+@given(st.floats(670, 760), st.sampled_from([0, 64]))
 def test_stepping_down_gives_smaller_plans_until_none_is_left(budget: float, shared: int) -> None:
     plan = choose(budget, shared_rank=shared)
     for _ in range(2000):
@@ -112,7 +112,7 @@ def test_stepping_down_gives_smaller_plans_until_none_is_left(budget: float, sha
         assert smaller.predicted_mib < plan.predicted_mib
         assert worth(smaller) <= worth(plan)
         plan = smaller
-    assert f"{plan.predicted_mib:.0f} MiB there were too much" in said
+    assert f"a plan of {plan.predicted_mib:.0f} MiB above the floor was too much" in said
     assert "\n" not in said
 
 
@@ -143,7 +143,7 @@ def test_the_prediction_is_within_the_budget_and_is_that_of_the_memory_model(
 
 
 def test_different_budgets_give_different_ranks() -> None:
-    ranks = [choose(budget, shared_rank=0).rank for budget in (658, 662, 672, 690, 730, 800)]
+    ranks = [choose(budget, shared_rank=0).rank for budget in (673, 678, 688, 710, 740, 820)]
     assert ranks == sorted(ranks)
     assert len(set(ranks)) == 6
     assert choose(4000).rank == 64
@@ -162,11 +162,11 @@ def test_a_dtype_that_is_slow_here_is_taken_for_the_sake_of_rank() -> None:
 
 
 def test_sequences_are_cut_only_when_nothing_fits_with_whole_ones() -> None:
-    lengths = {choose(b, shared_rank=0).seq_len for b in range(635, 1200, 5)}
+    lengths = {choose(b, shared_rank=0).seq_len for b in range(650, 1200, 5)}
     assert 256 in lengths
     assert lengths - {256}
     assert lengths <= {64, 128, 256}
-    cut = max(b for b in range(635, 1200, 5) if choose(b, shared_rank=0).seq_len < 256)
+    cut = max(b for b in range(650, 1200, 5) if choose(b, shared_rank=0).seq_len < 256)
     whole = choose(cut + 5, shared_rank=0)
     assert whole.seq_len == 256
     assert whole.micro_batch == 1
@@ -177,7 +177,7 @@ def test_nothing_fits_says_what_would_and_what_to_do() -> None:
     with pytest.raises(NoPlanFits) as caught:
         choose(450)
     message = str(caught.value)
-    smallest = 257 + 50 + 64 * 0.12
+    smallest = 50 + 1.1 * (257 + 64 * 0.12)
     needs = int(message.split("needs ")[1].split(" MiB")[0])
     assert smallest < needs < smallest + 20
     assert "a floor of 300 MiB" in message
@@ -206,7 +206,7 @@ def test_a_small_model_on_a_scaled_budget_gets_the_rank_of_a_large_one() -> None
             for way, a in CALIBRATION.activations.items()
         },
     )
-    for budget in range(640, 2400, 40):
+    for budget in range(680, 2400, 40):
         small = choose_plan(
             shapes,
             calibration,
