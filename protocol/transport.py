@@ -30,6 +30,8 @@ WINDOW = 32
 QUEUE_LIMIT = 256
 SESSION_EXPIRY_S = 7 * 24 * 3600
 KEEPALIVE_S = 30
+CONNECTIONS_LIMIT = 4
+"""Connections that a message may be sent on again without an answer."""
 RETRIES = 2
 SESSION_TAKEN_OVER = 0x8E
 """MQTT 5's reason for hanging up on a client when another one connects with its id."""
@@ -415,11 +417,15 @@ class MqttTransport:
         return Delivery(topic, str(code) if code.is_failure else "")
 
     def _expect(self, happened: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait until something has happened; only time with a connection counts."""
-        left = timeout_s
+        """Wait until something has happened; only time with a connection counts.
+
+        A broker that hangs up at what is said, each time it is said again, is no longer waited for.
+        """
+        left, last = timeout_s, self.connection + CONNECTIONS_LIMIT
         with self._state:
             while not happened():
-                if left <= 0 or (self._abandoned and not self._connected):
+                given_up = self.connection >= last or (self._abandoned and not self._connected)
+                if left <= 0 or given_up:
                     raise TransportError(f"{self.address} did not answer to {what} in time")
                 self._live()
                 since = time.monotonic()

@@ -36,7 +36,7 @@ data = "text/email"
 
 def fleet_replay(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "device_profiles.cli", *(str(a) for a in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=570)
 
 
 def plain_losses(adapter: Path, text: Path, parts: Sequence[str]) -> dict[str, float]:
@@ -70,7 +70,7 @@ def plain_losses(adapter: Path, text: Path, parts: Sequence[str]) -> dict[str, f
     return losses
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)  # 90 s where nobody else uses the machine
 def test_a_fleet_learns_through_mosquitto(tmp_path: Path, mosquitto: BrokerAddress) -> None:
     write_demo_text(tmp_path / "text", seed=0)
     (tmp_path / "fleet.toml").write_text(FLEET)

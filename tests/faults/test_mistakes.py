@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from aggregator.config import build_job
 from aggregator.daemon import Daemon
-from aggregator.errors import BadRuleSettings, ConfigError, StoreError
+from aggregator.errors import ConfigError, StoreError
 from aggregator.export import export_adapter
 from aggregator.rounds import Policy
 from aggregator.store import Store
@@ -98,12 +98,6 @@ def test_numbers_that_no_job_can_run_with(fields: dict[str, Any], said: str) -> 
     job = make_job().model_dump()
     with pytest.raises(ConfigError, match=said):
         build_job({**job, **fields}, "job.toml")
-
-
-def test_settings_that_the_rule_lacks_are_refused_before_the_first_merge() -> None:
-    job = make_job(rule_settings={"spilt": "left"}).model_dump()
-    with pytest.raises(BadRuleSettings):
-        build_job(job, "job.toml")
 
 
 def serve(job: Job, state: Path, broker: BrokerAddress) -> Daemon:
