@@ -63,8 +63,8 @@ class Daemon:
             TransportError: the broker can't be reached, or the connection has ended for good.
         """
         with stop_on_signals(self._stop):
-            self._start()
             try:
+                self._start()
                 while not self._stopping:
                     self._serve_one()
                     self._step()

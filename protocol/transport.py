@@ -289,9 +289,11 @@ class MqttTransport:
     def close(self) -> None:
         """Disconnect in good order: the broker sends no will."""
         self._closed.set()
-        if self._client is not None:
-            self._client.disconnect()
-            self._client.loop_stop()
+        # Let go of it too: its sockets are closed when nobody holds it.
+        client, self._client = self._client, None
+        if client is not None:
+            client.disconnect()
+            client.loop_stop()
 
     # -- on paho's thread: enqueue and signal, nothing else --------------------------------------
 
