@@ -32,7 +32,7 @@ JOB = "replay"
 TIMEOUT_S = 3600.0
 SAMPLE_ROWS = 2
 """Rows of each text on which adapters are compared across the fleet."""
-DEMO_TRAINING = {"steps": 8, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
+DEMO_TRAINING = {"steps": 6, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES = 4, 4, 8
 FROZEN_BYTES = {"f32": 4, "bf16": 2}
 """Bytes of a number of the frozen remainder: it lies in the dtype of the base."""
 INTERMEDIATE_BYTES = 4
-MAPPED_BYTES = 32 * 1024
+MAPPED_BYTES = 64 * 1024
 """Tensors from this size on are mapped one by one; see `make_peaks_predictable`."""
 
 

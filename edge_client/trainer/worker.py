@@ -246,6 +246,8 @@ class Worker:
         from edge_client.trainer.warm_up import warm_up
 
         warm_up(dtype, threads)
+        gc.collect()
+        gc.freeze()  # a million objects of the libraries, which no collection need walk again
         _settle()
         self._floor = resident_mib()
 
