@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from protocol import topics
+from protocol.messages import UploadManifest
+from protocol.signing import open_message
 from protocol.transport import BrokerAddress
 from tests.conftest import running_mosquitto
 from tests.faults.processes import Listener, SmallFleet
@@ -69,7 +71,8 @@ def test_a_device_killed_while_uploading_goes_on_from_its_outbox(fleet: SmallFle
     desk, kitchen = fleet.device("desk"), fleet.device("kitchen")
     kitchen.wait_for("state", state="training")
     aggregator.process.send_signal(signal.SIGSTOP)
-    uploads.wait_for(lambda m: topics.match(m.topic).kind == "upload_manifest")
+    offered = uploads.wait_for(lambda m: topics.match(m.topic).kind == "upload_manifest")
+    manifest, _ = open_message(offered.payload, offered.topic, UploadManifest)
     kitchen.end(signal.SIGKILL)
 
     # Offered before the crash, asked for by an aggregator that then stops, sent after it.
@@ -77,7 +80,7 @@ def test_a_device_killed_while_uploading_goes_on_from_its_outbox(fleet: SmallFle
     answers.wait_for(lambda m: b"need" in m.payload)
     aggregator.process.send_signal(signal.SIGSTOP)
     kitchen = fleet.device("kitchen")
-    uploads.wait_for(lambda m: topics.match(m.topic).kind == "upload_chunk")
+    uploads.wait_for(lambda m: m.topic.endswith(f"/{len(manifest.file.chunks) - 1}"))
     kitchen.end(signal.SIGKILL)
 
     # `done` waits at the broker for a device that knows of no job yet.
