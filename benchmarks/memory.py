@@ -7,12 +7,12 @@ the base, then rounds of evaluate and train, evaluate. Writes runs/bench/memory.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import base_tiny
+from benchmarks.claims import Claim, write_claims
 from device_profiles.demo_text import write_demo_text
 from edge_client.calibrate import calibrate
 from edge_client.memory import Way, predict_mib
@@ -23,7 +23,6 @@ from edge_client.trainer.worker import Text
 from protocol.adapter import initial_adapter, module_directions, select, without
 from protocol.messages import BaseModelInfo, Pruning, Training
 
-OUT = Path("runs/bench/memory.json")
 LENGTH, SCALE, ROUNDS, STEPS = 256, 2.0, 3, 2
 BAND = 0.25
 
@@ -145,30 +144,14 @@ def main() -> None:
                 flush=True,
             )
     above, below, used = max(ratios), min(ratios), max(shares)
-    claims = [
-        {
-            "claim": "measured peak / predicted peak, largest",
-            "value": round(above, 3),
-            "target": 1 + BAND,
-            "met": above <= 1 + BAND,
-        },
-        {
-            "claim": "share of the planner's headroom that a peak above its prediction took",
-            "value": round(used, 3),
-            "target": 1,
-            "met": used <= 1,
-        },
-        {
-            "claim": "measured peak / predicted peak, smallest",
-            "value": round(below, 3),
-            "target": 1 - BAND,
-            "met": below >= 1 - BAND,
-        },
-    ]
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps({"claims": claims}, indent=1))
-    for claim in claims:
-        print(f"{claim['claim']}: {claim['value']} (target {claim['target']})")
+    write_claims(
+        "memory",
+        [
+            Claim("measured peak / predicted, largest", above, f"≤ {1 + BAND}", above <= 1 + BAND),
+            Claim("measured peak / predicted, smallest", below, f"≥ {1 - BAND}", below >= 1 - BAND),
+            Claim("share of the headroom that a peak took, largest", used, "≤ 1", used <= 1),
+        ],
+    )
 
 
 if __name__ == "__main__":
