@@ -110,14 +110,18 @@ def serve(
     broker: Annotated[
         str, typer.Option(help="mqtt://host:port; without it an embedded broker is started.")
     ] = "",
-    port: Annotated[int, typer.Option(help="Port of the embedded broker (0: a free one).")] = 1883,
+    port: Annotated[
+        int, typer.Option(help="Port of the embedded broker (0: a free one).", min=0, max=65535)
+    ] = 1883,
     folder: Annotated[
         Path | None,
         typer.Option("--dir", help="The fleet's folder: its broker, its keys, and enrolment."),
     ] = None,
     enroll_port: Annotated[
         int | None,
-        typer.Option(help="Port of enrolment, with --dir (0: none; default: the fleet's)."),
+        typer.Option(
+            help="Port of enrolment, with --dir (0: none; default: the fleet's).", min=0, max=65535
+        ),
     ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
@@ -128,6 +132,7 @@ def serve(
     from aggregator.errors import ConfigError
     from aggregator.store import Store
     from protocol.events import EventLog
+    from protocol.files import lock_folder
     from protocol.transport import BrokerAddress
 
     events = EventLog(as_json=as_json)
@@ -136,23 +141,21 @@ def serve(
         raise ConfigError("--enroll-port needs the fleet's folder: --dir")
     with ExitStack() as stack:
         address = BrokerAddress.parse(broker) if broker else None
-        if folder is not None:
-            fleet = _open_fleet(stack, folder, events, enroll_port)
+        fleet = None if folder is None else _open_fleet(stack, folder, events, enroll_port)
+        where = state or (DEFAULT_STATE if fleet is None else fleet.state(job.job))
+        stack.enter_context(lock_folder(where, "aggregator"))
+        if fleet is not None:
             address = address or fleet.broker_here
-            store = Store(state or fleet.state(job.job))
-            membership = fleet.membership()
-        else:
-            store, membership = Store(state or DEFAULT_STATE), None
         if address is None:
             address = _embedded(stack, port)
             events.emit("broker", address=str(address), note="embedded: for trial, loopback only")
         Daemon(
             job,
             policy,
-            store,
+            Store(where),
             address,
             events,
-            membership=membership,
+            membership=fleet.membership() if fleet is not None else None,
             exit_when_done=exit_when_done,
         ).run()
 

@@ -43,9 +43,9 @@ else:
 class PolicySettings(BaseModel):
     """How rounds are run; see aggregator.rounds.Policy."""
 
-    min_devices: int = Field(1, ge=1)
-    quorum: int = Field(1, ge=1)
-    deadline_s: float = Field(3600.0, gt=0)
+    min_devices: int = Field(1, ge=1, le=1_000_000)
+    quorum: int = Field(1, ge=1, le=1_000_000)
+    deadline_s: float = Field(3600.0, gt=0, le=1e9)
     fraction: float = Field(1.0, gt=0, le=1)
     quarantine_after: int = Field(5, ge=1)
     quarantine_s: float = Field(3600.0, ge=0)

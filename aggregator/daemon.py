@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 from aggregator.enrol.folder import Membership
+from aggregator.errors import StoreError
 from aggregator.intake import Intake, read_update
 from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
@@ -17,14 +18,16 @@ from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.versions import Versions, first_version
 from protocol import topics
-from protocol.errors import TransportError
+from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
 from protocol.messages import Job
 from protocol.signals import stop_on_signals
-from protocol.signing import SigningKey
+from protocol.signing import SigningKey, open_message
 from protocol.transport import BrokerAddress, MqttTransport
 
 TICK_S = 0.2
+SCOUT_S = 0.5
+"""How long the broker may take to show a job that it has."""
 
 
 class Daemon:
@@ -56,6 +59,7 @@ class Daemon:
         )
         self._registry = membership.registry if membership else None
         tls = membership.tls if membership else None
+        self._certified = tls is not None and broker.tls
         self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}", tls=tls)
         self._versions = Versions(job, store)
         self._intake = Intake(
@@ -70,8 +74,8 @@ class Daemon:
             TransportError: the broker can't be reached, or the connection has ended for good.
         """
         with stop_on_signals(self._stop):
-            self._start()
             try:
+                self._start()
                 while not self._stopping:
                     self._serve_one()
                     self._step()
@@ -90,6 +94,7 @@ class Daemon:
             first = self._versions.write(first_version(self._job), version=1, parent=None)
             self._store.add_version(first)
             self._store.set_round(RoundState(0, "waiting", 1, None))
+        self._check_alone()
         self._link.connect()
         job = self._job.job
         # The filter of upload chunks matches upload manifests too; both would bring them twice.
@@ -109,6 +114,39 @@ class Daemon:
             state=state.state,
             version=state.version,
         )
+
+    def _check_alone(self) -> None:
+        """Refuse a job that the broker has from somebody else: devices would hear only that one.
+
+        A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for all.
+        It would also give a scout the aggregator's own session, by the name in the certificate.
+
+        Raises:
+            StoreError: its key is another than that of this state.
+        """
+        if self._certified:
+            return
+        topic = topics.topic("job", job=self._job.job)
+        scout = MqttTransport(
+            self._link.address, f"tunefleet-aggregator-{self._job.job}-scout", temporary=True
+        )
+        scout.connect()
+        try:
+            scout.subscribe([topic])
+            known = scout.receive(SCOUT_S)
+        finally:
+            scout.close()
+        if known is None or not known.payload:
+            return
+        try:
+            _, key = open_message(known.payload, topic, Job)
+        except ProtocolError:
+            return
+        if key != self._key.public:
+            raise StoreError(
+                f"the broker has a job {self._job.job!r} from another aggregator, or from this one "
+                "with another --state: go on with that state, or take another job name"
+            )
 
     def _say_everything(self) -> None:
         """Publish where the job stands, which a broker that was restarted may have forgotten."""

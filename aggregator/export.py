@@ -7,6 +7,7 @@ from pathlib import Path
 from aggregator.errors import StoreError
 from aggregator.store import Store
 from aggregator.versions import Versions
+from protocol.errors import BadTensors
 from protocol.files import write_peft
 from protocol.messages import Job
 
@@ -28,7 +29,11 @@ def export_adapter(state: Path, out: Path, *, version: int | None = None) -> int
     if store.version(number) is None:
         raise StoreError(f"there is no version {number} in {state}")
     try:
-        write_peft(Versions(job, store).load(number), out, base_model=job.base.name)
+        adapter = Versions(job, store).load(number)
+    except (OSError, BadTensors) as error:
+        raise StoreError(f"version {number} in {state} is damaged: {error}") from None
+    try:
+        write_peft(adapter, out, base_model=job.base.name)
     except OSError as error:
         raise StoreError(f"can't write the adapter to {out}: {error}") from None
     return number

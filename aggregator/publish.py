@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from aggregator.errors import StoreError
 from aggregator.rounds import RoundState
 from aggregator.store import Store
 from protocol import topics
 from protocol.chunks import split
-from protocol.messages import GlobalManifest, Job, Round
+from protocol.messages import FileInfo, GlobalManifest, Job, Round, describe_file
 from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
 
@@ -40,9 +41,13 @@ class Publisher:
         self._send([(topic, self._key.seal(message, topic))])
 
     def version(self, manifest: GlobalManifest) -> None:
-        """Publish a version whole, its manifest last, and clear the one that is too old."""
-        for band in manifest.bands:
-            data = self._store.band_file(manifest.version, band).read_bytes()
+        """Publish a version whole, its manifest last, and clear the one that is too old.
+
+        Raises:
+            StoreError: a file of it is not there, or not what it was.
+        """
+        for band, info in manifest.bands.items():
+            data = self._read(manifest.version, band, info)
             self._send(
                 [
                     (self._chunk_topic(manifest.version, band, index), chunk)
@@ -54,6 +59,19 @@ class Publisher:
         old = self._store.version(manifest.version - VERSIONS_KEPT)
         if old is not None:
             self._clear(old)
+
+    def _read(self, version: int, band: str, info: FileInfo) -> bytes:
+        path = self._store.band_file(version, band)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"can't read version {version}: {error}") from None
+        if describe_file(data) != info:
+            raise StoreError(
+                f"{path} is not what version {version} was published as; bring the state folder "
+                "back from a backup, or begin anew with another --state folder and job name"
+            )
+        return data
 
     def _clear(self, manifest: GlobalManifest) -> None:
         """Take a version off the broker: an empty retained message each, its manifest first."""

@@ -87,7 +87,8 @@ def _replay(
         job["rule"] = rule
     if rounds:
         job["rounds"] = rounds
-    fleet = replace(fleet, job=for_rule(merge_settings(fleet.job, job)))
+    model = str(job.pop("model", fleet.model))
+    fleet = replace(fleet, model=model, job=for_rule(merge_settings(fleet.job, job)))
     options = Options(folder, seed=seed, broker=broker)
     with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
         summary = replay(fleet, options, watch.take)

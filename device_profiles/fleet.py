@@ -17,6 +17,7 @@ Everything but `model` and `device` is a setting of the job; see docs/job.md.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 from device_profiles.demo_text import write_demo_text
 from device_profiles.errors import FleetError
 from device_profiles.schema import DeviceProfile, load_profile
+from protocol.topics import NAME
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -112,13 +114,23 @@ def _device(path: Path, number: int, row: Any) -> FleetDevice:
     where = f"{path}: device {number}"
     if not isinstance(row, dict) or not {"name", "profile", "data"} <= row.keys():
         raise FleetError(f"{where} needs a name, a profile and data")
-    data = [row["data"]] if isinstance(row["data"], str) else list(row["data"])
+    name, data = row["name"], row["data"]
+    if unknown := row.keys() - {"name", "profile", "data", "text"}:
+        raise FleetError(f"{where}: a device has no {sorted(unknown)[0]!r}")
+    if not isinstance(name, str) or not re.fullmatch(NAME, name) or name == "aggregator":
+        raise FleetError(
+            f"{where}: {name!r} can't be a device's name; use 1 to 63 small letters, digits and "
+            "inner dashes, and not 'aggregator'"
+        )
+    data = [data] if isinstance(data, str) else data
+    if not isinstance(data, list) or not data:
+        raise FleetError(f"{where} ({name}): data is a path or a list of paths")
     paths = tuple((path.parent / str(item)).resolve() for item in data)
     for one in paths:
         if not one.exists():
-            raise FleetError(f"{where} ({row['name']}): there is no {one}")
+            raise FleetError(f"{where} ({name}): there is no {one}")
     profile = str(row["profile"])
     if profile.endswith(".toml"):
         profile = str((path.parent / profile).resolve())
     text = str(row.get("text", ", ".join(one.name for one in paths)))
-    return FleetDevice(str(row["name"]), load_profile(profile), profile, paths, text)
+    return FleetDevice(name, load_profile(profile), profile, paths, text)

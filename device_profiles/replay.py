@@ -17,6 +17,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
+
+from device_profiles.clear import clear_job
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
@@ -29,7 +32,7 @@ JOB = "replay"
 TIMEOUT_S = 3600.0
 SAMPLE_ROWS = 2
 """Rows of each text on which adapters are compared across the fleet."""
-DEMO_TRAINING = {"steps": 8, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
+DEMO_TRAINING = {"steps": 6, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,10 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             "model": base["name"],
         }
     )
-    _write_job(fleet, options, out)
+    job = _write_job(fleet, options, out)
     history = History()
+    if options.broker:
+        clear_job(options.broker, job["job"], [device.name for device in fleet.devices])
     with Processes(out / "events.jsonl", out / "logs") as processes:
         _start_aggregator(processes, options, out)
         for event in processes.events(TIMEOUT_S):
@@ -140,7 +145,10 @@ def _ask(arguments: list[str]) -> str:
     return answer.stdout
 
 
-def _write_job(fleet: Fleet, options: Options, out: Path) -> None:
+def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
+    """Write the job file of a replay and return its fields; one that can't be run is refused."""
+    from aggregator.config import build_job
+
     everybody = len(fleet.devices)
     usual = {
         "job": JOB,
@@ -150,6 +158,13 @@ def _write_job(fleet: Fleet, options: Options, out: Path) -> None:
     }
     job = merge_settings(usual, {**fleet.job, "model": str(out / "model.json")})
     (out / "job.json").write_text(json.dumps(job, indent=1))
+    _, policy = build_job(job, "the fleet's settings")
+    if max(policy.quorum, policy.min_devices) > everybody:
+        raise ReplayError(
+            f"[policy] waits for more devices than the fleet's {everybody}: lower quorum "
+            f"({policy.quorum}) and min_devices ({policy.min_devices})"
+        )
+    return job
 
 
 def _start_aggregator(processes: Processes, options: Options, out: Path) -> None:
@@ -206,7 +221,12 @@ def _losses(
         [*common, *sample, "--max-rows", str(SAMPLE_ROWS)],
     ]
     with ThreadPoolExecutor(len(questions)) as pool:
-        whole, sampled = (json.loads(answer) for answer in pool.map(_ask, questions))
+        try:
+            whole, sampled = (json.loads(answer) for answer in pool.map(_ask, questions))
+        except BaseException:  # a signal: the pool would wait for the answers, minutes perhaps
+            for process in psutil.Process().children():
+                process.kill()
+            raise
     means = {name: fmean(row.values()) for name, row in sampled.items()}
     across = {"base": means["base"], "merged": means[str(shared)]}
     if options.compare_alone:

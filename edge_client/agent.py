@@ -11,37 +11,30 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from edge_client.config import Settings
 from edge_client.discover import discover_job
-from edge_client.download import Download, wanted_bands
+from edge_client.download import Download, manifest_topic, wanted_bands
 from edge_client.errors import EdgeError
 from edge_client.learner import Learner
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.prepare import find_base, make_plan
 from edge_client.sender import Sender
+from edge_client.standing import make_status
 from edge_client.trainer.worker import Text
+from edge_client.trust import open_trusted
+from edge_client.update import make_update
 from protocol import topics
 from protocol.adapter import Adapter
-from protocol.bands import parse_band, to_tensors
+from protocol.bands import parse_band
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
-from protocol.files import write_durably, write_peft
-from protocol.messages import (
-    Control,
-    GlobalManifest,
-    Job,
-    Round,
-    Status,
-    UploadManifest,
-    describe_file,
-    in_cohort,
-    upload_id,
-)
+from protocol.files import write_peft
+from protocol.messages import Control, GlobalManifest, Job, Round, in_cohort
 from protocol.signals import stop_on_signals
-from protocol.signing import SigningKey, open_message
-from protocol.tensors import encode
+from protocol.signing import SigningKey
 from protocol.transport import Incoming, MqttTransport
 
 TICK_S = 0.5
@@ -89,9 +82,11 @@ class Agent:
                         self._take(incoming)
                     elif self._connection.connected:
                         self._advance()
-            except (EdgeError, TransportError):
+            except (EdgeError, TransportError) as error:
                 # Asked to stop, the agent ends what it waits for: that is no failure.
                 if not self._stopping:
+                    if self._job is not None and isinstance(error, EdgeError):
+                        self._say("unfit", detail=str(error))
                     raise
             finally:
                 self._close()
@@ -106,17 +101,14 @@ class Agent:
     def _find_job(self) -> None:
         """Wait for a job to be shown, then connect with the will that belongs to it."""
         settings = self._settings
-        job_name = settings.job
-        if not job_name:
-            self._events.emit("state", state="waiting for a job")
-            job_name = discover_job(settings, lambda: self._stopping)
+        what = f"job {settings.job}" if settings.job else "a job"
+        self._events.emit("state", state=f"waiting for {what}")
+        job_name = discover_job(settings, self._key.public, lambda: self._stopping)
         if not job_name:
             return
         self._job_name = job_name
         topic = topics.topic("status", job=job_name, device=settings.name)
-        will = Status(
-            job=job_name, device=settings.name, online=False, boot=self._boot, state="stopped"
-        )
+        will = make_status(settings, job_name, self._boot, "stopped")
         self._link = MqttTransport(
             settings.broker,
             f"tunefleet-{settings.name}",
@@ -137,16 +129,11 @@ class Agent:
         """Plan for a job and load its base model; an unfit device says so and ends."""
         self._job = job
         self._events.emit("state", state="planning")
-        try:
-            model = find_base(self._settings, job)
-            plan = make_plan(self._settings, job, model)
-            text = Text(self._settings.data, self._settings.seed)
-            learner = Learner(job, self._settings.name, model, text, plan)
-        except EdgeError as error:
-            if not self._stopping:
-                self._say("unfit", detail=str(error)[:500])
-            raise
-        self._plan, self._learner = plan, learner
+        model = find_base(self._settings, job)
+        self._plan = self._make_plan(job, model)
+        text = Text(self._settings.data, self._settings.seed)
+        learner = Learner(job, self._settings.name, model, text, self._plan, self._step_down)
+        self._learner, plan = learner, self._plan
         self._rank_start = plan.rank
         for problem in learner.text.problems[:20]:
             self._events.emit("skipped", where=problem)
@@ -161,34 +148,49 @@ class Agent:
         self._events.emit("base", loss=self._base_loss)
         self._say("idle")
 
+    def _make_plan(self, job: Job, model: Path) -> Plan:
+        ceiling_mib = self._outbox.ceiling_mib(job.job)
+        return make_plan(self._settings, job, model, below_mib=ceiling_mib)
+
+    def _step_down(self, before: Plan) -> Plan:
+        """Take a smaller plan in place of one under which the kernel killed training."""
+        if self._stopping:
+            raise EdgeError("training was killed to stop")  # by `_stop`: no plan was too much
+        assert self._job is not None
+        self._outbox.lower_ceiling(self._job.job, before.predicted_mib)
+        plan = self._make_plan(self._job, find_base(self._settings, self._job))
+        self._events.emit(
+            "stepped-down",
+            before=str(before),
+            plan=str(plan),
+            predicted_before_mib=before.predicted_mib,
+            predicted_mib=plan.predicted_mib,
+        )
+        self._plan = plan
+        if self._adapter is not None:
+            self._adapter = self._adapter.truncated(plan.held)
+        return plan
+
     # -- what messages change --------------------------------------------------------------------
 
     def _take(self, incoming: Incoming) -> None:
         try:
+            state = self._settings.state
             found = topics.match(incoming.topic)
             if not incoming.payload or found.fields["job"] != self._job_name:
                 return
             if found.kind == "global_chunk":
                 self._chunk(found.fields, incoming.payload)
             elif found.kind == "job":
-                self._on_job(self._open(incoming, Job))
+                self._on_job(open_trusted(incoming, Job, state))
             elif found.kind == "round":
-                self._on_round(self._open(incoming, Round))
+                self._on_round(open_trusted(incoming, Round, state))
             elif found.kind == "global_manifest":
-                self._on_manifest(self._open(incoming, GlobalManifest))
+                self._on_manifest(open_trusted(incoming, GlobalManifest, state))
             elif found.kind == "control":
-                self._on_control(self._open(incoming, Control))
+                self._on_control(open_trusted(incoming, Control, state))
         except ProtocolError as error:
             self._events.emit("refused", topic=incoming.topic, reason=str(error))
-
-    def _open(self, incoming: Incoming, model):  # type: ignore[no-untyped-def]
-        """Read a message of the aggregator, whose key is remembered from the first one on."""
-        path = self._settings.state / "aggregator.pub"
-        trusted = path.read_text() if path.exists() else None
-        message, key = open_message(incoming.payload, incoming.topic, model, trusted=trusted)
-        if trusted is None:
-            write_durably(path, key.encode())
-        return message
 
     def _on_job(self, job: Job) -> None:
         self._outbox.check_job(job)
@@ -215,7 +217,7 @@ class Agent:
                 byte_budget=self._settings.download_bytes,
             )
             self._download = Download(self._job, manifest, bands)
-            self._connection.subscribe(self._band_topics(self._download))
+            self._connection.subscribe(self._download.topics)
 
     def _chunk(self, fields: Mapping[str, str], payload: bytes) -> None:
         download = self._download
@@ -223,11 +225,12 @@ class Agent:
             return
         download.add(parse_band(fields["band"]), int(fields["index"]), payload)
         if download.complete:
+            manifest = download.manifest
             self._connection.unsubscribe(
-                [*self._band_topics(download), self._manifest_topic(download.manifest.version)]
+                [*download.topics, manifest_topic(manifest.job, manifest.version)]
             )
             self._adapter = download.adapter()
-            self._version = download.manifest.version
+            self._version = manifest.version
             self._download = None
             self._bytes()
 
@@ -252,7 +255,7 @@ class Agent:
             return
         now = self._round
         if self._version != now.version:
-            self._fetch(now.version)
+            self._fetch(self._job.job, now.version)
         elif self._outbox.pending():
             self._sender.offer(self._outbox.pending()[0])
         elif now.state == "finished":
@@ -264,17 +267,18 @@ class Agent:
         ):
             self._train()
 
-    def _fetch(self, version: int) -> None:
+    def _fetch(self, job: str, version: int) -> None:
         if self._download is not None and self._download.manifest.version != version:
-            self._connection.unsubscribe(self._band_topics(self._download))
+            self._connection.unsubscribe(self._download.topics)
             self._download = None
         if self._download is None:
-            self._connection.subscribe([self._manifest_topic(version)])
+            self._connection.subscribe([manifest_topic(job, version)])
 
     def _train(self) -> None:
         assert self._job and self._round and self._learner and self._adapter
-        now, job, rank = self._round, self._job, self._rank
-        loss = self._learner.evaluate(self._adapter)
+        now, job = self._round, self._job
+        known = self._adapter.is_zero  # version 1
+        loss = self._base_loss if known else self._learner.evaluate(self._adapter)
         self._events.emit("evaluated", round=now.number, loss=loss)
         self._say("training")
 
@@ -284,33 +288,19 @@ class Agent:
             )
 
         learned = self._learner.train(
-            self._adapter, rank=rank, round_number=now.number, on_step=on_step
+            self._adapter, rank=self._rank, round_number=now.number, on_step=on_step
         )
         self._tokens += learned.report.tokens
-        if learned.rank < rank:
+        if learned.rank < learned.rank_trained:
             self._events.emit(
                 "pruned",
                 round=now.number,
-                rank_before=rank,
+                rank_before=learned.rank_trained,
                 rank_after=learned.rank,
                 tail_before=learned.tail_before,
                 tail_after=learned.tail_after,
             )
-        data = encode(to_tensors(learned.change), job.encoding_up)
-        manifest = UploadManifest(
-            job=job.job,
-            device=self._settings.name,
-            upload=upload_id(self._settings.name, job.job, now.number),
-            round=now.number,
-            version=now.version,
-            rank=learned.rank,
-            rank_trained=learned.rank_trained,
-            held=self._adapter.rank,
-            encoding=job.encoding_up,
-            file=describe_file(data),
-            examples=learned.report.tokens,
-            metrics={"held_out_loss": loss, "train_loss": learned.report.loss},
-        )
+        manifest, data = make_update(job, now, self._settings.name, learned, held_out_loss=loss)
         self._outbox.put(manifest, data, rank=learned.rank)
         self._say("uploading")
         self._sender.offer(manifest.upload)
@@ -369,35 +359,18 @@ class Agent:
         assert self._plan is not None and self._job is not None
         return min(self._plan.rank, self._outbox.rank(self._job.job, self._plan.rank))
 
-    def _band_topics(self, download: Download) -> list[str]:
-        manifest = download.manifest
-        return [
-            topics.subscription(
-                "global_chunk", job=manifest.job, version=manifest.version, band=band.name
-            )
-            for band in download.wanted
-        ]
-
-    def _manifest_topic(self, version: int) -> str:
-        assert self._job is not None
-        return topics.topic("global_manifest", job=self._job.job, version=version)
-
     def _say(self, state: str, *, detail: str = "") -> None:
         """Publish this device's status, and tell whoever watches."""
         assert self._job is not None
         topic = topics.topic("status", job=self._job.job, device=self._settings.name)
-        status = Status.model_validate(
-            {
-                "job": self._job.job,
-                "device": self._settings.name,
-                "online": state != "stopped",
-                "boot": self._boot,
-                "state": state,
-                "profile": self._settings.profile.name,
-                "rank": self._rank if self._plan else 0,
-                "version": self._version,
-                "detail": detail,
-            }
+        status = make_status(
+            self._settings,
+            self._job.job,
+            self._boot,
+            state,
+            rank=self._rank if self._plan else 0,
+            version=self._version,
+            detail=detail,
         )
         self._connection.announce(topic, self._key.seal(status, topic))
         self._events.emit("state", state=state)

@@ -16,14 +16,14 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from edge_client.memory import Activations, Probe, Way, fit
+from edge_client.memory import Probe, Way, fit
 from edge_client.plan import Calibration
 from edge_client.trainer.process import TrainingProcess
 from edge_client.trainer.worker import ProbeReport
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
-FORMAT = 3
+FORMAT = 9
 
 
 def cache_folder() -> Path:
@@ -62,20 +62,11 @@ def calibrate(
         floor_mib=max(r.floor_mib for r in reports.values()),
         weights_mib={dtype: r.weights_mib for dtype, r in reports.items()},
         activations={
-            Way(dtype, checkpointing): _constants(base, report, probes, checkpointing)
+            way: fit(report.probes[way.checkpointing], base.modules, report.weights_mib, way)
             for dtype, report in reports.items()
-            for checkpointing, probes in report.probes.items()
+            for way in (Way(dtype, checkpointing) for checkpointing in report.probes)
         },
     )
-
-
-def _constants(
-    base: BaseModelInfo,
-    report: ProbeReport,
-    probes: tuple[Probe, Probe],
-    checkpointing: bool,
-) -> Activations:
-    return fit(probes, base.modules, report.weights_mib, checkpointing=checkpointing)
 
 
 def _measure(model: Path, dtype: str, threads: int, seq_len: int, scale: float) -> ProbeReport:

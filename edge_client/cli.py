@@ -88,15 +88,20 @@ def run(
     from device_profiles.schema import load_profile
     from edge_client.agent import Agent
     from edge_client.calibrate import cache_folder
-    from edge_client.config import Settings, check_name, default_threads
+    from edge_client.config import Settings, check_cache, check_name, default_threads
+    from edge_client.errors import DataError
     from edge_client.membership import identity, state_folder
     from edge_client.profile import measure_profile
     from protocol.events import EventLog
+    from protocol.files import lock_folder
 
     check_name(name or _host_name())
     folder = state or state_folder(name, _host_name())
     device, address, tls = identity(folder, name=name, broker=broker, default_name=_host_name())
     found = load_profile(profile) if profile else measure_profile()
+    for path in data:  # found out later only after minutes of measuring
+        if not path.exists():
+            raise DataError(f"there is no file or folder {path}; check --data")
     _require_training()
     settings = Settings(
         name=device,
@@ -104,7 +109,7 @@ def run(
         tls=tls,
         data=tuple(data),
         state=folder,
-        cache=cache or cache_folder(),
+        cache=check_cache(cache or cache_folder()),
         profile=found,
         job=job,
         model=model,
@@ -115,7 +120,8 @@ def run(
         exit_when_done=exit_when_done,
         compare_alone=compare_alone,
     )
-    Agent(settings, EventLog(as_json=as_json, device=device)).run()
+    with lock_folder(settings.state, "edge-client"):
+        Agent(settings, EventLog(as_json=as_json, device=device)).run()
 
 
 @app.command()
@@ -149,11 +155,12 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="PEFT directory of an adapter; may be repeated (default: none)."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Length of the sequences.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Length of the sequences.", min=2)] = 256,
     max_rows: Annotated[
-        int | None, typer.Option(help="At most so many sequences of each path (default: all).")
+        int | None,
+        typer.Option(help="At most so many sequences of each path (default: all).", min=1),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split, as in training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, as in training.", min=0)] = 0,
 ) -> None:
     """Print held-out losses through PEFT, nats a token, as JSON: adapter (or base), data, loss."""
     _require_training()

@@ -13,6 +13,8 @@ from protocol.tls import TlsFiles
 from protocol.topics import NAME
 from protocol.transport import BrokerAddress
 
+NAMES = "1 to 63 small letters, digits and inner dashes"
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -40,6 +42,24 @@ class Settings:
     exit_when_done: bool = False
     compare_alone: bool = False
 
+    def __post_init__(self) -> None:
+        """Check what a person gives.
+
+        Raises:
+            ConfigError: a setting is out of bounds; says which, and what it may be.
+        """
+        cap = self.memory_cap_mib
+        bounds: list[tuple[str, bool, str]] = [
+            ("--memory-cap", cap is None or 1 <= cap <= 1e9, "from 1 to 1e9 MiB"),
+            ("--memory-scale", 0 < self.memory_scale <= 1e9, "above 0, to 1e9"),
+            ("--threads", 1 <= self.threads <= 1024, "from 1 to 1024, or 0: all cores but one"),
+            ("--seed", 0 <= self.seed < 1 << 48, "from 0 to below 2^48"),
+            ("--job", not self.job or bool(re.fullmatch(NAME, self.job)), f"a name: {NAMES}"),
+        ]
+        for option, fine, what in bounds:
+            if not fine:
+                raise ConfigError(f"{option} must be {what}")
+
     @property
     def download_bytes(self) -> float:
         """Return the bytes that one version may take on this device's link."""
@@ -54,10 +74,25 @@ def check_name(name: str) -> str:
         ConfigError: it can't stand in a topic.
     """
     if not re.fullmatch(NAME, name):
-        raise ConfigError(
-            f"{name!r} can't be a device's name: use 1 to 63 small letters, digits and inner dashes"
-        )
+        raise ConfigError(f"{name!r} can't be a device's name: use {NAMES}")
     return name
+
+
+def check_cache(folder: Path) -> Path:
+    """Make the folder of measured constants, and return it.
+
+    Raises:
+        ConfigError: it can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"can't keep measured constants in {folder}: {error.strerror}; name a folder that can "
+            "be written to with --cache"
+        ) from None
+    return folder
 
 
 def default_state(name: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from protocol import topics
 from protocol.adapter import Adapter
 from protocol.bands import Band, affordable, band_ranks, bands, covering, join, read_adapter
 from protocol.chunks import assemble, check_chunk
@@ -32,6 +33,11 @@ def wanted_bands(job: Job, *, rank: int, held: int, byte_budget: float) -> list[
         bytes_each=bytes_each(job.encoding_down),
     )
     return [band for band in affords if band.start < max(held, rank)]
+
+
+def manifest_topic(job: str, version: int) -> str:
+    """Return where the manifest of a version is to be had."""
+    return topics.topic("global_manifest", job=job, version=version)
 
 
 class Download:
@@ -59,6 +65,15 @@ class Download:
     def held(self) -> int:
         """Return how many directions the device will have."""
         return self.wanted[-1].stop
+
+    @property
+    def topics(self) -> list[str]:
+        """Return the topics of the wanted chunks."""
+        job, version = self.manifest.job, self.manifest.version
+        return [
+            topics.subscription("global_chunk", job=job, version=version, band=band.name)
+            for band in self.wanted
+        ]
 
     def add(self, band: Band, index: int, chunk: bytes) -> None:
         """Take a chunk; one of a band that is not wanted is ignored.

@@ -8,6 +8,7 @@ TunefleetError
     ├── ConfigError            a setting is missing, unknown or out of bounds
     ├── JoinRefused            a fleet does not let this device in, or is not the token's
     └── WorkerError            the training process died or broke its protocol
+        └── WorkerKilled       it was killed, as the kernel does when memory runs out
 """
 
 from __future__ import annotations
@@ -46,3 +47,7 @@ class JoinRefused(EdgeError):
 
 class WorkerError(EdgeError):
     """The training process died, was killed, or said something unexpected."""
+
+
+class WorkerKilled(WorkerError):
+    """The training process was killed, as the kernel does when memory runs out."""

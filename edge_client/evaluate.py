@@ -42,6 +42,10 @@ def evaluate_peft(
         ModelError: the model or an adapter can't be loaded.
         DataError: a path holds no usable text.
     """
+    for adapter in adapters:
+        # Else PEFT would look for it on a hub, for minutes.
+        if adapter is not None and not (adapter / "adapter_config.json").is_file():
+            raise ModelError(f"{adapter} has no adapter_config.json: it is not an adapter's folder")
     folder = find_model(model)
     tokenizer = load_tokenizer(folder)
     rows: dict[Path, list[PackedRow]] = {}
@@ -59,12 +63,18 @@ def evaluate_peft(
 def _load(folder: Path, adapter: Path | None) -> nn.Module:
     import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     net = load_model(folder, torch.float32)
     if adapter is not None:
         try:
             net = PeftModel.from_pretrained(net, str(adapter))
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except RuntimeError:  # its text has a line for each tensor
+            raise ModelError(
+                f"the adapter in {adapter} does not fit the model in {folder}; give the base model "
+                "that it was trained on with --model"
+            ) from None
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"can't load the adapter in {adapter}: {error}") from None
     module: nn.Module = net.eval()
     return module

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from edge_client.errors import WorkerKilled
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, rank_after, tail_product
 from edge_client.trainer.base import TrainReport
@@ -27,6 +28,7 @@ from protocol.adapter import (
 )
 from protocol.messages import Job
 
+T = TypeVar("T")
 OnStep = Callable[[int, float], None]
 
 
@@ -42,21 +44,43 @@ class Learned:
     tail_before: float
     tail_after: float
     report: TrainReport
+    held: int
+    """Directions that were held while training."""
+
+
+StepDown = Callable[[Plan], Plan]
+"""Given the plan under which the kernel killed training: return a smaller one, or raise."""
 
 
 class Learner:
-    """Train, evaluate and compare in a training process that is kept between rounds."""
+    """Train, evaluate and compare in a training process that is kept between rounds.
 
-    def __init__(self, job: Job, device: str, model: Path, text: Text, plan: Plan) -> None:
+    A process that the kernel kills is followed by another with a smaller plan, which does again
+    what the first was at: nothing is tried twice at one size.
+
+    Raises:
+        WorkerError: the training process failed, other than by being killed.
+        NoPlanFits: it was killed, and there is no smaller plan.
+    """
+
+    def __init__(
+        self, job: Job, device: str, model: Path, text: Text, plan: Plan, step_down: StepDown
+    ) -> None:
         self._job = job
         self._device = device
-        self._process = TrainingProcess()
+        self._model, self._where = model, text
+        self._step_down = step_down
         self.plan = plan
-        self.text: TextReport = self._process.call("open", model=model, text=text, plan=plan)
+        self._process: TrainingProcess | None = None
+        self.text: TextReport = self._persist(lambda: self._report)
 
     def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned:
-        """Train `rank` of the held directions for one round."""
+        """Train `rank` of the held directions for one round, or what of them the plan allows."""
+        return self._persist(lambda: self._round(held, rank, round_number, on_step))
+
+    def _round(self, held: Adapter, rank: int, round_number: int, on_step: OnStep) -> Learned:
         job = self._job
+        held, rank = held.truncated(self.plan.held), min(rank, self.plan.rank)
         chosen = module_directions(
             job.base.modules,
             job.directions,
@@ -74,7 +98,7 @@ class Learner:
         before, after = tail_product(received, head), tail_product(trained, head)
         kept = rank_after(before, after, rank, head) if job.pruning.enabled else rank
         change = difference(trained.truncated(kept), received.truncated(kept))
-        return Learned(change, rank, kept, before, after, report)
+        return Learned(change, rank, kept, before, after, report, held.rank)
 
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
         """Train what the whole job trains, on the same text, with no exchange and in one go.
@@ -82,22 +106,55 @@ class Learner:
         One run without the resets that merging brings: the best a device can do by itself.
         """
         job = self._job
-        start = initial_adapter(job.base.modules, job.rank, job.scale, job.seed).truncated(rank)
         steps = job.training.steps * job.rounds
-        return self._train("alone", start, None, rank, steps, on_step, prune=False)
+        whole = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
+
+        def attempt() -> tuple[Adapter, TrainReport]:
+            reach = min(rank, self.plan.rank)
+            start = whole.truncated(reach)
+            return self._train("alone", start, None, reach, steps, on_step, prune=False)
+
+        return self._persist(attempt)
 
     def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float:
         """Return the loss on a split of the device's text, nats a token."""
-        loss: float = self._process.call("evaluate", adapter=adapter, split=split)
-        return loss
+
+        def attempt() -> float:
+            held = adapter.truncated(self.plan.held) if adapter else None
+            self._ask("load", trained=None, frozen=held)
+            loss: float = self._ask("evaluate", split=split)
+            return loss
+
+        return self._persist(attempt)
 
     def memory(self) -> tuple[float, float]:
         """Return the floor and the peak above it so far, in MiB."""
-        floor_and_peak: tuple[float, float] = self._process.call("memory")
+        floor_and_peak: tuple[float, float] = self._persist(lambda: self._ask("memory"))
         return floor_and_peak
 
     def stop(self) -> None:
-        self._process.stop()
+        """End the training process; the next thing asked for would start another."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def _persist(self, work: Callable[[], T]) -> T:
+        """Do something in the training process; where that is killed, again in a smaller one."""
+        while True:
+            try:
+                if self._process is None:
+                    self._process = TrainingProcess()
+                    self._report: TextReport = self._ask(
+                        "open", model=self._model, text=self._where, plan=self.plan
+                    )
+                return work()
+            except WorkerKilled:
+                self.stop()
+                self.plan = self._step_down(self.plan)
+
+    def _ask(self, name: str, **arguments: Any) -> Any:
+        assert self._process is not None, "`_persist` starts one"
+        return self._process.call(name, **arguments)
 
     def _train(
         self,
@@ -115,11 +172,10 @@ class Learner:
         def progress(value: Any) -> None:
             on_step(*value)
 
-        answer: tuple[Adapter, TrainReport] = self._process.call(
+        self._ask("load", trained=trained, frozen=frozen)
+        answer: tuple[Adapter, TrainReport] = self._ask(
             "train",
             stream=stream,
-            trained=trained,
-            frozen=frozen,
             settings=settings.model_copy(update={"steps": steps}),
             learning_rate=learning_rate(self._job, rank),
             pruning=self._job.pruning if prune else None,

@@ -1,13 +1,18 @@
 """How much memory training takes: measured where it can be, predicted from that.
 
-peak above the floor = base weights
-                     + LoRA·(weights, gradients, two Adam moments)
-                     + frozen remainder
-                     + fixed + tokens·(activations of a token + rank·intermediates of a token)
+peak above the floor = base weights + fixed + the largest of
+    a step       LoRA·(weights, two Adam moments, gradients if they are there by then)
+                 + frozen remainder
+                 + tokens·(activations of a token + rank·intermediates of a token)
+    its end      LoRA·(weights, gradients, two Adam moments) + frozen remainder
+    loading      the adapters, and what came over the pipe of them in float32
 
-The floor (interpreter, libraries, tokenizer and data) and the constants of the last line are
-measured on the device by two probe steps for each way of training (`calibrate` in
-edge_client.trainer.worker); the rest is counted. All sizes are MiB.
+The floor (interpreter, libraries, tokenizer and data), `fixed` and the activations are measured on
+the device by probes for each way of training (`calibrate` in edge_client.trainer.worker), which go
+the way that a round goes; the rest is counted. All sizes are MiB.
+
+Not counted is the file of the base while it is read: its pages are mapped, and the kernel takes
+them back before it would end a process.
 """
 
 from __future__ import annotations
@@ -24,11 +29,13 @@ from pathlib import Path
 from protocol.adapter import Shapes, module_rank, parameter_count
 
 MIB = float(1 << 20)
-TRAINED_BYTES = 4 + 4 + 8
-"""Bytes of a trained number: float32 weight, gradient, two Adam moments."""
+WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES = 4, 4, 8
+"""Bytes of a trained number, all in float32; the moments are Adam's two."""
 FROZEN_BYTES = {"f32": 4, "bf16": 2}
 """Bytes of a number of the frozen remainder: it lies in the dtype of the base."""
 INTERMEDIATE_BYTES = 4
+MAPPED_BYTES = 64 * 1024
+"""Tensors from this size on are mapped one by one; see `make_peaks_predictable`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,7 @@ class Probe:
 
     tokens: int
     rank: int
+    held: int
     peak_mib: float
 
 
@@ -56,9 +64,10 @@ class Activations:
     token_mib: float
 
 
-def lora_mib(shapes: Shapes, rank: int) -> float:
-    """Return weights, gradients and Adam moments of an adapter of `rank`."""
-    return parameter_count(shapes, rank) * TRAINED_BYTES / MIB
+def lora_mib(shapes: Shapes, rank: int, *, gradients: bool = True) -> float:
+    """Return weights, Adam moments and gradients of an adapter of `rank`."""
+    each = WEIGHT_BYTES + MOMENT_BYTES + (GRADIENT_BYTES if gradients else 0)
+    return parameter_count(shapes, rank) * each / MIB
 
 
 def remainder_mib(shapes: Shapes, rank: int, held: int, dtype: str) -> float:
@@ -74,19 +83,15 @@ def intermediate_mib(shapes: Shapes, rank: int) -> float:
     return sum(module_rank(s, rank) for s in shapes.values()) * INTERMEDIATE_BYTES / MIB
 
 
-def fit(
-    probes: tuple[Probe, Probe], shapes: Shapes, weights_mib: float, *, checkpointing: bool
-) -> Activations:
+def fit(probes: tuple[Probe, Probe], shapes: Shapes, weights_mib: float, way: Way) -> Activations:
     """Return the constants that two probes of different length imply.
 
     With checkpointing one block's intermediates exist at a time, so they are left to the slope.
     """
 
     def rest(probe: Probe) -> float:
-        known = weights_mib + lora_mib(shapes, probe.rank)
-        if not checkpointing:
-            known += probe.tokens * intermediate_mib(shapes, probe.rank)
-        return probe.peak_mib - known
+        known = _step_mib(shapes, way, probe.rank, probe.held, probe.tokens, accumulates=False)
+        return probe.peak_mib - weights_mib - known
 
     short, long = sorted(probes, key=lambda p: p.tokens)
     slope = max(0.0, (rest(long) - rest(short)) / (long.tokens - short.tokens))
@@ -102,10 +107,38 @@ def predict_mib(
     rank: int,
     held: int,
     tokens: int,
+    accumulates: bool,
 ) -> float:
-    """Return the predicted peak above the floor of training `tokens` positions at a time."""
-    total = weights_mib + lora_mib(shapes, rank) + remainder_mib(shapes, rank, held, way.dtype)
-    total += activations.fixed_mib + tokens * activations.token_mib
+    """Return the predicted peak above the floor of training `tokens` positions at a time.
+
+    `accumulates`: a step has several micro-batches, so gradients lie beside activations.
+    """
+    step = _step_mib(shapes, way, rank, held, tokens, accumulates=accumulates)
+    remainder = remainder_mib(shapes, rank, held, way.dtype)
+    sent = parameter_count(shapes, max(rank, held)) * WEIGHT_BYTES / MIB
+    placed = parameter_count(shapes, rank) * WEIGHT_BYTES / MIB + remainder
+    return (
+        weights_mib
+        + activations.fixed_mib
+        + max(
+            step + tokens * activations.token_mib,
+            lora_mib(shapes, rank) + remainder,
+            sent + placed,
+        )
+    )
+
+
+def _step_mib(
+    shapes: Shapes, way: Way, rank: int, held: int, tokens: int, *, accumulates: bool
+) -> float:
+    """Return what can be counted of what lies beside the activations when they are largest.
+
+    Without checkpointing that is where the backward pass begins: the last step's gradients are
+    gone, and there are none yet unless micro-batches went before. With it, it is where it ends.
+    """
+    gradients = way.checkpointing or accumulates
+    total = lora_mib(shapes, rank, gradients=gradients)
+    total += remainder_mib(shapes, rank, held, way.dtype)
     if not way.checkpointing:
         total += tokens * intermediate_mib(shapes, rank)
     return total
@@ -143,10 +176,11 @@ def reset_peak() -> None:
 def restrain_libraries() -> None:
     """Set what libraries read when torch is imported: small kernel caches, no spinning threads.
 
-    oneDNN would cache a kernel for each of a thousand shapes. OpenMP threads that spin while they
+    oneDNN would cache a kernel for each of a thousand shapes; 128 took 15 MiB more than 16 with
+    base-tiny in bf16 and were no faster. OpenMP threads that spin while they
     wait take the cores from whatever else runs on the device, and training with them.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -157,16 +191,17 @@ def return_freed_memory() -> None:
 
 
 def make_peaks_predictable() -> None:
-    """Have glibc map large tensors one by one, so that freed ones leave the process at once.
+    """Have glibc map tensors one by one, so that freed ones leave the process at once.
 
     Left to itself the allocator keeps and fragments what training frees, by up to a third of the
-    peak and never twice alike; this costs a fifth of the speed of a small model in page
-    faults. Transparent huge pages would round tensors up to 2 MiB.
+    peak and never twice alike; from 128 KiB on, its own threshold, by a fifth with a small model,
+    whose tensors are mostly smaller. This costs such a model up to two fifths of its speed in page
+    faults, a large one nothing. Transparent huge pages would round tensors up to 2 MiB.
     """
     if libc := _libc():
         m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-        libc.mallopt(m_mmap_threshold, 128 * 1024)
-        libc.mallopt(m_trim_threshold, 128 * 1024)
+        libc.mallopt(m_mmap_threshold, MAPPED_BYTES)
+        libc.mallopt(m_trim_threshold, MAPPED_BYTES)
         libc.mallopt(m_arena_max, 1)
         pr_set_thp_disable = 41
         libc.prctl(pr_set_thp_disable, 1, 0, 0, 0)

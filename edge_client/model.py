@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -70,8 +69,12 @@ def describe_model(name: str) -> BaseModelInfo:
 
     folder = find_model(name)
     config = _config(folder)
-    with torch.device("meta"), _quiet():
-        model = AutoModelForCausalLM.from_config(config)
+    _check_weights(folder)
+    try:
+        with torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise ModelError(f"can't build the model in {folder}: {_first_line(error)}") from None
     return BaseModelInfo(
         name=BASE_TINY if name == BASE_TINY else folder.name,
         sha256=model_hash(folder),
@@ -143,6 +146,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = _config(folder)
+    _check_weights(folder)
     try:
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(
@@ -168,7 +172,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"can't load the tokenizer in {folder}: {_first_line(error)}") from None
 
 
@@ -177,13 +181,41 @@ def _config(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"can't read {folder / 'config.json'}: {_first_line(error)}") from None
+    _check_causal(folder, config)
     config.use_cache = False
     for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
     return config
+
+
+def _check_causal(folder: Path, config: Any) -> None:
+    """Refuse encoders, which transformers would load as if they predicted the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder
+    if masked or config.is_encoder_decoder:
+        raise ModelError(
+            f"the model in {folder} ({config.model_type}) does not predict the next token of a "
+            "text; give a causal language model"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse files that a broken download or a full disk has left."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is not a whole safetensors file ({_first_line(error)}); copy or download "
+                "it again"
+            ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ only when the aggregator has said `done` or `reject`.
 from __future__ import annotations
 
 import sqlite3
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,15 @@ class Outbox:
     def rank(self, job: str, default: int) -> int:
         """Return the rank that the device goes on with in a job."""
         return self._number(f"rank of {job}", default)
+
+    def ceiling_mib(self, job: str) -> float:
+        """Return the predicted peak that was too much in a job; plans stay below it."""
+        ceiling = self._number(f"ceiling of {job} (KiB)", 0)
+        return ceiling / 1024 if ceiling else inf
+
+    def lower_ceiling(self, job: str, predicted_mib: float) -> None:
+        """Remember that training with this predicted peak was killed."""
+        self._set(f"ceiling of {job} (KiB)", int(predicted_mib * 1024))
 
     def trained_round(self, job: str) -> int:
         """Return the last round of a job that the device has trained for."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
@@ -17,6 +18,11 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 SHORTEST_TOKENS = 64
 RESERVE_SHARE = 0.05
 """Share of a device's memory that is left alone, for what else runs on it."""
+HEADROOM_SHARE = 0.1
+"""Share of a prediction, without its fixed part, by which the peak may be above it.
+
+Runs of one plan differ by what the heap fragments and by the kernels that oneDNN caches, and larger
+micro-batches than the probed ones are extrapolated; `benchmarks/memory.py` measures how far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,11 @@ def budget_above_floor(
     return fixed_mib + (budget_mib - floor_mib - fixed_mib) / memory_scale
 
 
+def headroom_mib(predicted_mib: float, fixed_mib: float) -> float:
+    """Return how much of the budget a plan leaves free above its prediction."""
+    return HEADROOM_SHARE * (predicted_mib - fixed_mib)
+
+
 def choose_plan(
     shapes: Shapes,
     calibration: Calibration,
@@ -91,17 +102,40 @@ def choose_plan(
     training: Training,
     native_bf16: bool,
     threads: int,
+    below_mib: float = inf,
 ) -> Plan:
     """Return the best plan for a process that may take `budget_mib` in all.
+
+    Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`:
+    the prediction of a plan that was too large for the kernel.
 
     A device that can hold the whole shared adapter does (`shared_rank`; 0 when the job drops the
     remainder): training in its context is worth more than rank. Then comes the largest rank; at
     one rank the dtype the CPU is fast in, no checkpointing, the larger micro-batch. Sequences are
     cut only when even the smallest rank does not fit with whole ones.
 
+    So more memory never gives a worse plan in that order. It can give a smaller rank: a device that
+    can just hold the whole shared adapter trains less of it than it could have without holding it.
+
     Raises:
         NoPlanFits: nothing fits; says what the smallest would take.
     """
+
+    def predict(way: Way, rank: int, held: int, micro_batch: int, seq_len: int) -> float:
+        return predict_mib(
+            shapes,
+            weights_mib=calibration.weights_mib[way.dtype],
+            activations=calibration.activations[way],
+            way=way,
+            rank=rank,
+            held=held,
+            tokens=micro_batch * seq_len,
+            accumulates=micro_batch * seq_len < training.tokens_per_step,
+        )
+
+    def needs_mib(plan: Plan) -> float:
+        fixed = calibration.activations[Way(plan.dtype, plan.checkpointing)].fixed_mib
+        return plan.predicted_mib + headroom_mib(plan.predicted_mib, fixed)
 
     def preference(plan: Plan) -> tuple[object, ...]:
         fast = plan.dtype == ("bf16" if native_bf16 else "f32")
@@ -118,53 +152,39 @@ def choose_plan(
     seq_len = training.max_tokens
     while seq_len >= min(SHORTEST_TOKENS, training.max_tokens):
         every = [
-            _plan(shapes, calibration, way, budgets[way], rank, held, micro_batch, seq_len, threads)
+            Plan(
+                rank,
+                held,
+                micro_batch,
+                seq_len,
+                way.checkpointing,
+                way.dtype,
+                threads,
+                predict(way, rank, held, micro_batch, seq_len),
+                budgets[way],
+            )
             for way in calibration.activations
             for rank in ladder
             for held in ([h for h in ladder if rank <= h <= shared_rank] or [rank])
             for micro_batch in MICRO_BATCHES
             if micro_batch == 1 or micro_batch * seq_len <= training.tokens_per_step
         ]
-        least = min(least, *((plan.predicted_mib, plan.budget_mib) for plan in every))
-        fitting = [plan for plan in every if plan.predicted_mib <= plan.budget_mib]
+        least = min(least, *((needs_mib(plan), plan.budget_mib) for plan in every))
+        fitting = [
+            plan
+            for plan in every
+            if needs_mib(plan) <= plan.budget_mib and plan.predicted_mib < below_mib
+        ]
         if fitting:
             return max(fitting, key=preference)
         seq_len //= 2
+    if below_mib < inf:
+        raise NoPlanFits(
+            f"a plan of {below_mib:.0f} MiB above the floor was too much for this device, and no "
+            "smaller one is left; free memory, or take a smaller base model"
+        )
     raise NoPlanFits(
         f"the smallest plan needs {least[0]:.0f} MiB above a floor of "
         f"{calibration.floor_mib:.0f} MiB, this device has {least[1]:.0f} MiB there; free memory, "
         "raise the cap, or take a smaller base model"
-    )
-
-
-def _plan(
-    shapes: Shapes,
-    calibration: Calibration,
-    way: Way,
-    budget_mib: float,
-    rank: int,
-    held: int,
-    micro_batch: int,
-    seq_len: int,
-    threads: int,
-) -> Plan:
-    predicted = predict_mib(
-        shapes,
-        weights_mib=calibration.weights_mib[way.dtype],
-        activations=calibration.activations[way],
-        way=way,
-        rank=rank,
-        held=held,
-        tokens=micro_batch * seq_len,
-    )
-    return Plan(
-        rank,
-        held,
-        micro_batch,
-        seq_len,
-        way.checkpointing,
-        way.dtype,
-        threads,
-        predicted,
-        budget_mib,
     )

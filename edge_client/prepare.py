@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 from device_profiles.schema import DeviceProfile
@@ -30,8 +31,10 @@ def find_base(settings: Settings, job: Job) -> Path:
     return folder
 
 
-def make_plan(settings: Settings, job: Job, model: Path) -> Plan:
+def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = inf) -> Plan:
     """Measure what training takes on this device, and choose how to train.
+
+    `below_mib` is a predicted peak that was too much (`Outbox.ceiling_mib`).
 
     Raises:
         NoPlanFits: the device's memory is too small for the job.
@@ -57,6 +60,7 @@ def make_plan(settings: Settings, job: Job, model: Path) -> Plan:
         training=job.training,
         native_bf16=fast,
         threads=settings.threads,
+        below_mib=below_mib,
     )
 
 

@@ -47,6 +47,11 @@ class Adapter:
         """Largest rank of any module; a module narrower than it has the rank it can have."""
         return max((f.rank for f in self.layers.values()), default=0)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether every product is zero, so that the base is left as it is."""
+        return not any(f.b.any() for f in self.layers.values())
+
     def truncated(self, rank: int) -> Adapter:
         """Return the first `rank` directions of each module."""
         return Adapter({n: f.take(slice(0, rank)) for n, f in self.layers.items()}, self.scale)

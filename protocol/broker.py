@@ -50,9 +50,11 @@ class EmbeddedBroker:
         self._thread.start()
         self._ready.wait(30)
         if self._failure is not None or not self._ready.is_set():
+            # amqtt wraps the error of the socket, which says it shorter.
+            why = (self._failure and self._failure.__context__) or self._failure or "no answer"
             raise TransportError(
-                f"the embedded broker can't listen on {self.address}: {self._failure}; "
-                "name another port, or a broker of your own with --broker"
+                f"the embedded broker can't listen on {self.address.host}:{self.address.port} "
+                f"({why}); name another port with --port, or a broker of your own with --broker"
             )
 
     def stop(self) -> None:
@@ -85,7 +87,8 @@ class EmbeddedBroker:
         from amqtt.broker import Broker
 
         for name in ("amqtt", "transitions"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            # It logs with a traceback what it also raises, and `start` says in one line.
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         # A client that hangs up while amqtt answers it is no error of ours to print.
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(

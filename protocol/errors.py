@@ -8,13 +8,13 @@ TunefleetError                 anything a person is to read as one line
 │   ├── Replayed               older than what was said before, or changed since
 │   ├── BadTensors             names, shapes, dtypes or values not those that were announced
 │   └── BadChunk               a chunk that its manifest does not know
-├── KeyUnusable                an own signing key is not in order
-└── TransportError             the link to the broker
-    ├── BrokerUnreachable      no connection, or none in time
-    ├── TlsRefused             one side does not take the other's certificate
-    ├── CertificateUnusable    an own certificate or key is missing, expired or not in order
-    └── DeliveryRefused        the broker took the connection but not the message
-        └── MessageTooLarge    it is over the broker's packet limit, and was not sent
+├── TransportError             the link to the broker
+│   ├── BrokerUnreachable      no connection, or none in time
+│   ├── TlsRefused             one side does not take the other's certificate
+│   ├── CertificateUnusable    an own certificate or key is missing, expired or not in order
+│   └── DeliveryRefused        the broker took the connection but not the message
+│       └── MessageTooLarge    it is over the broker's packet limit, and was not sent
+└── StateError                 a state folder or key that can't be used, is in use, or is damaged
 """
 
 from __future__ import annotations
@@ -69,13 +69,6 @@ class BadChunk(ProtocolError):
     """A chunk that its manifest does not know: wrong index, length or hash."""
 
 
-class KeyUnusable(TunefleetError):
-    """An own signing key that can't be read."""
-
-    def __init__(self, path: object, why: str) -> None:
-        super().__init__(f"the signing key {path} can't be used: {why}")
-
-
 class TransportError(TunefleetError):
     """The link to the broker failed."""
 
@@ -125,3 +118,7 @@ class MessageTooLarge(DeliveryRefused):
             topic, f"it is larger than the broker's packet limit of {limit_bytes} bytes"
         )
         self.limit_bytes = limit_bytes
+
+
+class StateError(TunefleetError):
+    """A state folder or key that can't be used, that another process has, or that is damaged."""

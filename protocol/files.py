@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.adapter import Adapter
+from protocol.errors import StateError
 from protocol.tensors import encode
 
 PRIVATE = 0o600
@@ -32,6 +36,32 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def lock_folder(folder: Path, who: str) -> Iterator[None]:
+    """Keep a state folder to this process; the lock ends with it, however it ends.
+
+    Raises:
+        StateError: another process has it, or it can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise StateError(
+            f"can't keep the {who}'s state in {folder}: {error.strerror}; name a folder that can "
+            "be written to with --state"
+        ) from None
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(
+                f"another {who} is running with its state in {folder}; end it, or name another "
+                "folder with --state"
+            ) from None
+        yield
 
 
 def write_peft(adapter: Adapter, folder: Path, *, base_model: str) -> None:

@@ -6,10 +6,21 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from paho.mqtt.reasoncodes import ReasonCode
+
 from protocol.errors import DeliveryRefused, MessageTooLarge, TransportError
 
 MQTT_VERSIONS = ("5", "3.1.1")
 """In the order in which they are tried."""
+_WORDS = {
+    0x83: "it does not take this",
+    0x87: "not authorized: its access rules do not let this client do that",
+    0x90: "it does not take this topic",
+    0x95: "too large a packet for it",
+    0x97: "a quota of it is used up",
+    0x99: "it does not take this payload",
+}
+"""MQTT 5's reason codes in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +43,19 @@ class BrokerAddress:
         Raises:
             TransportError: it is not mqtt[s]://host[:port][?version=5|3.1.1].
         """
-        parts = urlsplit(url if "://" in url else f"mqtt://{url}")
         try:
+            parts = urlsplit(url if "://" in url else f"mqtt://{url}")
             port = parts.port
-        except ValueError:
-            port = -1
+        except ValueError:  # a port that is none, or half an IPv6 address
+            raise _not_an_address(url) from None
         version = parts.query.removeprefix("version=")
-        right = parts.scheme in ("mqtt", "mqtts") and parts.hostname and port != -1
-        if not right or version not in ("", *MQTT_VERSIONS):
+        right = parts.scheme in ("mqtt", "mqtts") and (parts.hostname or "").strip() and port != 0
+        if not right or version not in ("", *MQTT_VERSIONS) or parts.path not in ("", "/"):
+            raise _not_an_address(url)
+        if parts.username is not None:
             raise TransportError(
-                f"{url!r} is not a broker address; write mqtt://host:port or mqtts://host:port"
+                f"the broker address for {parts.hostname} names a user: users and passwords are "
+                "not supported yet; leave them out"
             )
         tls = parts.scheme == "mqtts"
         return cls(parts.hostname or "", port or (8883 if tls else 1883), tls, version)
@@ -85,6 +99,11 @@ class Delivery:
             raise DeliveryRefused(self.topic, self.refused)
 
 
+def in_words(code: ReasonCode) -> str:
+    """Return what a broker's reason code means."""
+    return _WORDS.get(code.value, str(code).lower())
+
+
 class Transport(Protocol):
     """What agents and the aggregator need of a link."""
 
@@ -93,3 +112,9 @@ class Transport(Protocol):
     ) -> Delivery: ...
     def receive(self, timeout_s: float) -> Incoming | None: ...
     def ack(self, incoming: Incoming) -> None: ...
+
+
+def _not_an_address(url: str) -> TransportError:
+    return TransportError(
+        f"{url!r} is not a broker address; write mqtt://host:port or mqtts://host:port"
+    )

@@ -70,7 +70,7 @@ class Pruning(Message):
 class Limits(Message):
     """What the aggregator refuses beyond."""
 
-    upload_bytes: Count = CHUNK_BYTES * MAX_CHUNKS
+    upload_bytes: Annotated[Count, Field(ge=1)] = CHUNK_BYTES * MAX_CHUNKS
     update_norm: Positive = 1e4
     """Largest Frobenius norm of an upload's change of the scaled product, over all modules."""
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ValidationError
 
 from protocol import VERSION
-from protocol.errors import BadSignature, KeyUnusable, MalformedMessage, UnsupportedVersion
+from protocol.errors import BadSignature, MalformedMessage, StateError, UnsupportedVersion
 from protocol.files import PRIVATE, write_durably
 
 MESSAGE_LIMIT_BYTES = 512 * 1024
@@ -41,7 +41,7 @@ class SigningKey:
         """Read the key of a state folder, or make it there, readable by its owner alone.
 
         Raises:
-            KeyUnusable: the file there is no key, or may not be read.
+            StateError: the file there is no key, or may not be read.
         """
         if path.exists():
             return cls.load(path)
@@ -54,12 +54,17 @@ class SigningKey:
         """Read a key.
 
         Raises:
-            KeyUnusable: the file is no key, or may not be read.
+            StateError: the file is no key, or may not be read.
         """
         try:
             return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise KeyUnusable(path, str(error)) from None
+        except OSError as error:
+            raise StateError(f"can't read the signing key {path}: {error.strerror}") from None
+        except ValueError:
+            raise StateError(
+                f"{path} holds no key (32 bytes); bring it back from a backup, or begin anew with "
+                "another folder (--state, --dir) and another name"
+            ) from None
 
     def seal(self, message: BaseModel, topic: str) -> bytes:
         """Return the signed bytes of a message for a topic."""

@@ -22,7 +22,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.errors import BrokerUnreachable, DeliveryRefused, TlsRefused, TransportError
-from protocol.link import BrokerAddress, Delivery, Incoming, Transport
+from protocol.link import BrokerAddress, Delivery, Incoming, Transport, in_words
 from protocol.tls import TlsFiles, explain, refusal
 
 __all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles", "Transport"]
@@ -33,6 +33,8 @@ WINDOW = 32
 QUEUE_LIMIT = 256
 SESSION_EXPIRY_S = 7 * 24 * 3600
 KEEPALIVE_S = 30
+CONNECTIONS_LIMIT = 4
+"""Connections that a message may be sent on again without an answer."""
 RETRIES = 2
 SESSION_TAKEN_OVER = 0x8E
 """MQTT 5's reason for hanging up on a client when another one connects with its id."""
@@ -42,15 +44,6 @@ MQTT5_PATIENCE_S = 2.5
 _VERSIONS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 _PACKET_OVERHEAD_BYTES = 16
 """More than a PUBLISH has around topic and payload."""
-_WORDS = {
-    0x83: "it does not take this",
-    0x87: "not authorized: its access rules do not let this client do that",
-    0x90: "it does not take this topic",
-    0x95: "too large a packet for it",
-    0x97: "a quota of it is used up",
-    0x99: "it does not take this payload",
-}
-"""MQTT 5's reason codes in words."""
 
 
 class MqttTransport:
@@ -63,12 +56,17 @@ class MqttTransport:
         *,
         will: tuple[str, bytes] | None = None,
         tls: TlsFiles | None = None,
+        temporary: bool = False,
     ) -> None:
-        """Prepare a link; `tls` says who this client is, where the address asks for TLS.
+        """Prepare a link; a `temporary` one leaves no session at the broker, nor takes one up.
+
+        `tls` says who this client is, where the address asks for TLS. A broker may then take the
+        client id from the certificate: all links of one certificate have one session.
 
         Raises:
             CertificateUnusable: its certificate is not in order.
         """
+        self._temporary = temporary
         self.address = address
         self.client_id = client_id
         self.connection = 0
@@ -121,7 +119,9 @@ class MqttTransport:
         for version in [*self._versions, *self._versions[-1:] * RETRIES]:
             client = self._new_client(version)
             try:
-                client.connect(self.address.host, self.address.port, KEEPALIVE_S, **_start(version))
+                client.connect(
+                    self.address.host, self.address.port, KEEPALIVE_S, **self._start(version)
+                )
             except ssl.SSLError as error:
                 raise TlsRefused(str(self.address), explain(error)) from None
             except (OSError, ValueError) as error:
@@ -241,9 +241,11 @@ class MqttTransport:
     def close(self) -> None:
         """Disconnect in good order: the broker sends no will."""
         self._closed.set()
-        if self._client is not None:
-            self._client.disconnect()
-            self._client.loop_stop()
+        # Let go of it too: its sockets are closed when nobody holds it.
+        client, self._client = self._client, None
+        if client is not None:
+            client.disconnect()
+            client.loop_stop()
 
     # -- on paho's thread: enqueue and signal, nothing else --------------------------------------
 
@@ -303,7 +305,7 @@ class MqttTransport:
         self, _: Any, __: Any, message_id: int, codes: list[ReasonCode], ___: Any
     ) -> None:
         with self._state:
-            self._granted[message_id] = next((_in_words(c) for c in codes if c.is_failure), "")
+            self._granted[message_id] = next((in_words(c) for c in codes if c.is_failure), "")
             if message_id == self._resubscription:
                 self._resubscribed = self.connection
             self._state.notify_all()
@@ -311,7 +313,7 @@ class MqttTransport:
     # -- private ---------------------------------------------------------------------------------
 
     def _new_client(self, version: int) -> paho.Client:
-        clean = None if version == paho.MQTTv5 else False
+        clean = None if version == paho.MQTTv5 else self._temporary
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
@@ -332,6 +334,15 @@ class MqttTransport:
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
         return client
+
+    def _start(self, version: int) -> dict[str, Any]:
+        """Return CONNECT's arguments for a session that outlives the connection, or does not."""
+        if version != paho.MQTTv5:
+            return {}
+        properties = Properties(PacketTypes.CONNECT)
+        properties.SessionExpiryInterval = 0 if self._temporary else SESSION_EXPIRY_S
+        properties.ReceiveMaximum = WINDOW
+        return {"clean_start": self._temporary, "properties": properties}
 
     def _live(self) -> paho.Client:
         client = self._client
@@ -361,32 +372,21 @@ class MqttTransport:
         self._expect(lambda: message_id in self._verdicts, timeout_s, topic)
         with self._state:
             code = self._verdicts.pop(message_id)
-        return Delivery(topic, _in_words(code) if code.is_failure else "")
+        return Delivery(topic, in_words(code) if code.is_failure else "")
 
     def _expect(self, happened: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait until something has happened; only time with a connection counts."""
-        left = timeout_s
+        """Wait until something has happened; only time with a connection counts.
+
+        A broker that hangs up at what is said, each time it is said again, is no longer waited for.
+        """
+        left, last = timeout_s, self.connection + CONNECTIONS_LIMIT
         with self._state:
             while not happened():
-                if left <= 0 or (self._abandoned and not self._connected):
+                given_up = self.connection >= last or (self._abandoned and not self._connected)
+                if left <= 0 or given_up:
                     raise TransportError(f"{self.address} did not answer to {what} in time")
                 self._live()
                 since = time.monotonic()
                 self._state.wait(min(left, 1.0))
                 if self._connected:
                     left -= time.monotonic() - since
-
-
-def _in_words(code: ReasonCode) -> str:
-    """Return what a reason code means."""
-    return _WORDS.get(code.value, str(code).lower())
-
-
-def _start(version: int) -> dict[str, Any]:
-    """Return CONNECT's arguments for a session that outlives the connection."""
-    if version != paho.MQTTv5:
-        return {}
-    properties = Properties(PacketTypes.CONNECT)
-    properties.SessionExpiryInterval = SESSION_EXPIRY_S
-    properties.ReceiveMaximum = WINDOW
-    return {"clean_start": False, "properties": properties}

@@ -18,9 +18,10 @@ from protocol.broker import free_port
 from protocol.transport import BrokerAddress
 
 # CI draws the same examples every time; elsewhere hypothesis goes on looking for new ones.
-hypothesis_settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis_settings.load_profile("ci")
+# An example may take its time on a busy machine: the tests as a whole have a limit.
+hypothesis_settings.register_profile("here", deadline=None)
+hypothesis_settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis_settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 # Debian and Homebrew put it where a user's PATH does not always lead.
 MOSQUITTO = shutil.which("mosquitto") or shutil.which(

@@ -114,8 +114,10 @@ def cut_text(text: str, limit: int) -> list[str]:
     pieces: list[str] = []
     start = end = 0  # the piece that is being filled
     for begin, stop in _paragraphs(text, limit):
-        if stop - start > limit and end > start:
+        if end > start and stop - start > limit:
             pieces.append(text[start:end])
+            end = start
+        if end == start:
             start = begin
         end = stop
     pieces.append(text[start:end])

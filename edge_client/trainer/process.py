@@ -11,7 +11,8 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
-from edge_client.errors import WorkerError
+from edge_client.errors import WorkerError, WorkerKilled
+from edge_client.trainer.pipe import receive, send
 from edge_client.trainer.worker import serve
 
 
@@ -41,24 +42,25 @@ class TrainingProcess:
         """Have the worker do something and return its answer.
 
         Raises:
-            WorkerError: the process died (was killed for its memory, say) or failed.
+            WorkerKilled: the process was killed, for its memory most likely.
+            WorkerError: the process died or failed.
             EdgeError: what the worker itself found wrong, as it said it.
         """
         try:
-            self._connection.send((name, arguments))
+            send(self._connection, (name, arguments))
             while True:
-                reply = self._connection.recv()
+                reply = receive(self._connection)
                 if not reply.progress:
                     break
                 if on_progress is not None:
                     on_progress(reply.value)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(5)
-            raise WorkerError(f"the training process {self._how_it_ended()}") from None
+            raise self._how_it_ended() from None
         if reply.error is not None:
             raise reply.error
         if reply.crash:
-            raise WorkerError(f"the training process failed in {name}:\n{reply.crash}")
+            raise WorkerError(f"the training process failed in {name}: {reply.crash}")
         return reply.value
 
     def stop(self) -> None:
@@ -80,10 +82,13 @@ class TrainingProcess:
     ) -> None:
         self.stop()
 
-    def _how_it_ended(self) -> str:
+    def _how_it_ended(self) -> WorkerError:
         code = self._process.exitcode
         if code == -signal.SIGKILL:
-            return "was killed (signal 9), as the kernel does when memory runs out"
+            return WorkerKilled(
+                "the training process was killed (signal 9), as the kernel does when memory runs "
+                "out"
+            )
         if code is not None and code < 0:
-            return f"ended by signal {-code}"
-        return f"ended with status {code}"
+            return WorkerError(f"the training process ended by signal {-code}")
+        return WorkerError(f"the training process ended with status {code}")

@@ -26,16 +26,19 @@ from edge_client.memory import (
     return_freed_memory,
 )
 from edge_client.plan import Plan
+from edge_client.trainer.base import TrainReport
+from edge_client.trainer.pipe import receive, send
 from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
 from protocol.messages import Pruning, Training
 
 if TYPE_CHECKING:
-    from edge_client.data import Batch
     from edge_client.trainer.torch_trainer import TorchTrainer
 
-PROBE_RANK = 8
-PROBE_STEPS = 1
+NO_ADAPTER = Adapter({}, 1.0)
+PROBE_RANK, PROBE_HELD = 8, 16
+PROBE_STEPS = 2
+"""The second has Adam's moments from the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Worker:
         self._progress = progress
         self._trainer: TorchTrainer | None = None
         self._plan: Plan | None = None
+        self._tokenizer: Any = None  # kept: it is part of the floor
         self._rows: dict[str, list[Any]] = {}
         self._streams: dict[str, Any] = {}
         self._seed = 0
@@ -90,52 +94,76 @@ class Worker:
     def calibrate(
         self, model: Path, dtype: str, threads: int, seq_len: int, scale: float
     ) -> ProbeReport:
-        """Run two probe steps for each way of training with `dtype`; see edge_client.memory."""
+        """Run probe rounds for each way of training with `dtype`; see edge_client.memory."""
+        from edge_client.model import load_tokenizer
         from edge_client.trainer.torch_trainer import TorchTrainer
 
+        self._tokenizer = load_tokenizer(model)
         self._find_floor(dtype, threads)
-        trainer = TorchTrainer(model, dtype=dtype, threads=threads)
+        self._trainer = TorchTrainer(model, dtype=dtype, threads=threads)
         _settle()
-        weights = resident_mib() - self._floor
-        adapter = initial_adapter(trainer.shapes, PROBE_RANK, scale, seed=0)
+        # A base in its file's own dtype is mapped, and pages not yet touched count as `fixed`.
+        weights_mib = resident_mib() - self._floor
+        # The first pass fills caches that stay; the second is what steady training takes. Kernels
+        # of the shorter length stay too, which training at one length would not have: what they
+        # add does not count.
+        measured: dict[tuple[int, bool], tuple[float, float]] = {}
+        short, long = max(seq_len // 2, 16), seq_len
+        for tokens in (long, short):
+            for checkpointing in (True, False):
+                for _ in range(2):
+                    measured[tokens, checkpointing] = self._probe(tokens, checkpointing, scale)
         probes = {}
         for checkpointing in (True, False):
-            lengths = (max(seq_len // 4, 16), seq_len)
-            # The first pass fills caches that stay; the second is what steady training takes.
-            for _ in range(2):
-                pair = [self._probe(trainer, adapter, n, checkpointing) for n in lengths]
-            probes[checkpointing] = (pair[0], pair[1])
-        return ProbeReport(self._floor, weights, probes)
+            long_peak_mib, start_mib = measured[long, checkpointing]
+            short_peak_mib, short_start_mib = measured[short, checkpointing]
+            short_peak_mib -= short_start_mib - start_mib
+            probes[checkpointing] = (
+                Probe(short, PROBE_RANK, PROBE_HELD, short_peak_mib - self._floor),
+                Probe(long, PROBE_RANK, PROBE_HELD, long_peak_mib - self._floor),
+            )
+        return ProbeReport(self._floor, weights_mib, probes)
 
-    def _probe(
-        self, trainer: TorchTrainer, adapter: Adapter, tokens: int, checkpointing: bool
-    ) -> Probe:
-        plan = Plan(PROBE_RANK, PROBE_RANK, 1, tokens, checkpointing, "", 1, 0.0, 0.0)
-        trainer.load(adapter, None, plan)
+    def _probe(self, tokens: int, checkpointing: bool, scale: float) -> tuple[float, float]:
+        """Do a round with two steps, as a device does; return the peak and what it began at."""
+        self._plan = Plan(PROBE_RANK, PROBE_HELD, 1, tokens, checkpointing, "", 1, 0.0, 0.0)
+        self._rows = {"train": [_probe_row(tokens)], "held_out": [_probe_row(tokens)]}
+        self._streams = {}
         _settle()
         reset_peak()
-        settings = Training(
-            steps=PROBE_STEPS, tokens_per_step=max(16, tokens), max_tokens=max(16, tokens)
-        )
-        trainer.train(
-            _endless(_probe_batch(1, tokens)),
-            settings=settings,
-            learning_rate=1e-6,
-            pruning=None,
-            on_step=lambda step, loss: None,
-        )
-        return Probe(tokens, PROBE_RANK, peak_mib() - self._floor)
+        start_mib = resident_mib()
+        self._load_probe(PROBE_HELD, scale, None)
+        self.evaluate("held_out")
+        self._load_probe(PROBE_HELD, scale, PROBE_RANK)
+        size = max(16, tokens)
+        settings = Training(steps=PROBE_STEPS, tokens_per_step=size, max_tokens=size)
+        self.train("probe", settings, learning_rate=1e-6, pruning=None)
+        return peak_mib(), start_mib
+
+    def _load_probe(self, held: int, scale: float, rank: int | None) -> None:
+        """Load an adapter that is gone afterwards, as one that came over the pipe is."""
+        trainer, _ = self._ready()
+        whole = initial_adapter(trainer.shapes, held, scale, seed=0)
+        if rank is None:
+            self.load(None, whole)
+        else:
+            rest = {n: f.take(slice(rank, None)) for n, f in whole.layers.items()}
+            self.load(whole.truncated(rank), Adapter(rest, scale))
+        del whole
+        _settle()
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
         """Read the text, then load the base model as the plan says."""
         from edge_client.model import load_tokenizer
         from edge_client.trainer.torch_trainer import TorchTrainer
 
-        report = self._read(load_tokenizer(model), text, plan.seq_len)
+        self._tokenizer = load_tokenizer(model)
+        report = self._read(self._tokenizer, text, plan.seq_len)
         self._find_floor(plan.dtype, plan.threads)
         self._plan, self._seed = plan, text.seed
-        reset_peak()
         self._trainer = TorchTrainer(model, dtype=plan.dtype, threads=plan.threads)
+        _settle()
+        reset_peak()  # of the base's file, whose pages the kernel can take back; see memory.py
         return report
 
     def _read(self, tokenizer: Any, text: Text, seq_len: int) -> TextReport:
@@ -152,16 +180,25 @@ class Worker:
             tuple(str(problem) for problem in reading.problems),
         )
 
+    def load(self, trained: Adapter | None, frozen: Adapter | None) -> None:
+        """Put adapters on the base model.
+
+        A request of its own: what came over the pipe is gone before training or evaluating starts.
+        """
+        trainer, plan = self._ready()
+        trainer.load(trained or NO_ADAPTER, frozen, plan)
+
     def train(
         self,
         stream: str,
-        trained: Adapter,
-        frozen: Adapter | None,
         settings: Training,
         learning_rate: float,
         pruning: Pruning | None,
-    ) -> tuple[Adapter, Any]:
-        """Train, reading on where `stream` (the fleet's, or the local comparison's) stopped."""
+    ) -> tuple[Adapter, TrainReport]:
+        """Train what is loaded, reading on where `stream` stopped; then unload it.
+
+        A stream is the fleet's, or the local comparison's.
+        """
         from edge_client.data import BatchStream
 
         trainer, plan = self._ready()
@@ -169,7 +206,6 @@ class Worker:
             self._streams[stream] = BatchStream(
                 self._rows["train"], plan.micro_batch, seed=self._seed
             )
-        trainer.load(trained, frozen, plan)
         report = trainer.train(
             self._streams[stream],
             settings=settings,
@@ -177,15 +213,24 @@ class Worker:
             pruning=pruning,
             on_step=lambda step, loss: self._progress((step, loss)),
         )
-        return trainer.adapter(), report
+        adapter = trainer.adapter()
+        self._unload()
+        return adapter, report
 
-    def evaluate(self, adapter: Adapter | None, split: str) -> float:
-        """Return the loss of the base with `adapter` (None: without) on a split, nats a token."""
+    def evaluate(self, split: str) -> float:
+        """Return the loss on a split of the base with what is loaded; then unload it."""
         from edge_client.data import evaluation_batches
 
         trainer, plan = self._ready()
-        trainer.load(Adapter({}, 1.0), adapter, plan)
-        return trainer.evaluate(evaluation_batches(self._rows[split], plan.micro_batch))
+        # Without gradients twice the rows take less than a training step.
+        loss = trainer.evaluate(evaluation_batches(self._rows[split], 2 * plan.micro_batch))
+        self._unload()
+        return loss
+
+    def _unload(self) -> None:
+        """Leave the base model alone, so that the next adapters don't arrive beside the last."""
+        trainer, plan = self._ready()
+        trainer.load(NO_ADAPTER, None, plan)
 
     def memory(self) -> tuple[float, float]:
         """Return the floor, and the peak above it since the base model was loaded, in MiB."""
@@ -201,6 +246,8 @@ class Worker:
         from edge_client.trainer.warm_up import warm_up
 
         warm_up(dtype, threads)
+        gc.collect()
+        gc.freeze()  # a million objects of the libraries, which no collection need walk again
         _settle()
         self._floor = resident_mib()
 
@@ -214,19 +261,13 @@ def _tokens(rows: Iterable[Any]) -> int:
     return int(sum((row.labels >= 0).sum() for row in rows))
 
 
-def _probe_batch(rows: int, seq_len: int) -> Batch:
+def _probe_row(tokens: int) -> Any:
     import numpy as np
 
-    from edge_client.data import Batch
+    from edge_client.data.pack import PackedRow
 
-    ids = np.ones((rows, seq_len), np.int64)
-    positions = np.tile(np.arange(seq_len, dtype=np.int64), (rows, 1))
-    return Batch(ids, ids.copy(), positions, np.ones_like(ids))
-
-
-def _endless(batch: Batch) -> Any:
-    while True:
-        yield batch
+    ids = np.ones(tokens, np.int32)
+    return PackedRow(ids, ids, np.arange(tokens, dtype=np.int32), ids)
 
 
 def serve(connection: Connection) -> None:
@@ -234,21 +275,24 @@ def serve(connection: Connection) -> None:
     offer_to_oom_killer()
     restrain_libraries()
     make_peaks_predictable()
-    worker = Worker(lambda value: connection.send(Reply(value, progress=True)))
+    worker = Worker(lambda value: send(connection, Reply(value, progress=True)))
     while True:
         try:
-            name, arguments = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            reply = Reply(getattr(worker, name)(**arguments))
-        except TunefleetError as error:
-            reply = Reply(error=error)
-        except KeyboardInterrupt:
-            return
-        except Exception:  # the top of a process: the parent says it in one line
-            reply = Reply(crash=traceback.format_exc())
-        try:
-            connection.send(reply)
-        except BrokenPipeError:  # the agent has gone: so does its training
-            return
+            reply = _answer(worker, receive(connection))
+            return_freed_memory()
+            send(connection, reply)
+            del reply
+        except (EOFError, KeyboardInterrupt, BrokenPipeError):
+            return  # the agent has gone: so does its training
+
+
+def _answer(worker: Worker, request: tuple[str, dict[str, Any]]) -> Reply:
+    name, arguments = request
+    try:
+        return Reply(getattr(worker, name)(**arguments))
+    except TunefleetError as error:
+        return Reply(error=error)
+    except Exception as error:  # the top of a process: the parent says it in one line
+        # The rest stays on this device: what the parent says goes to the broker too.
+        traceback.print_exc()
+        return Reply(crash=type(error).__name__)

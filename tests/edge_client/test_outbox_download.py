@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sqlite3
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_client.download import Download, wanted_bands
-from edge_client.errors import ConfigError, WorkerError
+from edge_client.errors import ConfigError, WorkerError, WorkerKilled
 from edge_client.outbox import Outbox
 from edge_client.trainer.process import TrainingProcess
 from protocol.adapter import Adapter, Factors, initial_adapter
@@ -67,6 +68,17 @@ def test_an_update_waits_over_a_restart_until_it_is_dropped(tmp_path: Path) -> N
     outbox.drop(manifest(2).upload)
     assert outbox.get(manifest(2).upload) is None
     assert outbox.pending() == [manifest(1).upload, manifest(3).upload]
+    outbox.close()
+
+
+def test_what_was_too_large_is_remembered_for_each_job(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    assert outbox.ceiling_mib("notes") == math.inf
+    outbox.lower_ceiling("notes", 40.00001)
+    outbox.close()
+    outbox = Outbox(tmp_path)
+    assert 39.99 < outbox.ceiling_mib("notes") <= 40.00001  # the same plan is not below it
+    assert outbox.ceiling_mib("other") == math.inf
     outbox.close()
 
 
@@ -218,9 +230,9 @@ def test_a_killed_training_process_is_an_error_that_names_the_signal() -> None:
     with TrainingProcess() as process:
         assert process.call("memory")[0] == 0.0
         with pytest.raises(WorkerError, match="failed in evaluate"):
-            process.call("evaluate", adapter=None, split="train")
+            process.call("evaluate", split="train")
         pid = process._process.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match="signal 9"):
+        with pytest.raises(WorkerKilled, match="signal 9"):
             process.call("memory")

@@ -146,6 +146,10 @@ def test_cutting_loses_only_white_space(content: str, limit: int) -> None:
     assert "".join("".join(pieces).split()) == "".join(content.split())
 
 
+def test_blank_lines_before_the_first_paragraph_are_no_part_of_it() -> None:
+    assert cut_text("\n \na", 2) == ["a"]
+
+
 def test_cutting_prefers_blank_lines_then_line_ends_then_spaces() -> None:
     assert cut_text("aaaa\naaaa\n\n    bbbb\nbbbb", 20) == ["aaaa\naaaa", "    bbbb\nbbbb"]
     assert cut_text("aaaa aaaa\nbbbb bbbb", 12) == ["aaaa aaaa", "bbbb bbbb"]

@@ -1,0 +1,30 @@
+"""From what a round taught a device to what it sends: the change, and the manifest about it."""
+
+from __future__ import annotations
+
+from edge_client.learner import Learned
+from protocol.bands import to_tensors
+from protocol.messages import Job, Round, UploadManifest, describe_file, upload_id
+from protocol.tensors import encode
+
+
+def make_update(
+    job: Job, now: Round, device: str, learned: Learned, *, held_out_loss: float
+) -> tuple[UploadManifest, bytes]:
+    """Return a device's upload for a round; `held_out_loss` is that of the adapter it received."""
+    data = encode(to_tensors(learned.change), job.encoding_up)
+    manifest = UploadManifest(
+        job=job.job,
+        device=device,
+        upload=upload_id(device, job.job, now.number),
+        round=now.number,
+        version=now.version,
+        rank=learned.rank,
+        rank_trained=learned.rank_trained,
+        held=learned.held,
+        encoding=job.encoding_up,
+        file=describe_file(data),
+        examples=learned.report.tokens,
+        metrics={"held_out_loss": held_out_loss, "train_loss": learned.report.loss},
+    )
+    return manifest, data
