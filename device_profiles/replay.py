@@ -138,7 +138,9 @@ def _describe(model: str, out: Path) -> dict[str, Any]:
 def _ask(arguments: list[str]) -> str:
     """Return what an `edge-client` command prints."""
     command = [sys.executable, "-m", "edge_client", *arguments]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Two are asked at once: more threads would spin and wait for each other.
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
     if answer.returncode != 0:
         why = answer.stderr.strip().splitlines() or [f"{arguments[0]} failed"]
         raise ReplayError(why[-1].removeprefix("error: "))

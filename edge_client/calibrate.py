@@ -23,7 +23,7 @@ from edge_client.trainer.worker import ProbeReport
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
-FORMAT = 9
+FORMAT = 10
 
 
 def cache_folder() -> Path:

@@ -58,10 +58,26 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """What a step takes beside weights and LoRA state: `fixed_mib + tokens·token_mib`."""
+    """What a step takes beside weights and LoRA state: `fixed_mib + beside_mib(tokens)`."""
 
     fixed_mib: float
     token_mib: float
+    probed_tokens: int | None = None
+    """The longest micro-batch that was probed."""
+
+    def beside_mib(self, tokens: int) -> float:
+        """Return what `tokens` at a time take beside `fixed_mib`.
+
+        Short probes may show another moment of a step than the one that is largest in a larger
+        micro-batch. Beyond the probed ones everything is taken to grow with the tokens: too much
+        rather than too little.
+        """
+        line = tokens * self.token_mib
+        probed = self.probed_tokens
+        if probed is None or tokens <= probed:
+            return line
+        whole = self.fixed_mib + probed * self.token_mib
+        return max(line, whole * tokens / probed - self.fixed_mib)
 
 
 def lora_mib(shapes: Shapes, rank: int, *, gradients: bool = True) -> float:
@@ -95,7 +111,7 @@ def fit(probes: tuple[Probe, Probe], shapes: Shapes, weights_mib: float, way: Wa
 
     short, long = sorted(probes, key=lambda p: p.tokens)
     slope = max(0.0, (rest(long) - rest(short)) / (long.tokens - short.tokens))
-    return Activations(fixed_mib=rest(long) - slope * long.tokens, token_mib=slope)
+    return Activations(rest(long) - slope * long.tokens, slope, long.tokens)
 
 
 def predict_mib(
@@ -121,7 +137,7 @@ def predict_mib(
         weights_mib
         + activations.fixed_mib
         + max(
-            step + tokens * activations.token_mib,
+            step + activations.beside_mib(tokens),
             lora_mib(shapes, rank) + remainder,
             sent + placed,
         )

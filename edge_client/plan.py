@@ -18,11 +18,13 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 SHORTEST_TOKENS = 64
 RESERVE_SHARE = 0.05
 """Share of a device's memory that is left alone, for what else runs on it."""
+HEAP_MIB = 2.0
+"""By what runs of one plan differ whatever the model: fragments of the heap, oneDNN's kernels."""
 HEADROOM_SHARE = 0.1
-"""Share of a prediction, without its fixed part, by which the peak may be above it.
+"""Share of a prediction, without its fixed part, by which the peak may be above it besides.
 
-Runs of one plan differ by what the heap fragments and by the kernels that oneDNN caches, and larger
-micro-batches than the probed ones are extrapolated; `benchmarks/memory.py` measures how far."""
+Larger micro-batches than the probed ones are extrapolated; `benchmarks/memory.py` measures how far
+peaks lie from predictions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,15 @@ def budget_above_floor(
 
     A replay with a small base model divides the model-dependent part of a recorded device's
     memory by `memory_scale`, so that the small model stands to it as SmolLM2-135M would. What
-    the libraries' buffers take with any model (`fixed_mib`) is not divided.
+    the libraries' buffers and the heap take with any model (`fixed_mib`, HEAP_MIB) is not divided.
     """
-    return fixed_mib + (budget_mib - floor_mib - fixed_mib) / memory_scale
+    undivided = fixed_mib + HEAP_MIB
+    return undivided + (budget_mib - floor_mib - undivided) / memory_scale
 
 
 def headroom_mib(predicted_mib: float, fixed_mib: float) -> float:
     """Return how much of the budget a plan leaves free above its prediction."""
-    return HEADROOM_SHARE * (predicted_mib - fixed_mib)
+    return HEAP_MIB + HEADROOM_SHARE * (predicted_mib - fixed_mib)
 
 
 def choose_plan(

@@ -125,16 +125,16 @@ class Worker:
         return ProbeReport(self._floor, weights_mib, probes)
 
     def _probe(self, tokens: int, checkpointing: bool, scale: float) -> tuple[float, float]:
-        """Do a round with two steps, as a device does; return the peak and what it began at."""
+        """Do a round with two steps, as a device does; return their peak, and what it began at."""
         self._plan = Plan(PROBE_RANK, PROBE_HELD, 1, tokens, checkpointing, "", 1, 0.0, 0.0)
         self._rows = {"train": [_probe_row(tokens)], "held_out": [_probe_row(tokens)]}
         self._streams = {}
         _settle()
-        reset_peak()
         start_mib = resident_mib()
         self._load_probe(PROBE_HELD, scale, None)
         self.evaluate("held_out")
         self._load_probe(PROBE_HELD, scale, PROBE_RANK)
+        reset_peak()  # of loading, which is counted: it would hide the step's own
         size = max(16, tokens)
         settings = Training(steps=PROBE_STEPS, tokens_per_step=size, max_tokens=size)
         self.train("probe", settings, learning_rate=1e-6, pruning=None)
