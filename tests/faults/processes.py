@@ -28,9 +28,20 @@ PATIENCE_S = 90.0
 
 
 class Program:
-    """Run `python -m module …` in a session of its own and keep the events that it prints."""
+    """Run `python -m module …` in a session of its own and keep the events that it prints.
 
-    def __init__(self, module: str, arguments: Sequence[object], folder: Path, name: str) -> None:
+    Another `runner` runs something else: `["node"]` a program of Node.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[object],
+        folder: Path,
+        name: str,
+        *,
+        runner: Sequence[str] = (sys.executable, "-m"),
+    ) -> None:
         self.name = name
         self.events: list[Event] = []
         self._news = threading.Condition()
@@ -38,7 +49,7 @@ class Program:
         self._stderr = folder / f"{name}-{time.monotonic_ns()}.stderr"
         with self._stderr.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *(str(a) for a in arguments)],
+                [*runner, module, *(str(a) for a in arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
