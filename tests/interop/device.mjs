@@ -524,6 +524,7 @@ const later = (task) => (queue = queue.then(task).catch(fail))
 async function take(topic, payload) {
   if (payload.length === 0) return
   const parts = topic.split('/').slice(3)
+  if (!job && parts[0] !== 'job') return // the session kept it for us: it will be said again
   if (parts[0] === 'global' && parts[2] !== 'manifest') {
     return takeChunk(Number(parts[1]), parts[2], Number(parts[3]), payload)
   }
