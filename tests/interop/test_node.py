@@ -53,7 +53,8 @@ def node_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except subprocess.TimeoutExpired:
         pytest.skip("npm could not get the package mqtt in time")
     if ended.returncode:
-        pytest.skip(f"npm can't install the package mqtt: {ended.stderr.strip()[-300:]}")
+        why = next((line for line in ended.stderr.splitlines() if "npm error" in line), "")
+        pytest.skip(f"npm can't install the package mqtt: {why}")
     return folder / "device.mjs"
 
 
