@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from protocol.bands import parse_band
+from protocol.errors import ProtocolError
 from protocol.tensors import encode
 from tests.aggregator.uploading import Aggregator, make_job, update
 
@@ -20,3 +24,9 @@ def test_a_dtype_that_is_no_unicode_is_refused_and_the_intake_goes_on(tmp_path: 
     (answer,) = aggregator.deliver(aggregator.manifest(good), good)
     assert answer.kind == "done"
     aggregator.store.close()
+
+
+@pytest.mark.parametrize("name", ["٣-٤", "0-" + "9" * 5000, "0-100000", "²-³", "0-2\n"])
+def test_a_band_has_one_name_and_no_other(name: str) -> None:
+    with pytest.raises(ProtocolError, match="not a rank band"):
+        parse_band(name)
