@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 
 from protocol.bands import parse_band
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, UnsupportedVersion
+from protocol.events import EventLog
 from protocol.tensors import encode
 from tests.aggregator.uploading import Aggregator, make_job, update
 
@@ -30,3 +32,17 @@ def test_a_dtype_that_is_no_unicode_is_refused_and_the_intake_goes_on(tmp_path: 
 def test_a_band_has_one_name_and_no_other(name: str) -> None:
     with pytest.raises(ProtocolError, match="not a rank band"):
         parse_band(name)
+
+
+@pytest.mark.parametrize("theirs", ["\ud800", "\x1b[2J\n", "9" * 10_000, [[["x"] * 99] * 99] * 99])
+def test_a_strange_version_is_shown_in_short(theirs: object) -> None:
+    shown = str(UnsupportedVersion(theirs, 1))
+    assert shown.isprintable() and len(shown) < 300
+
+
+def test_a_log_for_people_has_one_line_an_event_whatever_a_peer_said() -> None:
+    stream = io.StringIO()
+    log = EventLog(as_json=False, stream=stream)
+    log.emit("refused", reason="a\n12:00:00 counted \x1b[2J\ud800 é")
+    assert stream.getvalue().count("\n") == 1
+    assert "a\\n12:00:00 counted \\x1b[2J\\ud800 é\n" in stream.getvalue()
