@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.enrol.ca import read_request
+from aggregator.errors import EnrolmentRefused
 from protocol.bands import parse_band
 from protocol.errors import ProtocolError, UnsupportedVersion
 from protocol.events import EventLog
 from protocol.tensors import encode
 from tests.aggregator.uploading import Aggregator, make_job, update
+from tests.fuzz import corpus
+from tests.fuzz.parsers import as_pem
 
 
 def test_a_dtype_that_is_no_unicode_is_refused_and_the_intake_goes_on(tmp_path: Path) -> None:
@@ -46,3 +50,10 @@ def test_a_log_for_people_has_one_line_an_event_whatever_a_peer_said() -> None:
     log.emit("refused", reason="a\n12:00:00 counted \x1b[2J\ud800 é")
     assert stream.getvalue().count("\n") == 1
     assert "a\\n12:00:00 counted \\x1b[2J\\ud800 é\n" in stream.getvalue()
+
+
+def test_a_certificate_request_of_another_version_is_refused() -> None:
+    der = bytearray(corpus.requests()[0])
+    der[der.index(b"\x02\x01\x00") + 2] = 1
+    with pytest.raises(EnrolmentRefused, match="version"):
+        read_request(as_pem(bytes(der)))
