@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.config import read_job
 from aggregator.enrol.ca import read_request
-from aggregator.errors import EnrolmentRefused
+from aggregator.errors import ConfigError, EnrolmentRefused
 from protocol.bands import parse_band
 from protocol.errors import ProtocolError, UnsupportedVersion
 from protocol.events import EventLog
@@ -57,3 +58,29 @@ def test_a_certificate_request_of_another_version_is_refused() -> None:
     der[der.index(b"\x02\x01\x00") + 2] = 1
     with pytest.raises(EnrolmentRefused, match="version"):
         read_request(as_pem(bytes(der)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ('model = "a\\u0000.json"', "not the name of a model"),
+        ('model = "a\\u0000b"', "not the name of a model"),
+        ("policy.quarantine_s = inf", "policy.quarantine_s"),
+        ("policy.quarantine_s = 1e300", "policy.quarantine_s"),
+        ("policy.quarantine_after = 10000000000000000000", "policy.quarantine_after"),
+    ],
+)
+def test_settings_that_would_stop_the_aggregator_later_are_refused(
+    tmp_path: Path, setting: str, why: str
+) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f'job = "notes"\n{setting}\n')
+    with pytest.raises(ConfigError, match=why):
+        read_job(path)
+
+
+def test_a_model_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text('{"job": "notes", "model": "\\ud800.json"}')
+    with pytest.raises(ConfigError, match="not the name of a model"):
+        read_job(path)
