@@ -183,8 +183,9 @@ def _check_layout(
     for name, (dtype, shape) in announced.items():
         theirs, their_shape, first, last = places[name]
         if (theirs, their_shape) != (dtype, shape):
+            known = theirs if theirs.isascii() and theirs.isalnum() else ascii(theirs)
             raise BadTensors(
-                f"{_called(name, parts)} is {theirs!a} {their_shape}, this job and rank imply "
+                f"{_called(name, parts)} is {known} {their_shape}, this job and rank imply "
                 f"{dtype} {shape}"
             )
         if last - first != math.prod(shape) * _SIZE[dtype]:
