@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from aggregator.config import read_job
 from aggregator.enrol.ca import read_request
 from aggregator.errors import ConfigError, EnrolmentRefused
 from protocol.bands import parse_band
-from protocol.errors import ProtocolError, UnsupportedVersion
+from protocol.errors import MalformedMessage, ProtocolError, UnsupportedVersion
 from protocol.events import EventLog
+from protocol.messages import UploadManifest
+from protocol.signing import SigningKey, open_message
 from protocol.tensors import encode
 from tests.aggregator.uploading import Aggregator, make_job, update
 from tests.fuzz import corpus
-from tests.fuzz.parsers import as_pem
+from tests.fuzz.parsers import Parser, as_pem, seal, traced
 
 
 def test_a_dtype_that_is_no_unicode_is_refused_and_the_intake_goes_on(tmp_path: Path) -> None:
@@ -31,6 +34,21 @@ def test_a_dtype_that_is_no_unicode_is_refused_and_the_intake_goes_on(tmp_path: 
     (answer,) = aggregator.deliver(aggregator.manifest(good), good)
     assert answer.kind == "done"
     aggregator.store.close()
+
+
+def test_thousands_of_bad_metrics_are_refused_at_once() -> None:
+    body = json.loads(corpus.manifest(b"x").model_dump_json())
+    body["metrics"] = {f"{i:x}": [] for i in range(35_000)}
+    key = SigningKey.generate()
+    sealed = seal(key, json.dumps(body, separators=(",", ":")).encode(), "t")
+
+    def opened(data: bytes) -> None:
+        open_message(data, "t", UploadManifest)
+
+    with traced():
+        Parser("metrics", [sealed], opened).run(0)
+    with pytest.raises(MalformedMessage, match="35000 entries"):
+        opened(sealed)
 
 
 @pytest.mark.parametrize("name", ["٣-٤", "0-" + "9" * 5000, "0-100000", "²-³", "0-2\n"])
