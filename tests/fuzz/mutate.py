@@ -152,8 +152,8 @@ def _slice(rng: random.Random, data: bytes) -> tuple[int, int]:
 
 
 def _places(value: Any) -> Any:
-    keys = value if isinstance(value, dict) else range(len(value))
-    for key in keys if isinstance(value, (dict, list)) else ():
+    if not isinstance(value, (dict, list)):
+        return
+    for key in value if isinstance(value, dict) else range(len(value)):
         yield value, key
-        if isinstance(value[key], (dict, list)):
-            yield from _places(value[key])
+        yield from _places(value[key])
