@@ -47,8 +47,8 @@ class PolicySettings(BaseModel):
     quorum: int = Field(1, ge=1, le=1_000_000)
     deadline_s: float = Field(3600.0, gt=0, le=1e9)
     fraction: float = Field(1.0, gt=0, le=1)
-    quarantine_after: int = Field(5, ge=1)
-    quarantine_s: float = Field(3600.0, ge=0)
+    quarantine_after: int = Field(5, ge=1, le=1_000_000)
+    quarantine_s: float = Field(3600.0, ge=0, le=1e9)
 
     def policy(self) -> Policy:
         return Policy(**self.model_dump())
@@ -139,6 +139,8 @@ def describe(model: str) -> BaseModelInfo:
     Raises:
         ConfigError: neither gave one; says what to do.
     """
+    if not model.isprintable():  # no name of a file, nor fit for a command's arguments
+        raise ConfigError(f"{model!a} is not the name of a model")
     if model.endswith(".json"):
         try:
             return BaseModelInfo.model_validate_json(Path(model).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ stacked to one tensor, in bands as in uploads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ import numpy as np
 from protocol.adapter import Adapter, Factors, Shapes, module_rank, parameter_count
 from protocol.errors import ProtocolError
 from protocol.tensors import Encoding, decode
+
+# As in topics: other scripts' digits would name the same band twice.
+_BAND = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
 
 
 class Band(NamedTuple):
@@ -36,10 +40,10 @@ def parse_band(name: str) -> Band:
     Raises:
         ProtocolError: it is not two ascending numbers with a dash between them.
     """
-    first, dash, last = name.partition("-")
-    if not (dash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    found = _BAND.fullmatch(name)
+    if found is None or int(found[1]) >= int(found[2]):
         raise ProtocolError(f"{name!r} is not a rank band (say '4-8')")
-    return Band(int(first), int(last))
+    return Band(int(found[1]), int(found[2]))
 
 
 def bands(ladder: Sequence[int]) -> list[Band]:

@@ -19,6 +19,8 @@ TunefleetError                 anything a person is to read as one line
 
 from __future__ import annotations
 
+import reprlib
+
 
 class TunefleetError(Exception):
     """Say what was wrong, where, and what to do; the commands print it as one line."""
@@ -42,7 +44,8 @@ class UnsupportedVersion(ProtocolError):
 
     def __init__(self, theirs: object, ours: int) -> None:
         super().__init__(
-            f"the other side speaks protocol version {theirs}, this program version {ours}; "
+            f"the other side speaks protocol version {_brief(theirs)}, "
+            f"this program version {ours}; "
             "install the same release of tunefleet on both"
         )
 
@@ -122,3 +125,9 @@ class MessageTooLarge(DeliveryRefused):
 
 class StateError(TunefleetError):
     """A state folder or key that can't be used, that another process has, or that is damaged."""
+
+
+def _brief(value: object) -> str:
+    """Return what somebody sent so that it can be shown: short, not deep, printable."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    return text[:40] if text.isprintable() else ascii(text[:40])

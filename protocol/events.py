@@ -34,4 +34,6 @@ def _short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = value if isinstance(value, str) else json.dumps(value)
+    if not text.isprintable():  # a peer chose it: no line or terminal sequence of its own
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= 120 else text[:117] + "..."

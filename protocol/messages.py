@@ -9,7 +9,14 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_count, chunk_hash, file_hash, split
 from protocol.tensors import Encoding
@@ -26,6 +33,17 @@ Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+ENTRIES = 32
+
+
+def _few(value: object) -> object:
+    """Refuse too many entries before each is looked at: every bad one costs kilobytes."""
+    if isinstance(value, dict) and len(value) > ENTRIES:
+        raise ValueError(f"{len(value)} entries are more than {ENTRIES}")
+    return value
+
+
+FEW = BeforeValidator(_few)
 
 
 class Message(BaseModel):
@@ -157,7 +175,7 @@ class GlobalManifest(Message):
     version: Count
     parent: Count | None
     encoding: Encoding
-    bands: Annotated[dict[Text, FileInfo], Field(min_length=1, max_length=32)]
+    bands: Annotated[dict[Text, FileInfo], Field(min_length=1, max_length=ENTRIES), FEW]
 
 
 class Status(Message):
@@ -196,7 +214,7 @@ class UploadManifest(Message):
     file: FileInfo
     examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     """Tokens it trained on; the sample share of a merge rule."""
-    metrics: Annotated[dict[Text, Finite], Field(max_length=32)] = {}
+    metrics: Annotated[dict[Text, Finite], Field(max_length=ENTRIES), FEW] = {}
 
     @model_validator(mode="after")
     def _check(self) -> UploadManifest:

@@ -122,7 +122,7 @@ def _validated(fields: dict[str, Any], where: str, model: type[M]) -> M:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "message"
         raise MalformedMessage(where, f"{field}: {first['msg']}") from None
 

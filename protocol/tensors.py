@@ -84,7 +84,7 @@ def decode(
     announced = _announced(expected, encoding)
     places, start = _header(view)
     missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
-    extra = [f"tensor {n!r} is not part of this job and rank" for n in places if n not in announced]
+    extra = [f"tensor {n!a} is not part of this job and rank" for n in places if n not in announced]
     if missing or extra:
         raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
     _check_layout(places, announced, len(view) - start, parts)
@@ -183,8 +183,9 @@ def _check_layout(
     for name, (dtype, shape) in announced.items():
         theirs, their_shape, first, last = places[name]
         if (theirs, their_shape) != (dtype, shape):
+            known = theirs if theirs.isascii() and theirs.isalnum() else ascii(theirs)
             raise BadTensors(
-                f"{_called(name, parts)} is {theirs} {their_shape}, this job and rank imply "
+                f"{_called(name, parts)} is {known} {their_shape}, this job and rank imply "
                 f"{dtype} {shape}"
             )
         if last - first != math.prod(shape) * _SIZE[dtype]:

@@ -135,7 +135,7 @@ def read_request(csr: str) -> PublicKey:
     try:
         request = x509.load_pem_x509_csr(csr.encode())
         public, signed = request.public_key(), request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise EnrolmentRefused(f"the certificate request can't be read: {error}") from None
     if not signed:
         raise EnrolmentRefused("the certificate request is not signed with its own key")
