@@ -22,7 +22,9 @@ Out = Annotated[Path, typer.Option(help="Folder for runs; each gets one of its o
 Seed = Annotated[int, typer.Option(help="Seed of text, splits, order and directions.")]
 Broker = Annotated[str, typer.Option(help="mqtt://host:port (default: the embedded broker).")]
 Rule = Annotated[str, typer.Option(help="Merge rule: anchored, hetlora, flexlora, fedavg, …")]
-Rounds = Annotated[int, typer.Option(help="Rounds (0: as the fleet says, 6 for the demo).")]
+Rounds = Annotated[
+    int | None, typer.Option(min=1, help="Rounds (default: as the fleet says, 6 for the demo).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print events and the summary as JSON.")]
 Set = Annotated[
     list[str] | None,
@@ -34,7 +36,7 @@ Set = Annotated[
 def demo(
     seed: Seed = 0,
     rule: Rule = "",
-    rounds: Rounds = 0,
+    rounds: Rounds = None,
     broker: Broker = "",
     out: Out = Path("runs"),
     settings: Set = None,
@@ -51,7 +53,7 @@ def run(
     ] = None,
     seed: Seed = 0,
     rule: Rule = "",
-    rounds: Rounds = 0,
+    rounds: Rounds = None,
     broker: Broker = "",
     out: Out = Path("runs"),
     settings: Set = None,
@@ -65,7 +67,7 @@ def _replay(
     fleet_file: Path | None,
     seed: int,
     rule: str,
-    rounds: int,
+    rounds: int | None,
     broker: str,
     out: Path,
     settings: list[str] | None,
@@ -74,7 +76,7 @@ def _replay(
     from dataclasses import replace
 
     from device_profiles.fleet import demo_fleet, merge_settings, read_fleet
-    from device_profiles.replay import Options, new_run_folder, replay
+    from device_profiles.replay import Options, name_latest, new_run_folder, replay
     from device_profiles.watch import Watch
     from protocol.transport import BrokerAddress
 
@@ -92,7 +94,7 @@ def _replay(
     options = Options(folder, seed=seed, broker=broker)
     with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
         summary = replay(fleet, options, watch.take)
-    watch.finish(summary, out / "latest")
+    watch.finish(summary, name_latest(folder))
 
 
 def for_rule(job: dict[str, Any]) -> dict[str, Any]:

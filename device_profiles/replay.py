@@ -29,7 +29,7 @@ from device_profiles.report import write_report
 REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
 JOB = "replay"
-TIMEOUT_S = 3600.0
+TIMEOUT_S = 7 * 24 * 3600.0
 SAMPLE_ROWS = 2
 """Rows of each text on which adapters are compared across the fleet."""
 DEMO_TRAINING = {"steps": 6, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
@@ -101,7 +101,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
 
 
 def new_run_folder(root: Path) -> Path:
-    """Make `root/<time>` and let `root/latest` name it.
+    """Make and return `root/<time>`.
 
     Raises:
         ReplayError: the folder can't be written to.
@@ -117,12 +117,16 @@ def new_run_folder(root: Path) -> Path:
                 break
             except FileExistsError:
                 number += 1
-        link = root / f".latest-{os.getpid()}"
-        link.symlink_to(out.name)
-        os.replace(link, root / "latest")
     except OSError as error:
         raise ReplayError(f"can't write to {root}: {error}; name another with --out") from None
     return out
+
+
+def name_latest(out: Path) -> Path:
+    """Let `latest` beside a run that has ended well name it; return that link."""
+    link = out.parent / f".latest-{os.getpid()}"
+    link.symlink_to(out.name)
+    return link.replace(out.parent / "latest")
 
 
 # -- before ----------------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ class JoinRefused(EdgeError):
         self.why = why
 
 
+class TrainingDiverged(EdgeError):
+    """Training came to numbers that are not finite."""
+
+
 class WorkerError(EdgeError):
     """The training process died, was killed, or said something unexpected."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from edge_client.errors import TrainingDiverged
 from edge_client.learner import Learned
 from protocol.bands import to_tensors
 from protocol.messages import Job, Round, UploadManifest, describe_file, upload_id
@@ -11,7 +14,17 @@ from protocol.tensors import encode
 def make_update(
     job: Job, now: Round, device: str, learned: Learned, *, held_out_loss: float
 ) -> tuple[UploadManifest, bytes]:
-    """Return a device's upload for a round; `held_out_loss` is that of the adapter it received."""
+    """Return a device's upload for a round; `held_out_loss` is that of the adapter it received.
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+    """
+    if not math.isfinite(learned.report.loss):
+        raise TrainingDiverged(
+            f"training diverged in round {now.number}: its loss is {learned.report.loss}; the "
+            f"job's learning_rate ({job.training.learning_rate:g}) is too high for this device's "
+            "text"
+        )
     data = encode(to_tensors(learned.change), job.encoding_up)
     manifest = UploadManifest(
         job=job.job,
