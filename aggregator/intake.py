@@ -191,9 +191,10 @@ class Intake:
         except (BadTensors, BadChunk) as error:
             return self._reject(manifest, str(error))
         change = update_norm(self._versions, manifest, update)
-        if not change <= self._job.limits.update_norm:
+        largest = max(change, factor_norm(update))
+        if not largest <= self._job.limits.update_norm:
             return self._reject(
-                manifest, f"its norm {change:.3g} is over {self._job.limits.update_norm:.3g}"
+                manifest, f"its norm {largest:.3g} is over {self._job.limits.update_norm:.3g}"
             )
         self._store.count_upload(manifest, data)
         self._store.forgive(manifest.device)
@@ -327,3 +328,14 @@ def update_norm(versions: Versions, manifest: UploadManifest, update: Update) ->
     before = select(versions.load(manifest.version), update.directions)
     products = gram([update.adapter, before])
     return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))
+
+
+def factor_norm(update: Update) -> float:
+    """Return the larger of ‖A'‖_F and ‖s·B'‖_F over all modules.
+
+    A factor of zeros hides the other from the product, and not from a factor average.
+    """
+    layers = update.adapter.layers.values()
+    a = np.linalg.norm([np.linalg.norm(f.a.astype(np.float64)) for f in layers])
+    b = np.linalg.norm([np.linalg.norm(f.b.astype(np.float64)) for f in layers])
+    return float(max(a, update.adapter.scale * b))
