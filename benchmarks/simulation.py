@@ -7,7 +7,7 @@ would on the wire.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,20 +22,18 @@ from edge_client.data import (
     split_examples,
     tokenize,
 )
-from edge_client.learner import learning_rate
+from edge_client.learner import learn, learning_rate
 from edge_client.model import load_tokenizer
 from edge_client.plan import Plan
-from edge_client.prune import head_rank, rank_after, tail_product
+from edge_client.trainer.base import TrainReport
 from edge_client.trainer.torch_trainer import TorchTrainer
 from protocol.adapter import (
     Adapter,
     Factors,
     add,
-    difference,
     initial_adapter,
     module_directions,
     select,
-    without,
 )
 from protocol.messages import BaseModelInfo, Job, Training
 from protocol.tensors import round_trip
@@ -116,9 +114,8 @@ class Simulation:
         losses = []
         for device in self.devices:
             start = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
-            adapter = self._train(
-                job, start.truncated(device.rank), None, self._stream(device), settings, False
-            )
+            start = start.truncated(device.rank)
+            adapter, _ = self._train(job, start, None, self._stream(device), settings, False)
             self._trainer.load(NOTHING, adapter, self._plan)
             losses.append([self._loss(device, split) for split in ("trust", "held_out")])
         trust, held_out = zip(*losses, strict=True)
@@ -135,7 +132,7 @@ class Simulation:
         settings = job.training.model_copy(update={"steps": steps, "tokens_per_step": tokens})
         start = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
         stream = BatchStream(everything, 1, seed=self._seed)
-        return self._train(job, start, None, stream, settings, False)
+        return self._train(job, start, None, stream, settings, False)[0]
 
     def _loss(self, device: SimulatedDevice, split: str) -> float:
         return self._trainer.evaluate(evaluation_batches(self._rows[device.name][split], 4))
@@ -154,30 +151,23 @@ class Simulation:
     ) -> tuple[Update, int]:
         held = shared.truncated(max(device.held, rank) if job.remainder == "frozen" else rank)
 
-        def directions(kept: int) -> Mapping[str, Any]:
-            return module_directions(
-                job.base.modules,
-                job.directions,
-                job=job.job,
-                device=device.name,
-                round_number=number,
-                rank_trained=rank,
-                held=held.rank,
-                rank=kept,
-            )
+        def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
+            return self._train(job, received, frozen, stream, job.training, True)
 
-        chosen = directions(rank)
-        received = select(held, chosen)
-        frozen = without(held, chosen) if job.remainder == "frozen" else None
-        trained = self._train(job, received, frozen, stream, job.training, True)
-        head = head_rank(rank, job.pruning.gamma, job.pruning.rank_min)
-        before, after = tail_product(received, head), tail_product(trained, head)
-        kept = rank_after(before, after, rank, head) if job.pruning.enabled else rank
-        change = _rounded(difference(trained.truncated(kept), received.truncated(kept)), job)
-        kept_at = directions(kept)
-        absolute = add(select(shared, kept_at), change)
-        tokens = job.training.steps * job.training.tokens_per_step
-        return Update(device.name, absolute, dict(kept_at), tokens, {}), kept
+        learned = learn(job, device.name, held, rank, number, train)
+        directions = module_directions(
+            job.base.modules,
+            job.directions,
+            job=job.job,
+            device=device.name,
+            round_number=number,
+            rank_trained=learned.rank_trained,
+            held=learned.held,
+            rank=learned.rank,
+        )
+        absolute = add(select(shared, directions), _rounded(learned.change, job))
+        examples = learned.report.tokens
+        return Update(device.name, absolute, dict(directions), examples, {}), learned.rank
 
     def _train(
         self,
@@ -187,16 +177,16 @@ class Simulation:
         stream: BatchStream,
         settings: Training,
         prune: bool,
-    ) -> Adapter:
+    ) -> tuple[Adapter, TrainReport]:
         self._trainer.load(trained, frozen, self._plan)
-        self._trainer.train(
+        report = self._trainer.train(
             stream,
             settings=settings,
             learning_rate=learning_rate(job, trained.rank),
             pruning=job.pruning if prune else None,
             on_step=lambda step, loss: None,
         )
-        return self._trainer.adapter()
+        return self._trainer.adapter(), report
 
 
 def _rounded(adapter: Adapter, job: Job) -> Adapter:

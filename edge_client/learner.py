@@ -30,6 +30,7 @@ from protocol.messages import Job
 
 T = TypeVar("T")
 OnStep = Callable[[int, float], None]
+Train = Callable[[Adapter, Adapter | None], tuple[Adapter, TrainReport]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +80,13 @@ class Learner:
         return self._persist(lambda: self._round(held, rank, round_number, on_step))
 
     def _round(self, held: Adapter, rank: int, round_number: int, on_step: OnStep) -> Learned:
-        job = self._job
         held, rank = held.truncated(self.plan.held), min(rank, self.plan.rank)
-        chosen = module_directions(
-            job.base.modules,
-            job.directions,
-            job=job.job,
-            device=self._device,
-            round_number=round_number,
-            rank_trained=rank,
-            held=held.rank,
-        )
-        received = select(held, chosen)
-        frozen = without(held, chosen) if job.remainder == "frozen" else None
-        rank = received.rank
-        trained, report = self._train("fleet", received, frozen, rank, job.training.steps, on_step)
-        head = head_rank(rank, job.pruning.gamma, job.pruning.rank_min)
-        before, after = tail_product(received, head), tail_product(trained, head)
-        kept = rank_after(before, after, rank, head) if job.pruning.enabled else rank
-        change = difference(trained.truncated(kept), received.truncated(kept))
-        return Learned(change, rank, kept, before, after, report, held.rank)
+
+        def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
+            steps = self._job.training.steps
+            return self._train("fleet", received, frozen, received.rank, steps, on_step)
+
+        return learn(self._job, self._device, held, rank, round_number, train)
 
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
         """Train what the whole job trains, on the same text, with no exchange and in one go.
@@ -182,6 +170,33 @@ class Learner:
             on_progress=progress,
         )
         return answer
+
+
+def learn(
+    job: Job, device: str, held: Adapter, rank: int, round_number: int, train: Train
+) -> Learned:
+    """Return what a round comes to: draw directions, train them, cut what they do not need.
+
+    `train` gets the adapter to be trained and the frozen remainder, if the job keeps one.
+    """
+    chosen = module_directions(
+        job.base.modules,
+        job.directions,
+        job=job.job,
+        device=device,
+        round_number=round_number,
+        rank_trained=rank,
+        held=held.rank,
+    )
+    received = select(held, chosen)
+    frozen = without(held, chosen) if job.remainder == "frozen" else None
+    rank = received.rank
+    trained, report = train(received, frozen)
+    head = head_rank(rank, job.pruning.gamma, job.pruning.rank_min)
+    before, after = tail_product(received, head), tail_product(trained, head)
+    kept = rank_after(before, after, rank, head) if job.pruning.enabled else rank
+    change = difference(trained.truncated(kept), received.truncated(kept))
+    return Learned(change, rank, kept, before, after, report, held.rank)
 
 
 def learning_rate(job: Job, rank: int) -> float:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import socket
 import threading
-from types import TracebackType
 
 from protocol.errors import TransportError
 from protocol.transport import BrokerAddress
@@ -67,12 +66,7 @@ class EmbeddedBroker:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _run(self) -> None:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from types import TracebackType
 
 import uvicorn
 from cryptography.hazmat.primitives import serialization
@@ -158,12 +157,7 @@ class EnrolmentServer:
             time.sleep(0.01)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join(5)
         self._socket.close()

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any
 
 from edge_client.errors import WorkerError, WorkerKilled
@@ -74,12 +73,7 @@ class TrainingProcess:
     def __enter__(self) -> TrainingProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _how_it_ended(self) -> WorkerError:
