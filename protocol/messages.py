@@ -80,7 +80,8 @@ class Pruning(Message):
     """Settings of HetLoRA self-pruning (arXiv 2401.06432)."""
 
     enabled: bool = True
-    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Share of the rank that is the head; at 0.99 a cut takes one direction."""
     penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.005
     rank_min: Rank = 2
 
