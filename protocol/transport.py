@@ -8,11 +8,12 @@ MQTT 5 is tried first, then 3.1.1.
 
 from __future__ import annotations
 
-import queue
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -22,6 +23,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.errors import BrokerUnreachable, DeliveryRefused, TlsRefused, TransportError
+from protocol.inbox import Inbox
 from protocol.link import BrokerAddress, Delivery, Incoming, Transport, in_words
 from protocol.tls import TlsFiles, explain, refusal
 
@@ -30,7 +32,6 @@ __all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles",
 QOS = 1
 WINDOW = 32
 """Messages in flight either way before somebody waits."""
-QUEUE_LIMIT = 256
 SESSION_EXPIRY_S = 7 * 24 * 3600
 KEEPALIVE_S = 30
 CONNECTIONS_LIMIT = 4
@@ -74,9 +75,9 @@ class MqttTransport:
         self._will = will
         version = address.version
         self._versions = [_VERSIONS[version]] if version else list(_VERSIONS.values())
-        self._incoming: queue.Queue[Incoming] = queue.Queue(QUEUE_LIMIT)
-        self._filters: list[str] = []
         self._state = threading.Condition()
+        self._inbox = Inbox(self._state)
+        self._filters: list[str] = []
         self._verdicts: dict[int, ReasonCode] = {}
         self._granted: dict[int, str] = {}
         """Answered SUBSCRIBEs → why the broker refuses, or empty."""
@@ -93,7 +94,8 @@ class MqttTransport:
         self._context: ssl.SSLContext | None = None
         if address.tls:
             self._context = tls.context() if tls else ssl.create_default_context()
-        self._closed = threading.Event()
+        self._posted: dict[int, str] = {}
+        self._unsent: list[Delivery] = []
         self._client: paho.Client | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -206,20 +208,46 @@ class MqttTransport:
         return self.publish_all([(topic, payload)], retain=retain, timeout_s=timeout_s)[0]
 
     def publish_all(
-        self, messages: list[tuple[str, bytes]], *, retain: bool = False, timeout_s: float = 30.0
+        self,
+        messages: Iterable[tuple[str, bytes]],
+        *,
+        retain: bool = False,
+        timeout_s: float = 30.0,
+        meanwhile: Callable[[], object] | None = None,
     ) -> list[Delivery]:
         """Publish in order with at most a window of messages in flight; return each verdict.
+
+        `meanwhile` is called when a message has come in while a verdict is waited for, and takes
+        it: who has much to say and much to hear must not let what is heard pile up.
 
         Raises:
             TransportError: a verdict did not come in `timeout_s` seconds.
         """
         deliveries: list[Delivery] = []
-        flying: list[tuple[str, int | None]] = []
+        flying: deque[tuple[str, int | None]] = deque()
         for topic, payload in messages:
             if len(flying) >= self._window:
-                deliveries.append(self._land(*flying.pop(0), timeout_s))
+                deliveries.append(self._land(*flying.popleft(), timeout_s, meanwhile))
             flying.append((topic, self._send(topic, payload, retain)))
-        return deliveries + [self._land(*one, timeout_s) for one in flying]
+        return deliveries + [self._land(*one, timeout_s, meanwhile) for one in flying]
+
+    def post(self, topic: str, payload: bytes) -> None:
+        """Publish and don't wait; what the broker would not take is in `refused` later."""
+        message_id = self._send(topic, payload, retain=False)
+        if message_id is None:
+            self._unsent.append(self._too_large(topic))
+        else:
+            self._posted[message_id] = topic
+
+    def refused(self) -> list[Delivery]:
+        """Return what was `post`ed and has been refused since this was last asked."""
+        found, self._unsent = self._unsent, []
+        with self._state:
+            for message_id in [m for m in self._posted if m in self._verdicts]:
+                topic, code = self._posted.pop(message_id), self._verdicts.pop(message_id)
+                if code.is_failure:
+                    found.append(Delivery(topic, in_words(code)))
+        return found
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """Return the next message, or None when none came in time.
@@ -227,11 +255,10 @@ class MqttTransport:
         Raises:
             TransportError: paho's network thread has died.
         """
-        try:
-            return self._incoming.get(timeout=max(timeout_s, 0.001))
-        except queue.Empty:
+        incoming = self._inbox.get(timeout_s)
+        if incoming is None:
             self._live()
-            return None
+        return incoming
 
     def ack(self, incoming: Incoming) -> None:
         """Tell the broker that a message is dealt with; others come again on reconnection."""
@@ -240,7 +267,7 @@ class MqttTransport:
 
     def close(self) -> None:
         """Disconnect in good order: the broker sends no will."""
-        self._closed.set()
+        self._inbox.close()
         # Let go of it too: its sockets are closed when nobody holds it.
         client, self._client = self._client, None
         if client is not None:
@@ -289,12 +316,7 @@ class MqttTransport:
         one = Incoming(
             message.topic, bytes(message.payload), message.retain, message.mid, self.connection
         )
-        while not self._closed.is_set():
-            try:
-                self._incoming.put(one, timeout=0.5)
-                return
-            except queue.Full:
-                continue
+        self._inbox.put(one)
 
     def _on_publish(self, _: Any, __: Any, message_id: int, code: ReasonCode, ___: Any) -> None:
         with self._state:
@@ -364,29 +386,49 @@ class MqttTransport:
         self.bytes_sent += len(payload)
         return info.mid
 
-    def _land(self, topic: str, message_id: int | None, timeout_s: float) -> Delivery:
+    def _too_large(self, topic: str) -> Delivery:
+        why = f"larger than the broker's packet limit ({self._packet_limit})"
+        return Delivery(topic, why, self._packet_limit)
+
+    def _land(
+        self,
+        topic: str,
+        message_id: int | None,
+        timeout_s: float,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Delivery:
         """Wait for the verdict on a message."""
         if message_id is None:
-            why = f"larger than the broker's packet limit ({self._packet_limit})"
-            return Delivery(topic, why, self._packet_limit)
-        self._expect(lambda: message_id in self._verdicts, timeout_s, topic)
+            return self._too_large(topic)
+        self._expect(lambda: message_id in self._verdicts, timeout_s, topic, meanwhile)
         with self._state:
             code = self._verdicts.pop(message_id)
         return Delivery(topic, in_words(code) if code.is_failure else "")
 
-    def _expect(self, happened: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def _expect(
+        self,
+        happened: Callable[[], bool],
+        timeout_s: float,
+        what: str,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> None:
         """Wait until something has happened; only time with a connection counts.
 
         A broker that hangs up at what is said, each time it is said again, is no longer waited for.
         """
         left, last = timeout_s, self.connection + CONNECTIONS_LIMIT
-        with self._state:
-            while not happened():
-                given_up = self.connection >= last or (self._abandoned and not self._connected)
-                if left <= 0 or given_up:
-                    raise TransportError(f"{self.address} did not answer to {what} in time")
-                self._live()
-                since = time.monotonic()
-                self._state.wait(min(left, 1.0))
-                if self._connected:
-                    left -= time.monotonic() - since
+        while not happened():
+            given_up = self.connection >= last or (self._abandoned and not self._connected)
+            if left <= 0 or given_up:
+                raise TransportError(f"{self.address} did not answer to {what} in time")
+            self._live()
+            since = time.monotonic()
+            if meanwhile is not None and self._inbox:
+                meanwhile()
+            else:
+                with nullcontext() if meanwhile else self._inbox.waiting(), self._state:
+                    self._state.wait_for(
+                        lambda: happened() or (meanwhile and self._inbox), min(left, 1.0)
+                    )
+            if self._connected:
+                left -= time.monotonic() - since
