@@ -25,6 +25,7 @@ from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
 from device_profiles.processes import Event, Processes
 from device_profiles.report import write_report
+from protocol.lifeline import lifeline, tied_environment
 
 REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
@@ -143,8 +144,10 @@ def _ask(arguments: list[str]) -> str:
     """Return what an `edge-client` command prints."""
     command = [sys.executable, "-m", "edge_client", *arguments]
     # Two are asked at once: more threads would spin and wait for each other.
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
+    environment = tied_environment(OMP_NUM_THREADS="1")
+    answer = subprocess.run(
+        command, stdin=lifeline(), capture_output=True, text=True, check=False, env=environment
+    )
     if answer.returncode != 0:
         why = answer.stderr.strip().splitlines() or [f"{arguments[0]} failed"]
         raise ReplayError(why[-1].removeprefix("error: "))
