@@ -92,7 +92,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             if len(history.finished) == len(fleet.devices):
                 break
     max_tokens = history.serving["training"]["max_tokens"]
-    merged, across = _losses(fleet, options, max_tokens)
+    merged, across = _losses(fleet, options, max_tokens, on_event)
     summary = _summary(fleet, options, base, scale, history, merged)
     summary["across"] = across
     summary["wall_s"] = round(time.monotonic() - started, 1)
@@ -206,7 +206,7 @@ def _device_arguments(
 
 
 def _losses(
-    fleet: Fleet, options: Options, max_tokens: int
+    fleet: Fleet, options: Options, max_tokens: int, on_event: OnEvent
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Measure adapters as anybody would: loaded by PEFT, in float32.
 
@@ -224,6 +224,8 @@ def _losses(
     common += [word for path in sorted(set(first.values())) for word in ("--data", path)]
     alone = [options.out / "devices" / d.name / "alone" for d in fleet.devices]
     adapters = [shared, *(alone if options.compare_alone else [])]
+    texts = len(set(first.values()))
+    on_event({"event": "measuring", "adapters": len(adapters), "texts": texts})
     sample = [word for path in adapters for word in ("--adapter", str(path))]
     questions = [
         [*common, "--adapter", str(shared)],

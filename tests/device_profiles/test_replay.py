@@ -100,6 +100,8 @@ def test_a_fleet_learns_through_mosquitto(tmp_path: Path, mosquitto: BrokerAddre
     counted = [e for e in events if e["event"] == "counted"]
     assert len(counted) == 4
     assert [e["round"] for e in events if e["event"] == "merged"] == [1, 2]
+    (measuring,) = [e for e in events if e["event"] == "measuring"]
+    assert measuring == {"event": "measuring", "adapters": 3, "texts": 2}
     assert (out / "latest" / "report.html").stat().st_size > 100_000
     assert (out / "latest" / "adapter" / "adapter_model.safetensors").is_file()
 
