@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -165,12 +166,21 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
     state: State = None,
     version: Annotated[int | None, typer.Option(help="Version (default: the newest).")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was written as JSON.")
+    ] = False,
 ) -> None:
     """Write the shared adapter as a directory that PeftModel.from_pretrained loads."""
+    from dataclasses import asdict
+
     from aggregator.export import export_adapter
 
-    number = export_adapter(state or DEFAULT_STATE, out, version=version)
-    typer.echo(f"version {number} is in {out}")
+    done = export_adapter(state or DEFAULT_STATE, out, version=version)
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+        return
+    size = f"rank {done.rank}, {done.parameters:,} parameters"
+    typer.echo(f"version {done.version} is in {done.folder}: {size}")
 
 
 def _open_fleet(
