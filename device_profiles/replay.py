@@ -124,10 +124,18 @@ def new_run_folder(root: Path) -> Path:
 
 
 def name_latest(out: Path) -> Path:
-    """Let `latest` beside a run that has ended well name it; return that link."""
+    """Let `latest` beside a run that has ended well name it; return that link.
+
+    Where it can't be made (a folder of that name, no links) the run has ended well all the same,
+    and goes by its own name.
+    """
     link = out.parent / f".latest-{os.getpid()}"
-    link.symlink_to(out.name)
-    return link.replace(out.parent / "latest")
+    try:
+        link.symlink_to(out.name)
+        return link.replace(out.parent / "latest")
+    except OSError:
+        link.unlink(missing_ok=True)
+        return out
 
 
 # -- before ----------------------------------------------------------------------------------------
