@@ -80,7 +80,7 @@ def demo(
 
     It takes minutes and leaves a report, its figures and the adapter in runs/latest.
     """
-    _replay(None, seed, rule, rounds, broker, out, settings, as_json)
+    run(None, seed, rule, rounds, broker, out, settings, as_json)
 
 
 @app.command()
@@ -98,19 +98,6 @@ def run(
 
     It leaves a report, its figures and the adapter in runs/latest.
     """
-    _replay(fleet, seed, rule, rounds, broker, out, settings, as_json)
-
-
-def _replay(
-    fleet_file: Path | None,
-    seed: int,
-    rule: str,
-    rounds: int | None,
-    broker: str,
-    out: Path,
-    settings: list[str] | None,
-    as_json: bool,
-) -> None:
     from dataclasses import replace
 
     from device_profiles.fleet import demo_fleet, merge_settings, read_fleet
@@ -122,16 +109,16 @@ def _replay(
         BrokerAddress.parse(broker)
     job = parse_settings(settings or [])
     folder = new_run_folder(out)
-    fleet = read_fleet(fleet_file) if fleet_file else demo_fleet(folder / "text", seed=seed)
+    found = read_fleet(fleet) if fleet else demo_fleet(folder / "text", seed=seed)
     if rule:
         job["rule"] = rule
     if rounds:
         job["rounds"] = rounds
-    model = str(job.pop("model", fleet.model))
-    fleet = replace(fleet, model=model, job=for_rule(merge_settings(fleet.job, job)))
+    model = str(job.pop("model", found.model))
+    found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
     options = Options(folder, seed=seed, broker=broker)
     with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
-        summary = replay(fleet, options, watch.take)
+        summary = replay(found, options, watch.take)
     watch.finish(summary, name_latest(folder))
 
 

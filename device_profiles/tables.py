@@ -189,13 +189,13 @@ class LiveFleet:
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("device", no_wrap=True)
-        table.add_column("profile", style="dim", overflow="ellipsis")
+        table.add_column("profile", style="dim", overflow="ellipsis", no_wrap=True)
         for heading in ("rank", "round"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("step", no_wrap=True)
         for heading in ("loss", "up", "down"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("state", overflow="ellipsis")
+        table.add_column("state", overflow="ellipsis", no_wrap=True)
         for name, row in self._rows.items():
             table.add_row(Text(name), *_live_cells(row))
         return table
