@@ -25,10 +25,11 @@ data = "desk.txt"
 """
 
 
-@pytest.mark.timeout(240)  # seconds where nobody else uses the machine: below 40
+@pytest.mark.timeout(480)  # 40 s where nobody else uses the machine
 def test_nothing_outlives_a_replay_that_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tests.faults.processes.PATIENCE_S", 300)  # nothing is said while measuring
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "fleet.toml").write_text(FLEET)
     pages = [f"page {n}: " + f"what the desk says {n} times. " * 20 for n in range(8)]
