@@ -284,12 +284,9 @@ def test_the_table_compares_a_peak_with_its_prediction_and_its_budget() -> None:
     assert f"<td>80</td><td>100<small>{percent(1.25)}</small></td>" in page
     assert f'<td class="late">96<small>over: {percent(100 / 96)}</small></td>' in page
     assert f'<td>200</td><td class="late">120<small>{percent(0.6)}</small></td>' in page
-    assert f"<td>240<small>{percent(0.5)}</small></td>" in page
     assert ", 1 over budget" in page
     summary["devices"][0]["peak_mib"] = None
-    page = render_report(read_summary(summary))
-    assert f"<td>80</td><td>{EN_DASH}</td><td>96</td>" in page
-    assert ", none over budget" in page
+    assert ", none over budget" in render_report(read_summary(summary))
 
 
 def test_one_diverged_device_does_not_hide_the_others() -> None:
