@@ -34,16 +34,21 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ENTRIES = 32
+MODULES = 4096
 
 
-def _few(value: object) -> object:
+def _at_most(entries: int) -> BeforeValidator:
     """Refuse too many entries before each is looked at: every bad one costs kilobytes."""
-    if isinstance(value, dict) and len(value) > ENTRIES:
-        raise ValueError(f"{len(value)} entries are more than {ENTRIES}")
-    return value
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > entries:
+            raise ValueError(f"{len(value)} entries are more than {entries}")
+        return value
+
+    return BeforeValidator(check)
 
 
-FEW = BeforeValidator(_few)
+FEW = _at_most(ENTRIES)
 
 
 class Message(BaseModel):
@@ -58,7 +63,11 @@ class BaseModelInfo(Message):
     name: Text
     sha256: Sha256
     parameters: Count
-    modules: Annotated[dict[Text, tuple[Dimension, Dimension]], Field(min_length=1)]
+    modules: Annotated[
+        dict[Text, tuple[Dimension, Dimension]],
+        Field(min_length=1, max_length=MODULES),
+        _at_most(MODULES),
+    ]
     """Target module → (d_out, d_in)."""
 
 
