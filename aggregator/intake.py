@@ -69,6 +69,8 @@ class Intake:
         device = ""
         try:
             found = topics.match(topic)
+            if "device" not in found.fields:
+                raise MalformedMessage(topic, "devices don't publish there: it is no topic of one")
             device = found.fields["device"]
             if self._registry is not None and self._registry.signing_key(device) is None:
                 raise MalformedMessage(topic, "this device is not enrolled, or has been revoked")
@@ -80,7 +82,7 @@ class Intake:
                 return self._status(device, topic, payload)
             if found.kind == "upload_manifest":
                 return self._manifest(device, topic, payload)
-        except (ProtocolError, KeyError) as error:
+        except ProtocolError as error:
             self._refuse(device, topic, error)
         return []
 
