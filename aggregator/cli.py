@@ -117,6 +117,14 @@ def serve(
         Path | None,
         typer.Option("--dir", help="The fleet's folder: its broker, its keys, and enrolment."),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the signing key, which devices remember (default: this user's, the same "
+            "for all jobs; with --dir the fleet's).",
+            envvar="TUNEFLEET_KEY",
+        ),
+    ] = None,
     enroll_port: Annotated[
         int | None,
         typer.Option(
@@ -130,6 +138,7 @@ def serve(
     from aggregator.config import read_job
     from aggregator.daemon import Daemon
     from aggregator.errors import ConfigError
+    from aggregator.identity import signing_key
     from aggregator.store import Store
     from protocol.events import EventLog
     from protocol.files import lock_folder
@@ -139,6 +148,10 @@ def serve(
     job, policy = read_job(job_file)
     if folder is None and enroll_port is not None:
         raise ConfigError("--enroll-port needs the fleet's folder: --dir")
+    if folder is not None and key is not None:
+        raise ConfigError(
+            "a fleet has a key of its own: leave --key (TUNEFLEET_KEY) out with --dir"
+        )
     with ExitStack() as stack:
         address = BrokerAddress.parse(broker) if broker else None
         fleet = None if folder is None else _open_fleet(stack, folder, events, enroll_port)
@@ -149,13 +162,15 @@ def serve(
         if address is None:
             address = _embedded(stack, port)
             events.emit("broker", address=str(address), note="embedded: for trial, loopback only")
+        membership = fleet.membership() if fleet is not None else None
         Daemon(
             job,
             policy,
             Store(where),
             address,
             events,
-            membership=fleet.membership() if fleet is not None else None,
+            key=membership.key if membership else signing_key(where, key),
+            membership=membership,
             exit_when_done=exit_when_done,
         ).run()
 

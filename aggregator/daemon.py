@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
-from aggregator.errors import StoreError
 from aggregator.intake import Intake, read_update
 from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
@@ -18,16 +18,14 @@ from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.versions import Versions, first_version
 from protocol import topics
-from protocol.errors import ProtocolError, TransportError
+from protocol.errors import TransportError
 from protocol.events import EventLog
 from protocol.messages import Job
 from protocol.signals import stop_on_signals
-from protocol.signing import SigningKey, open_message
+from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, MqttTransport
 
 TICK_S = 0.2
-SCOUT_S = 0.5
-"""How long the broker may take to show a job that it has."""
 
 
 class Daemon:
@@ -41,6 +39,7 @@ class Daemon:
         broker: BrokerAddress,
         events: EventLog,
         *,
+        key: SigningKey,
         membership: Membership | None = None,
         exit_when_done: bool = False,
     ) -> None:
@@ -52,11 +51,7 @@ class Daemon:
         self._stopping = False
         self._said_on = 0
         """The connection on which the job was last published whole."""
-        self._key = (
-            membership.key
-            if membership
-            else SigningKey.load_or_create(store.folder / "aggregator.key")
-        )
+        self._key = key
         self._registry = membership.registry if membership else None
         tls = membership.tls if membership else None
         self._certified = tls is not None and broker.tls
@@ -89,18 +84,23 @@ class Daemon:
     # -- start up --------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._store.bind_job(self._job.model_dump_json())
-        if self._store.version(1) is None:
-            first = self._versions.write(first_version(self._job), version=1, parent=None)
-            self._store.add_version(first)
-            self._store.set_round(RoundState(0, "waiting", 1, None))
-        self._check_alone()
+        """Check that the job can be served, and only then make the state folder this job's."""
+        job, settings = self._job.job, self._job.model_dump_json()
+        self._store.check_job(settings)
+        if not self._certified:
+            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
+            # all. It would also give a scout the aggregator's own session, by its certificate.
+            check_alone(self._link.address, job, self._key.public, self._store.round())
         self._link.connect()
-        job = self._job.job
         # The filter of upload chunks matches upload manifests too; both would bring them twice.
         self._link.subscribe(
             [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
         )
+        self._store.bind_job(settings)
+        if self._store.round().version == 0:
+            first = self._versions.write(first_version(self._job), version=1, parent=None)
+            self._store.add_version(first)
+            self._store.set_round(RoundState(0, "waiting", 1, None))
         self._say_everything()
         state = self._store.round()
         self._events.emit(
@@ -114,39 +114,6 @@ class Daemon:
             state=state.state,
             version=state.version,
         )
-
-    def _check_alone(self) -> None:
-        """Refuse a job that the broker has from somebody else: devices would hear only that one.
-
-        A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for all.
-        It would also give a scout the aggregator's own session, by the name in the certificate.
-
-        Raises:
-            StoreError: its key is another than that of this state.
-        """
-        if self._certified:
-            return
-        topic = topics.topic("job", job=self._job.job)
-        scout = MqttTransport(
-            self._link.address, f"tunefleet-aggregator-{self._job.job}-scout", temporary=True
-        )
-        scout.connect()
-        try:
-            scout.subscribe([topic])
-            known = scout.receive(SCOUT_S)
-        finally:
-            scout.close()
-        if known is None or not known.payload:
-            return
-        try:
-            _, key = open_message(known.payload, topic, Job)
-        except ProtocolError:
-            return
-        if key != self._key.public:
-            raise StoreError(
-                f"the broker has a job {self._job.job!r} from another aggregator, or from this one "
-                "with another --state: go on with that state, or take another job name"
-            )
 
     def _say_everything(self) -> None:
         """Publish where the job stands, which a broker that was restarted may have forgotten."""

@@ -81,8 +81,8 @@ class Store:
 
     # -- where the job stands --------------------------------------------------------------------
 
-    def bind_job(self, job: str) -> None:
-        """Remember whose store this is.
+    def check_job(self, job: str) -> None:
+        """Refuse a job, as JSON, that this store is not of.
 
         Raises:
             StoreError: it belongs to a job with other settings.
@@ -93,6 +93,14 @@ class Store:
                 f"{self.folder} belongs to a job with other settings; name another --state "
                 "folder, or go on with the settings it was begun with"
             )
+
+    def bind_job(self, job: str) -> None:
+        """Remember whose store this is.
+
+        Raises:
+            StoreError: it belongs to a job with other settings.
+        """
+        self.check_job(job)
         self._set_meta("job", job)
 
     def job(self) -> str | None:
