@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""What says how many threads numpy's libraries take. On a machine that is busy with other things
+more of them spend their time waiting for each other, and a merge takes many times as long."""
 DEFAULT_STATE = Path("aggregator-state")
 State = Annotated[
     Path | None,
@@ -243,4 +247,6 @@ def _embedded(stack: ExitStack, port: int) -> BrokerAddress:
 
 def main() -> None:
     """Run the command."""
+    for name in BLAS_THREADS:  # read once, when numpy is first imported: later than here
+        os.environ.setdefault(name, "1")
     run_command(app)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -149,3 +152,22 @@ def test_a_broker_that_keeps_the_echo_back(
 ) -> None:
     monkeypatch.setattr("aggregator.alone.PATIENCE_S", 0.5)
     check_alone(mosquitto_read_only, "notes", "", RoundState(0, "waiting", 0, None))
+
+
+def test_threads_are_limited_before_numpy_reads_the_limit() -> None:
+    program = """
+import os, sys
+from aggregator import cli
+assert "numpy" not in sys.modules
+sys.argv = ["aggregator", "--help"]
+try:
+    cli.main()
+finally:
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+    assert os.environ["MKL_NUM_THREADS"] == "3", "what the operator says stands"
+"""
+    env = {**os.environ, "MKL_NUM_THREADS": "3"}
+    env.pop("OPENBLAS_NUM_THREADS", None)
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert ended.returncode == 0, ended.stderr
