@@ -38,11 +38,12 @@ def check_alone(broker: BrokerAddress, job: str, key: str, now: RoundState) -> N
                 f"the broker has a job {job!r} from another aggregator, or from this one with "
                 "another --state or --key: go on with those, or take another job name"
             )
-        if isinstance(message, Round) and message.number > now.number:
+        here = now.number, now.attempt
+        if isinstance(message, Round) and (message.number, message.attempt) > here:
             raise StoreError(
-                f"the broker has job {job!r} in round {message.number}, this state is in round "
-                f"{now.number}, and devices never go back: go on with the --state folder that "
-                "served it, or take another job name"
+                f"the broker has job {job!r} in round {message.number}, attempt {message.attempt}; "
+                f"this state is in round {now.number}, attempt {now.attempt}, and devices never go "
+                "back: go on with the --state folder that served it, or take another job name"
             )
 
 

@@ -123,7 +123,7 @@ class Daemon:
         assert manifest is not None, "a round's version is committed before the round is"
         self._publisher.version(manifest)
         self._publisher.job()
-        self._publisher.round(state, self._policy.fraction)
+        self._publisher.round(state, self._policy.share(state.attempt))
 
     # -- serve -----------------------------------------------------------------------------------
 
@@ -151,16 +151,20 @@ class Daemon:
             time_s=time.time(),
             online=self._ready(),
             delivered={m.device for m in self._store.uploads_of(state.number, "counted")},
-            refused={m.device for m in self._store.uploads_of(state.number, "rejected")},
+            refused={
+                m.device
+                for m in self._store.uploads_of(state.number, "rejected")
+                if m.attempt == state.attempt
+            },
         )
         if action == "open":
             self._enter(RoundState(state.number + 1, "open", state.version, self._deadline()))
         elif action == "merge":
             self._merge(state)
         elif action == "extend":
-            self._enter(replace(state, deadline=self._deadline()))
+            self._enter(replace(state, attempt=state.attempt + 1, deadline=self._deadline()))
         elif action == "finish":
-            self._enter(RoundState(state.number, "finished", state.version, None))
+            self._enter(replace(state, state="finished", deadline=None))
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
@@ -177,13 +181,10 @@ class Daemon:
         manifest = self._versions.write(
             merged.adapter, version=state.version + 1, parent=state.version
         )
-        last = state.number >= self._job.rounds
-        after = RoundState(
-            state.number if last else state.number + 1,
-            "finished" if last else "open",
-            manifest.version,
-            None if last else self._deadline(),
-        )
+        if state.number >= self._job.rounds:
+            after = replace(state, state="finished", version=manifest.version, deadline=None)
+        else:
+            after = RoundState(state.number + 1, "open", manifest.version, self._deadline())
         self._store.finish_round(
             after,
             manifest,
@@ -210,10 +211,13 @@ class Daemon:
         self._announce(state)
 
     def _announce(self, state: RoundState) -> None:
-        self._publisher.round(state, self._policy.fraction)
+        share = self._policy.share(state.attempt)
+        self._publisher.round(state, share)
         self._events.emit(
             "round",
             round=state.number,
+            attempt=state.attempt,
+            fraction=share,
             rounds=self._job.rounds,
             state=state.state,
             version=state.version,

@@ -29,6 +29,7 @@ class Publisher:
         self._send([(topic, self._key.seal(self._job, topic))])
 
     def round(self, state: RoundState, fraction: float) -> None:
+        """Publish where the job stands; `fraction` of the fleet is asked."""
         topic = topics.topic("round", job=self._job.job)
         message = Round(
             job=self._job.job,
@@ -37,6 +38,7 @@ class Publisher:
             version=state.version,
             deadline=state.deadline,
             fraction=fraction,
+            attempt=state.attempt,
         )
         self._send([(topic, self._key.seal(message, topic))])
 

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ CREATE TABLE IF NOT EXISTS uploads (
   upload TEXT PRIMARY KEY, device TEXT NOT NULL, round INTEGER NOT NULL, manifest TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('receiving', 'counted', 'rejected')),
   reason TEXT NOT NULL DEFAULT '', changed REAL NOT NULL) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS one_of_a_device_counts ON uploads (device, round)
+  WHERE state = 'counted';
 CREATE TABLE IF NOT EXISTS chunks (
   upload TEXT NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL,
   PRIMARY KEY (upload, number)) STRICT;
@@ -222,6 +225,11 @@ class Store:
         row = self._one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
         return Upload(UploadManifest.model_validate_json(row[0]), row[1], row[2]) if row else None
 
+    def has_counted(self, device: str, round_number: int) -> bool:
+        """Say whether an update of a device counts in a round, of whichever attempt."""
+        query = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
+        return self._one(query, device, round_number) is not None
+
     def expect_upload(self, manifest: UploadManifest) -> None:
         """Begin an upload, or begin it again when the device now offers other bytes.
 
@@ -319,11 +327,4 @@ def _put(db: sqlite3.Connection, key: str, value: str) -> None:
 
 
 def _round_json(state: RoundState) -> str:
-    return json.dumps(
-        {
-            "number": state.number,
-            "state": state.state,
-            "version": state.version,
-            "deadline": state.deadline,
-        }
-    )
+    return json.dumps(asdict(state))

@@ -153,6 +153,8 @@ class Round(Message):
     """Seconds since 1970, UTC."""
     fraction: Share = 1.0
     """Share of the fleet that takes part; see `in_cohort`."""
+    attempt: Count = 0
+    """Grows when the round is extended for want of updates: who was refused trains once more."""
 
 
 class FileInfo(Message):
@@ -212,6 +214,8 @@ class UploadManifest(Message):
     device: Name
     upload: UploadId
     round: Count
+    attempt: Count = 0
+    """The round's attempt that the device trained in."""
     version: Count
     """The global version that the device started from."""
     rank: Rank
@@ -247,9 +251,10 @@ class Control(Message):
     """`reject`: why, in words for the device's owner."""
 
 
-def upload_id(device: str, job: str, round_number: int) -> str:
-    """Return the id of a device's update for a round: the same after any crash."""
-    return hashlib.sha256(f"{device}|{job}|{round_number}".encode()).hexdigest()[:32]
+def upload_id(device: str, job: str, round_number: int, attempt: int = 0) -> str:
+    """Return the id of a device's update for a round's attempt: the same after any crash."""
+    again = f"|{attempt}" if attempt else ""
+    return hashlib.sha256(f"{device}|{job}|{round_number}{again}".encode()).hexdigest()[:32]
 
 
 def in_cohort(device: str, job: str, round_number: int, fraction: float) -> bool:

@@ -142,7 +142,7 @@ def test_what_the_broker_has_of_a_job(broker: BrokerAddress) -> None:
     check_alone(broker, "notes", key.public, now)
     with pytest.raises(StoreError, match=r"from another aggregator.*another job name"):
         check_alone(broker, "notes", SigningKey.generate().public, now)
-    with pytest.raises(StoreError, match="in round 2, this state is in round 1"):
+    with pytest.raises(StoreError, match="in round 2, attempt 0; this state is in round 1"):
         check_alone(broker, "notes", key.public, RoundState(1, "open", 1, None))
     link.close()
 
