@@ -137,6 +137,10 @@ class Intake:
             return self._reject(manifest, why, at_fault=False)
         if why := self._unfit(manifest):
             return self._reject(manifest, why)
+        if not self._store.has_room(manifest.file.bytes):
+            why = "the aggregator's disk is full; it takes the update once there is room again"
+            self._events.emit("full", device=device, round=manifest.round)
+            return [self._answer(manifest, "wait", reason=why)]
         self._store.expect_upload(manifest)
         return self._go_on(manifest)
 

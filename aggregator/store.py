@@ -7,13 +7,14 @@ transaction.
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aggregator.errors import StoreError
 from aggregator.rounds import RoundState
@@ -21,6 +22,8 @@ from protocol.chunks import assemble
 from protocol.files import write_durably
 from protocol.messages import GlobalManifest, Status, UploadManifest
 
+RESERVE_BYTES = 64 << 20
+"""Left free of uploads, for versions, the database, and what else is on that disk."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS devices (
@@ -73,14 +76,37 @@ class Store:
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def on_disk(self) -> Iterator[None]:
+        """Say in words what the disk refuses inside the block.
+
+        Raises:
+            StoreError: the disk is full, or not in order.
+        """
         try:
-            yield self._db
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            yield
+        except (OSError, sqlite3.OperationalError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise StoreError(
+                f"can't use the aggregator's state in {self.folder}: {why}; make room there, or "
+                "mend that disk, and start it again: nothing that a device has been told is lost"
+            ) from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self.on_disk():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk can have ended it
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def has_room(self, size: int) -> bool:
+        """Say whether a file of this size, in bytes, leaves the reserve of the disk free."""
+        with self.on_disk():
+            return shutil.disk_usage(self.folder).free >= RESERVE_BYTES + size
 
     # -- where the job stands --------------------------------------------------------------------
 
@@ -186,7 +212,7 @@ class Store:
 
     def ready_devices(self) -> set[str]:
         """Return the devices that are online and can train."""
-        rows = self._db.execute("SELECT status FROM devices").fetchall()
+        rows = self._rows("SELECT status FROM devices")
         every = [Status.model_validate_json(row[0]) for row in rows]
         return {s.device for s in every if s.online and s.state not in ("unfit", "stopped")}
 
@@ -206,17 +232,16 @@ class Store:
 
     def forgive(self, device: str) -> None:
         """Forget what was refused before: an update of the device has been counted."""
-        self._db.execute("DELETE FROM conduct WHERE device = ?", (device,))
+        with self._transaction() as db:
+            db.execute("DELETE FROM conduct WHERE device = ?", (device,))
 
     def quarantine(self, device: str) -> float:
         """Return until when a device is kept out, in seconds since 1970; 0 if it never was."""
-        row = self._db.execute(
-            "SELECT quarantine FROM conduct WHERE device = ?", (device,)
-        ).fetchone()
+        row = self._one("SELECT quarantine FROM conduct WHERE device = ?", device)
         return row[0] if row else 0.0
 
     def quarantined(self, now: float) -> set[str]:
-        rows = self._db.execute("SELECT device FROM conduct WHERE quarantine > ?", (now,))
+        rows = self._rows("SELECT device FROM conduct WHERE quarantine > ?", now)
         return {row[0] for row in rows}
 
     # -- uploads ---------------------------------------------------------------------------------
@@ -262,7 +287,7 @@ class Store:
             db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", (upload, number, data))
 
     def missing_chunks(self, manifest: UploadManifest) -> list[int]:
-        rows = self._db.execute("SELECT number FROM chunks WHERE upload = ?", (manifest.upload,))
+        rows = self._rows("SELECT number FROM chunks WHERE upload = ?", manifest.upload)
         have = {row[0] for row in rows}
         return [n for n in range(len(manifest.file.chunks)) if n not in have]
 
@@ -272,14 +297,14 @@ class Store:
         Raises:
             BadChunk: the whole is not what was announced.
         """
-        rows = self._db.execute(
-            "SELECT data FROM chunks WHERE upload = ? ORDER BY number", (manifest.upload,)
-        )
+        query = "SELECT data FROM chunks WHERE upload = ? ORDER BY number"
+        rows = self._rows(query, manifest.upload)
         return assemble((row[0] for row in rows), manifest.file.bytes, manifest.file.sha256)
 
     def count_upload(self, manifest: UploadManifest, data: bytes) -> None:
         """Keep a verified update and count it to its round: once, whatever happens."""
-        write_durably(self.update_file(manifest), data)
+        with self.on_disk():
+            write_durably(self.update_file(manifest), data)
         self._settle_upload(manifest.upload, "counted", "")
 
     def reject_upload(self, manifest: UploadManifest, reason: str) -> None:
@@ -301,17 +326,18 @@ class Store:
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
         """Return the uploads of a round in these states, in the order of their devices' names."""
         marks = ", ".join("?" * len(states))
-        rows = self._db.execute(
-            f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks}) ORDER BY device",
-            (round_number, *states),
-        )
+        query = f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks})"
+        rows = self._rows(f"{query} ORDER BY device", round_number, *states)
         return [UploadManifest.model_validate_json(row[0]) for row in rows]
 
     # -- private ---------------------------------------------------------------------------------
 
-    def _one(self, query: str, *values: object) -> tuple[str, ...] | None:
-        row: tuple[str, ...] | None = self._db.execute(query, values).fetchone()
-        return row
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with self.on_disk():
+            return self._db.execute(query, values).fetchall()
+
+    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        return next(iter(self._rows(query, *values)), None)
 
     def _meta(self, key: str) -> str | None:
         row = self._one("SELECT value FROM meta WHERE key = ?", key)

@@ -66,6 +66,9 @@ class Sender:
         if answer.kind == "need":
             self.send_chunks(pending, answer.chunks)
             return False
+        if answer.kind == "wait":  # offered again like one that nobody has answered
+            self._events.emit("waiting", round=manifest.round, reason=answer.reason)
+            return False
         if answer.kind == "done":
             self._outbox.drop(answer.upload)
         else:

@@ -244,11 +244,11 @@ class Control(Message):
     job: Name
     device: Name
     upload: UploadId
-    kind: Literal["need", "done", "reject"]
+    kind: Literal["need", "done", "reject", "wait"]
     chunks: Annotated[list[Count], Field(max_length=MAX_CHUNKS)] = []
     """`need`: the chunks that are missing."""
     reason: Text = ""
-    """`reject`: why, in words for the device's owner."""
+    """`reject` and `wait`: why, in words for the device's owner."""
 
 
 def upload_id(device: str, job: str, round_number: int, attempt: int = 0) -> str:

@@ -449,6 +449,10 @@ async function takeControl(control) {
     say('sent', { round: manifest.round, chunks: control.chunks })
     return
   }
+  if (control.kind === 'wait') {
+    say('wait', { round: manifest.round, reason: control.reason })
+    return
+  }
   if (control.kind === 'reject' && manifest.round === seen.trained[0]) {
     seen.refused = true
     keepJson('seen.json', seen)
