@@ -14,6 +14,7 @@ from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake, read_update
 from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
+from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.versions import Versions, first_version
@@ -102,6 +103,7 @@ class Daemon:
             self._store.add_version(first)
             self._store.set_round(RoundState(0, "waiting", 1, None))
         self._say_everything()
+        tidy(self._store, self._policy.keep_versions)
         state = self._store.round()
         self._events.emit(
             "serving",
@@ -205,6 +207,7 @@ class Daemon:
             residual=merged.residual,
         )
         self._announce(after)
+        tidy(self._store, self._policy.keep_versions)
 
     def _enter(self, state: RoundState) -> None:
         self._store.set_round(state)

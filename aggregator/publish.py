@@ -12,6 +12,8 @@ from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
 
 VERSIONS_KEPT = 2
+"""Versions on the broker: the newest, and the one that devices may still be downloading. The state
+keeps at least these: a manifest says which topics are to be cleared."""
 PUBLISH_TIMEOUT_S = 120.0
 
 

@@ -36,6 +36,8 @@ class Policy:
     """Updates of a device, in a row, that are refused for what they are before it is kept out."""
     quarantine_s: float = 3600.0
     """For how long."""
+    keep_versions: int = 10
+    """Versions that the state keeps, the newest; 0: all."""
 
     def share(self, attempt: int) -> float:
         """Return the share of the fleet that is asked in an attempt; it never falls."""

@@ -156,7 +156,10 @@ class Store:
         weights: dict[str, float],
         residual: float,
     ) -> None:
-        """Commit a merge: its version, its figures and the state after it, in one transaction."""
+        """Commit a merge: its version, its figures and the state after it, in one transaction.
+
+        Uploads that were not whole by then come too late, and go.
+        """
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO versions VALUES (?, ?)",
@@ -166,6 +169,9 @@ class Store:
                 "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?)",
                 (number, manifest.version, seconds, json.dumps(weights), residual),
             )
+            late = "SELECT upload FROM uploads WHERE state = 'receiving' AND round <= ?"
+            db.execute(f"DELETE FROM chunks WHERE upload IN ({late})", (number,))
+            db.execute("DELETE FROM uploads WHERE state = 'receiving' AND round <= ?", (number,))
             _put(db, "round", _round_json(after))
 
     def add_version(self, manifest: GlobalManifest) -> None:
@@ -179,8 +185,21 @@ class Store:
         row = self._one("SELECT manifest FROM versions WHERE version = ?", number)
         return GlobalManifest.model_validate_json(row[0]) if row else None
 
+    def version_numbers(self) -> set[str]:
+        return {str(row[0]) for row in self._rows("SELECT version FROM versions")}
+
+    def forget_versions(self, keep: int) -> None:
+        """Forget all versions but the newest `keep`; their files stay."""
+        with self._transaction() as db:
+            newest = "(SELECT max(version) FROM versions)"
+            db.execute(f"DELETE FROM versions WHERE version <= {newest} - ?", (keep,))
+
+    @property
+    def versions_folder(self) -> Path:
+        return self.folder / "versions"
+
     def band_file(self, version: int, band: str) -> Path:
-        return self.folder / "versions" / str(version) / f"{band}.safetensors"
+        return self.versions_folder / str(version) / f"{band}.safetensors"
 
     # -- devices ---------------------------------------------------------------------------------
 
@@ -319,9 +338,20 @@ class Store:
                 (state, reason, time.time(), upload),
             )
 
+    @property
+    def updates_folder(self) -> Path:
+        return self.folder / "updates"
+
     def update_file(self, manifest: UploadManifest) -> Path:
         """Return where an update is kept: under the hash of its content."""
-        return self.folder / "updates" / f"{manifest.file.sha256}.safetensors"
+        return self.updates_folder / f"{manifest.file.sha256}.safetensors"
+
+    def needed_updates(self) -> set[Path]:
+        """Return the files of updates that count in the last merged round, or in a later one."""
+        merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
+        query = f"SELECT manifest FROM uploads WHERE state = 'counted' AND round >= {merged}"
+        manifests = (UploadManifest.model_validate_json(row[0]) for row in self._rows(query))
+        return {self.update_file(manifest) for manifest in manifests}
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
         """Return the uploads of a round in these states, in the order of their devices' names."""
