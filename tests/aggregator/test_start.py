@@ -8,7 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from aggregator.errors import StoreError
 from aggregator.identity import default_key, signing_key
 from aggregator.rounds import RoundState
 from aggregator.store import Store
+from device_profiles.replay import Options, _start_aggregator
 from edge_client.trust import open_trusted
 from protocol import topics
-from protocol.broker import EmbeddedBroker, free_port
+from protocol.broker import free_port
 from protocol.errors import BadSignature, StateError
 from protocol.messages import Job, Round
 from protocol.signing import SigningKey
@@ -43,11 +44,12 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     """Return what starts `aggregator serve` on a job and state of a name."""
     with ExitStack() as stack:
 
-        def start(name: str, broker: BrokerAddress, *more: object) -> Program:
+        def start(name: str, broker: BrokerAddress | None, *more: object) -> Program:
             file = tmp_path / f"{name}.json"
             file.write_text(json.dumps({**make_job().model_dump(), "job": name}))
-            options = ["--state", tmp_path / f"state of {name}", "--broker", broker, "--json"]
-            arguments = ["serve", file, *options, *more]
+            options = ["--broker", broker] if broker else []
+            state = tmp_path / f"state of {name}"
+            arguments = ["serve", file, "--state", state, "--json", *options, *more]
             return stack.enter_context(Program("aggregator", arguments, tmp_path, name))
 
         yield start
@@ -93,6 +95,18 @@ def test_which_key(tmp_path: Path) -> None:
         signing_key(state, tmp_path / "file" / "key")
 
 
+def test_a_replay_leaves_the_users_key_alone(tmp_path: Path) -> None:
+    class Started:
+        arguments: Sequence[object] = ()
+
+        def start(self, name: str, module: str, arguments: Sequence[object]) -> None:
+            self.arguments = arguments
+
+    _start_aggregator(started := Started(), Options(tmp_path), tmp_path)  # type: ignore[arg-type]
+    at = list(started.arguments).index("--key")
+    assert started.arguments[at + 1] == tmp_path / "aggregator.key"
+
+
 # -- a start that fails ------------------------------------------------------------------------
 
 
@@ -116,19 +130,21 @@ def test_a_start_that_fails_leaves_the_state_to_any_job(
     serve("third", mosquitto, "--state", state).wait_for("serving")
 
 
-@pytest.fixture(params=["mosquitto", "embedded"])
-def broker(request: pytest.FixtureRequest) -> Iterator[BrokerAddress]:
-    if request.param == "mosquitto":
-        yield request.getfixturevalue("mosquitto")
-    else:
-        with EmbeddedBroker() as embedded:
-            yield embedded.address
+def test_a_job_on_somebodys_embedded_broker(tmp_path: Path, serve: Serve) -> None:
+    first = serve("notes", None, "--port", 0)
+    broker = BrokerAddress.parse(first.wait_for("broker")["address"])
+    first.wait_for("serving")
+    options = ["--state", tmp_path / "state", "--key", tmp_path / "other.key"]
+    second = serve("notes", broker, *options)
+    assert second.wait() == 1
+    assert "from another aggregator" in second.stderr
+    assert first.end(signal.SIGTERM) == 0
 
 
-def test_what_the_broker_has_of_a_job(broker: BrokerAddress) -> None:
+def test_what_the_broker_has_of_a_job(mosquitto: BrokerAddress) -> None:
     key, now = SigningKey.generate(), RoundState(2, "open", 2, None)
-    check_alone(broker, "notes", key.public, now)  # nothing
-    link = MqttTransport(broker, "test-before")
+    check_alone(mosquitto, "notes", key.public, now)  # nothing
+    link = MqttTransport(mosquitto, "test-before")
     link.connect()
 
     def said(message: Job | Round, kind: str) -> None:
@@ -139,11 +155,11 @@ def test_what_the_broker_has_of_a_job(broker: BrokerAddress) -> None:
     base = {"name": "large", "sha256": "0" * 64, "parameters": 1, "modules": many}
     said(make_job(base=base), "job")  # a message that takes its time
     said(Round(job="notes", number=2, state="open", version=2), "round")
-    check_alone(broker, "notes", key.public, now)
+    check_alone(mosquitto, "notes", key.public, now)
     with pytest.raises(StoreError, match=r"from another aggregator.*another job name"):
-        check_alone(broker, "notes", SigningKey.generate().public, now)
+        check_alone(mosquitto, "notes", SigningKey.generate().public, now)
     with pytest.raises(StoreError, match="in round 2, attempt 0; this state is in round 1"):
-        check_alone(broker, "notes", key.public, RoundState(1, "open", 1, None))
+        check_alone(mosquitto, "notes", key.public, RoundState(1, "open", 1, None))
     link.close()
 
 
