@@ -27,11 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from aggregator.errors import BadRuleSettings, ConfigError
 from aggregator.merge import rules
 from aggregator.mistakes import first_mistake
+from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
 from protocol.messages import BaseModelInfo, Job
 
@@ -50,6 +51,17 @@ class PolicySettings(BaseModel):
     fraction: float = Field(1.0, gt=0, le=1)
     quarantine_after: int = Field(5, ge=1, le=1_000_000)
     quarantine_s: float = Field(3600.0, ge=0, le=1e9)
+    keep_versions: int = Field(10, ge=0, le=1_000_000)
+
+    @field_validator("keep_versions")
+    @classmethod
+    def _check(cls, kept: int) -> int:
+        if 0 < kept < VERSIONS_KEPT:
+            raise ValueError(
+                f"0 (all), or {VERSIONS_KEPT} and more: devices may still be downloading the "
+                "version before the newest"
+            )
+        return kept
 
     def policy(self) -> Policy:
         return Policy(**self.model_dump())

@@ -187,6 +187,7 @@ def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
 def _start_aggregator(processes: Processes, options: Options, out: Path) -> None:
     where = ["--broker", options.broker] if options.broker else ["--port", "0"]
     arguments = ["serve", out / "job.json", "--state", out / "aggregator", "--json", *where]
+    arguments += ["--key", out / "aggregator.key"]  # a replay leaves the user's own one alone
     processes.start("aggregator", "aggregator", arguments)
 
 

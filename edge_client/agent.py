@@ -116,7 +116,7 @@ class Agent:
             tls=settings.tls,
         )
         self._link.connect()
-        self._sender = Sender(self._link, self._key, self._outbox)
+        self._sender = Sender(self._link, self._key, self._outbox, self._events)
         self._link.subscribe(
             [
                 topics.subscription("job", job=job_name),
@@ -199,11 +199,10 @@ class Agent:
 
     def _on_round(self, now: Round) -> None:
         self._outbox.check_round(now)
-        if self._round is None or now.number != self._round.number:
-            self._events.emit(
-                "round", round=now.number, rounds=self._job.rounds if self._job else 0
-            )
-        self._round = now
+        before, self._round = self._round, now
+        if before is None or (now.number, now.attempt) != (before.number, before.attempt):
+            rounds = self._job.rounds if self._job else 0
+            self._events.emit("round", round=now.number, attempt=now.attempt, rounds=rounds)
         # It may be said again by an aggregator that has missed what was offered to it.
         self._sender.offer_again()
 
@@ -235,15 +234,8 @@ class Agent:
             self._bytes()
 
     def _on_control(self, message: Control) -> None:
-        pending = self._outbox.get(message.upload)
-        if pending is None:
+        if not self._sender.take(message):
             return
-        if message.kind == "need":
-            self._sender.send_chunks(pending, message.chunks)
-            return
-        self._outbox.drop(message.upload)
-        if message.kind == "reject":
-            self._events.emit("rejected", round=pending.manifest.round, reason=message.reason)
         self._bytes()
         if self._job is not None:  # the answer to an update from before a restart comes first
             self._say("idle")
@@ -262,7 +254,7 @@ class Agent:
             self._finish()
         elif (
             now.state == "open"
-            and self._outbox.trained_round(self._job.job) < now.number
+            and self._outbox.is_due(now)
             and in_cohort(self._settings.name, self._job.job, now.number, now.fraction)
         ):
             self._train()

@@ -59,6 +59,8 @@ class Outbox:
         )
         self._set(f"rank of {manifest.job}", rank)
         self._set(f"round of {manifest.job}", manifest.round)
+        self._set(f"attempt of {manifest.job}", manifest.attempt)
+        self._set(f"refused in {manifest.job}", 0)
         self._db.execute("COMMIT")
 
     def get(self, upload: str) -> Pending | None:
@@ -76,6 +78,14 @@ class Outbox:
         """Forget an update: it has been counted, or refused for good."""
         self._db.execute("DELETE FROM updates WHERE upload = ?", (upload,))
 
+    def refuse(self, manifest: UploadManifest) -> None:
+        """Forget an update that was refused; its round may be trained for once more."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self.drop(manifest.upload)
+        if manifest.round == self.trained_round(manifest.job):
+            self._set(f"refused in {manifest.job}", 1)
+        self._db.execute("COMMIT")
+
     def rank(self, job: str, default: int) -> int:
         """Return the rank that the device goes on with in a job."""
         return self._number(f"rank of {job}", default)
@@ -92,6 +102,13 @@ class Outbox:
     def trained_round(self, job: str) -> int:
         """Return the last round of a job that the device has trained for."""
         return self._number(f"round of {job}", 0)
+
+    def is_due(self, now: Round) -> bool:
+        """Say whether a round has not been trained for, or in vain in an earlier attempt."""
+        if self._number(f"refused in {now.job}", 0):
+            trained = self.trained_round(now.job), self._number(f"attempt of {now.job}", 0)
+            return trained < (now.number, now.attempt)
+        return self.trained_round(now.job) < now.number
 
     # -- what the aggregator has said, so that it can't be said again when it is old ---------------
 
@@ -111,18 +128,25 @@ class Outbox:
             )
 
     def check_round(self, now: Round) -> None:
-        """Remember the newest round and version of a job.
+        """Remember the newest round, its newest attempt, and the newest version of a job.
 
         Raises:
             Replayed: one of them is older than what was seen before.
         """
-        for kind, number in (("round", now.number), ("version", now.version)):
-            seen = self._number(f"seen {kind} of {now.job}", 0)
-            if number < seen:
-                raise Replayed(f"{kind} {number} of job {now.job!r} is older than {kind} {seen}")
-        for kind, number in (("round", now.number), ("version", now.version)):
-            if number > self._number(f"seen {kind} of {now.job}", 0):
+        told = {"round": now.number, "version": now.version, "attempt": now.attempt}
+        seen = {kind: self._number(f"seen {kind} of {now.job}", 0) for kind in told}
+        if now.number != seen["round"]:
+            seen["attempt"] = 0  # that was another round's
+        for kind, number in told.items():
+            if number < seen[kind]:
+                raise Replayed(
+                    f"{kind} {number} of job {now.job!r} is older than {kind} {seen[kind]}"
+                )
+        if told != seen:
+            self._db.execute("BEGIN IMMEDIATE")
+            for kind, number in told.items():
                 self._set(f"seen {kind} of {now.job}", number)
+            self._db.execute("COMMIT")
 
     def _number(self, key: str, default: int) -> int:
         row = self._db.execute("SELECT value FROM numbers WHERE key = ?", (key,)).fetchone()

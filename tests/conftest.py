@@ -29,6 +29,16 @@ MOSQUITTO = shutil.which("mosquitto") or shutil.which(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep keys and states that a test names no folder for out of the home of who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data-home")))
+        for name in ("TUNEFLEET_STATE", "TUNEFLEET_KEY"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @contextmanager
 def running_mosquitto(
     folder: Path, settings: str = "", *, port: int = 0

@@ -80,6 +80,8 @@ def test_the_same_in_json(tmp_path: Path, description: Path) -> None:
         ("[training]\nsteps = 0", "training.steps"),
         ("[policy]\nmin_devices = 0", "policy.min_devices"),
         ("[policy]\nfraction = 1.5", "fraction"),
+        ("[policy]\nkeep_versions = 1", "0 (all), or 2 and more"),
+        ("[policy]\nkeep_versions = -1", "policy.keep_versions"),
         ("[policy]\ncolour = 1", "colour"),
         ("[pruning]\ngamma = 1.0", "pruning.gamma"),
         ("rounds = = 3", "job.toml"),

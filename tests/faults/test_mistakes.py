@@ -101,7 +101,8 @@ def test_numbers_that_no_job_can_run_with(fields: dict[str, Any], said: str) -> 
 
 
 def serve(job: Job, state: Path, broker: BrokerAddress) -> Daemon:
-    return Daemon(job, Policy(), Store(state), broker, EventLog(as_json=True))
+    key = SigningKey.load_or_create(state.with_suffix(".key"))
+    return Daemon(job, Policy(), Store(state), broker, EventLog(as_json=True), key=key)
 
 
 def test_a_damaged_version_is_neither_served_nor_exported(

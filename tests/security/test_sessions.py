@@ -68,6 +68,7 @@ def test_what_waits_for_the_aggregator_waits_on_while_it_starts(
             Store(tmp_path / "state"),
             fleet.folder.broker_here,
             EventLog(as_json=True, stream=io.StringIO()),
+            key=fleet.folder.signing_key(),
             membership=fleet.folder.membership(),
         )
         fleet.stack.callback(made._link.close)
