@@ -21,6 +21,7 @@ from protocol import topics
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
 from protocol.messages import Job
+from protocol.patience import Waiting, connect_when_up
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey, open_message
 from protocol.transport import BrokerAddress, MqttTransport
@@ -43,12 +44,15 @@ class Daemon:
         *,
         membership: Membership | None = None,
         exit_when_done: bool = False,
+        wait_for_broker: bool = True,
     ) -> None:
         self._job = job
         self._policy = policy
         self._store = store
         self._events = events
         self._exit_when_done = exit_when_done
+        self._wait_for_broker = wait_for_broker
+        self._waiting = Waiting(events)
         self._stopping = False
         self._said_on = 0
         """The connection on which the job was last published whole."""
@@ -60,7 +64,12 @@ class Daemon:
         self._registry = membership.registry if membership else None
         tls = membership.tls if membership else None
         self._certified = tls is not None and broker.tls
-        self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}", tls=tls)
+        self._link = MqttTransport(
+            broker,
+            f"tunefleet-aggregator-{job.job}",
+            tls=tls,
+            on_outage=lambda why: self._waiting.say(f"the broker at {broker}", why),
+        )
         self._versions = Versions(job, store)
         self._intake = Intake(
             job, store, self._versions, self._key, events, policy=policy, registry=self._registry
@@ -95,7 +104,8 @@ class Daemon:
             self._store.add_version(first)
             self._store.set_round(RoundState(0, "waiting", 1, None))
         self._check_alone()
-        self._link.connect()
+        if not self._connect(self._link):
+            return
         job = self._job.job
         # The filter of upload chunks matches upload manifests too; both would bring them twice.
         self._link.subscribe(
@@ -115,6 +125,12 @@ class Daemon:
             version=state.version,
         )
 
+    def _connect(self, link: MqttTransport) -> bool:
+        """Connect, once the broker is up; return False when stopped before."""
+        return connect_when_up(
+            link, self._waiting, stopping=lambda: self._stopping, wait=self._wait_for_broker
+        )
+
     def _check_alone(self) -> None:
         """Refuse a job that the broker has from somebody else: devices would hear only that one.
 
@@ -130,7 +146,8 @@ class Daemon:
         scout = MqttTransport(
             self._link.address, f"tunefleet-aggregator-{self._job.job}-scout", temporary=True
         )
-        scout.connect()
+        if not self._connect(scout):
+            return
         try:
             scout.subscribe([topic])
             known = scout.receive(SCOUT_S)

@@ -20,6 +20,8 @@ from protocol.chunks import assemble
 from protocol.files import write_durably
 from protocol.messages import GlobalManifest, Status, UploadManifest
 
+NOT_READY = ("planning", "unfit", "stopped")
+"""States of a device that no round waits for, nor is opened for."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS devices (
@@ -177,7 +179,7 @@ class Store:
         """Return the devices that are online and can train."""
         rows = self._db.execute("SELECT status FROM devices").fetchall()
         every = [Status.model_validate_json(row[0]) for row in rows]
-        return {s.device for s in every if s.online and s.state not in ("unfit", "stopped")}
+        return {s.device for s in every if s.online and s.state not in NOT_READY}
 
     def strike(self, device: str, limit: int, until: float) -> bool:
         """Note a refused update; after `limit` in a row quarantine begins and True is returned."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_client.config import Settings
-from edge_client.discover import discover_job
+from edge_client.discover import discover_job, enter_job, link_of
 from edge_client.download import Download, manifest_topic, wanted_bands
 from edge_client.errors import EdgeError
 from edge_client.learner import Learner
@@ -22,7 +22,7 @@ from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.prepare import find_base, make_plan
 from edge_client.sender import Sender
-from edge_client.standing import make_status
+from edge_client.standing import Standing
 from edge_client.trainer.worker import Text
 from edge_client.trust import open_trusted
 from edge_client.update import make_update
@@ -33,6 +33,7 @@ from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
 from protocol.files import write_peft
 from protocol.messages import Control, GlobalManifest, Job, Round, in_cohort
+from protocol.patience import Waiting
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
 from protocol.transport import Incoming, MqttTransport
@@ -50,7 +51,9 @@ class Agent:
         self._key = SigningKey.load_or_create(settings.state / "device.key")
         self._boot = self._outbox.next_boot()
         self._stopping = False
+        self._waiting = Waiting(events)
         self._link: MqttTransport | None = None
+        self._standing: Standing | None = None
         self._job_name = ""
         self._job: Job | None = None
         self._round: Round | None = None
@@ -85,7 +88,8 @@ class Agent:
             except (EdgeError, TransportError) as error:
                 # Asked to stop, the agent ends what it waits for: that is no failure.
                 if not self._stopping:
-                    if self._job is not None and isinstance(error, EdgeError):
+                    said = self._link is not None and self._link.connected
+                    if said and isinstance(error, EdgeError):
                         self._say("unfit", detail=str(error))
                     raise
             finally:
@@ -103,27 +107,14 @@ class Agent:
         settings = self._settings
         what = f"job {settings.job}" if settings.job else "a job"
         self._events.emit("state", state=f"waiting for {what}")
-        job_name = discover_job(settings, self._key.public, lambda: self._stopping)
-        if not job_name:
+        job = discover_job(settings, self._key.public, self._is_stopping, self._waiting)
+        if not job:
             return
-        self._job_name = job_name
-        topic = topics.topic("status", job=job_name, device=settings.name)
-        will = make_status(settings, job_name, self._boot, "stopped")
-        self._link = MqttTransport(
-            settings.broker,
-            f"tunefleet-{settings.name}",
-            will=(topic, self._key.seal(will, topic)),
-            tls=settings.tls,
-        )
-        self._link.connect()
+        self._job_name = job
+        self._standing = Standing(settings, job, self._boot, self._key)
+        self._link = link_of(settings, self._standing.will, self._waiting)
         self._sender = Sender(self._link, self._key, self._outbox)
-        self._link.subscribe(
-            [
-                topics.subscription("job", job=job_name),
-                topics.subscription("round", job=job_name),
-                topics.subscription("control", job=job_name, device=settings.name),
-            ]
-        )
+        enter_job(settings, job, self._link, self._standing, self._is_stopping, self._waiting)
 
     def _begin(self, job: Job) -> None:
         """Plan for a job and load its base model; an unfit device says so and ends."""
@@ -187,6 +178,8 @@ class Agent:
                 self._on_round(open_trusted(incoming, Round, state))
             elif found.kind == "global_manifest":
                 self._on_manifest(open_trusted(incoming, GlobalManifest, state))
+            elif found.kind == "status" and self._standing is not None:
+                self._standing.hear(self._connection, incoming.payload)
             elif found.kind == "control":
                 self._on_control(open_trusted(incoming, Control, state))
         except ProtocolError as error:
@@ -361,24 +354,20 @@ class Agent:
 
     def _say(self, state: str, *, detail: str = "") -> None:
         """Publish this device's status, and tell whoever watches."""
-        assert self._job is not None
-        topic = topics.topic("status", job=self._job.job, device=self._settings.name)
-        status = make_status(
-            self._settings,
-            self._job.job,
-            self._boot,
-            state,
-            rank=self._rank if self._plan else 0,
-            version=self._version,
-            detail=detail,
+        assert self._standing is not None, "connected first"
+        rank = self._rank if self._plan else 0
+        self._standing.announce(
+            self._connection, state, rank=rank, version=self._version, detail=detail
         )
-        self._connection.announce(topic, self._key.seal(status, topic))
         self._events.emit("state", state=state)
 
     def _bytes(self) -> None:
         self._events.emit(
             "bytes", up=self._connection.bytes_sent, down=self._connection.bytes_received
         )
+
+    def _is_stopping(self) -> bool:
+        return self._stopping
 
     def _stop(self) -> None:
         """Stop now: a round's training, of hours perhaps, is given up and begun anew later."""
@@ -392,7 +381,7 @@ class Agent:
         if self._learner is not None:
             self._learner.stop()
         if self._link is not None:
-            if self._job is not None and self._link.connected:
+            if self._standing is not None and self._link.connected:
                 with suppress(TransportError):  # the will says it then
                     self._say("stopped")
             self._link.close()
