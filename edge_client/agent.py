@@ -23,6 +23,7 @@ from edge_client.plan import Plan
 from edge_client.prepare import find_base, make_plan
 from edge_client.sender import Sender
 from edge_client.standing import Standing
+from edge_client.storage import keep_adapter, keeping
 from edge_client.trainer.worker import Text
 from edge_client.trust import open_trusted
 from edge_client.update import make_update
@@ -31,7 +32,6 @@ from protocol.adapter import Adapter
 from protocol.bands import parse_band
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
-from protocol.files import write_peft
 from protocol.messages import Control, GlobalManifest, Job, Round, in_cohort
 from protocol.patience import Waiting
 from protocol.signals import stop_on_signals
@@ -48,7 +48,8 @@ class Agent:
         self._settings = settings
         self._events = events
         self._outbox = Outbox(settings.state)
-        self._key = SigningKey.load_or_create(settings.state / "device.key")
+        with keeping("device.key", settings.state):
+            self._key = SigningKey.load_or_create(settings.state / "device.key")
         self._boot = self._outbox.next_boot()
         self._stopping = False
         self._waiting = Waiting(events)
@@ -302,7 +303,7 @@ class Agent:
         """Keep the shared adapter, report, compare if asked, and end or wait for another job."""
         assert self._job and self._learner and self._adapter and self._plan
         folder = self._settings.state / "adapter"
-        write_peft(self._adapter, folder, base_model=self._job.base.name)
+        keep_adapter(self._adapter, folder, self._job.base.name)
         loss = {
             "base": self._base_loss,
             "merged_on_device": self._learner.evaluate(self._adapter),
@@ -341,7 +342,7 @@ class Agent:
             self._events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
 
         adapter, _ = self._learner.train_alone(rank=self._rank_start, on_step=on_step)
-        write_peft(adapter, self._settings.state / "alone", base_model=job.base.name)
+        keep_adapter(adapter, self._settings.state / "alone", job.base.name)
         return self._learner.evaluate(adapter)
 
     # -- small things ----------------------------------------------------------------------------
