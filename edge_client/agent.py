@@ -52,6 +52,7 @@ class Agent:
             self._key = SigningKey.load_or_create(settings.state / "device.key")
         self._boot = self._outbox.next_boot()
         self._stopping = False
+        self._done = False
         self._waiting = Waiting(events)
         self._link: MqttTransport | None = None
         self._standing: Standing | None = None
@@ -67,8 +68,8 @@ class Agent:
         self._base_loss = float("nan")
         self._tokens = 0
 
-    def run(self) -> None:
-        """Connect and take part.
+    def run(self) -> bool:
+        """Connect and take part; return whether there may be another job, for another agent.
 
         Raises:
             TransportError: the broker can't be reached, or the connection has ended for good.
@@ -77,7 +78,7 @@ class Agent:
         with stop_on_signals(self._stop):
             try:
                 self._find_job()
-                while not self._stopping:
+                while not (self._stopping or self._done):
                     incoming = self._connection.receive(TICK_S)
                     if incoming is not None:
                         # Whatever a device is told it can ask for again: no need to hold the
@@ -95,6 +96,7 @@ class Agent:
                     raise
             finally:
                 self._close()
+        return self._done and not self._stopping
 
     # -- start up --------------------------------------------------------------------------------
 
@@ -328,8 +330,8 @@ class Agent:
             bytes_up=self._connection.bytes_sent,
             bytes_down=self._connection.bytes_received,
         )
-        if self._settings.exit_when_done:
-            self._stopping = True
+        self._stopping = self._stopping or self._settings.exit_when_done
+        self._done = not self._settings.job  # told which job, it stays with that one
         self._learner.stop()
         self._learner = None
 

@@ -125,7 +125,9 @@ def run(
         wait_for_broker=not no_wait,
     )
     with lock_folder(settings.state, "edge-client"):
-        Agent(settings, EventLog(as_json=as_json, device=device)).run()
+        events = EventLog(as_json=as_json, device=device)
+        while Agent(settings, events).run():
+            pass  # that job is finished: wait for another
 
 
 @app.command()
