@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 
 from aggregator.errors import StoreError
 from aggregator.rounds import RoundState
@@ -17,17 +18,24 @@ PATIENCE_S = 10.0
 """How long a broker that keeps the echo back may take to show a job that it has."""
 
 
-def check_alone(broker: BrokerAddress, job: str, key: str, now: RoundState) -> None:
+def check_alone(
+    broker: BrokerAddress,
+    job: str,
+    key: str,
+    now: RoundState,
+    connect: Callable[[MqttTransport], bool],
+) -> None:
     """Refuse a job that the broker has from somebody else: devices would hear only that one.
 
-    `key` is the public key that is to sign the job, `now` where its state stands.
+    `key` is the public key that is to sign the job, `now` where its state stands; `connect`
+    returns False when it was stopped before there was a connection.
 
     Raises:
         StoreError: another key has signed it, or the same one has gone on further.
         TransportError: the broker can't be reached, or refuses the subscription.
     """
     job_topic, round_topic = topics.topic("job", job=job), topics.topic("round", job=job)
-    for incoming in _kept(broker, job, [job_topic, round_topic]):
+    for incoming in _kept(broker, job, [job_topic, round_topic], connect):
         model = Job if incoming.topic == job_topic else Round
         try:
             message, signer = open_message(incoming.payload, incoming.topic, model)
@@ -47,7 +55,9 @@ def check_alone(broker: BrokerAddress, job: str, key: str, now: RoundState) -> N
             )
 
 
-def _kept(broker: BrokerAddress, job: str, names: list[str]) -> list[Incoming]:
+def _kept(
+    broker: BrokerAddress, job: str, names: list[str], connect: Callable[[MqttTransport], bool]
+) -> list[Incoming]:
     """Return what a broker keeps on topics.
 
     It sends what it keeps when it takes the subscription. So a message to oneself that is sent
@@ -56,7 +66,8 @@ def _kept(broker: BrokerAddress, job: str, names: list[str]) -> list[Incoming]:
     scout = MqttTransport(broker, f"tunefleet-aggregator-{job}-scout", temporary=True)
     echo = topics.topic("control", job=job, device=f"scout-{secrets.token_hex(8)}")
     found: list[Incoming] = []
-    scout.connect()
+    if not connect(scout):
+        return found
     try:
         scout.subscribe([*names, echo])
         scout.publish(echo, b"")  # refused or not: without the echo the wait is longer, that's all

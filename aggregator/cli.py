@@ -137,6 +137,9 @@ def serve(
         ),
     ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Serve a job: take updates, merge them, broadcast versions, until it is stopped."""
@@ -177,6 +180,7 @@ def serve(
             key=membership.key if membership else signing_key(where, key),
             membership=membership,
             exit_when_done=exit_when_done,
+            wait_for_broker=not no_wait,
         ).run()
 
 

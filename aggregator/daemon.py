@@ -22,6 +22,7 @@ from protocol import topics
 from protocol.errors import TransportError
 from protocol.events import EventLog
 from protocol.messages import Job
+from protocol.patience import Waiting, connect_when_up
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, MqttTransport
@@ -43,12 +44,15 @@ class Daemon:
         key: SigningKey,
         membership: Membership | None = None,
         exit_when_done: bool = False,
+        wait_for_broker: bool = True,
     ) -> None:
         self._job = job
         self._policy = policy
         self._store = store
         self._events = events
         self._exit_when_done = exit_when_done
+        self._wait_for_broker = wait_for_broker
+        self._waiting = Waiting(events)
         self._stopping = False
         self._said_on = 0
         """The connection on which the job was last published whole."""
@@ -56,7 +60,12 @@ class Daemon:
         self._registry = membership.registry if membership else None
         tls = membership.tls if membership else None
         self._certified = tls is not None and broker.tls
-        self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}", tls=tls)
+        self._link = MqttTransport(
+            broker,
+            f"tunefleet-aggregator-{job.job}",
+            tls=tls,
+            on_outage=lambda why: self._waiting.say(f"the broker at {broker}", why),
+        )
         self._versions = Versions(job, store)
         self._intake = Intake(
             job, store, self._versions, self._key, events, policy=policy, registry=self._registry
@@ -91,8 +100,11 @@ class Daemon:
         if not self._certified:
             # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
             # all. It would also give a scout the aggregator's own session, by its certificate.
-            check_alone(self._link.address, job, self._key.public, self._store.round())
-        self._link.connect()
+            check_alone(
+                self._link.address, job, self._key.public, self._store.round(), self._connect
+            )
+        if not self._connect(self._link):
+            return
         # The filter of upload chunks matches upload manifests too; both would bring them twice.
         self._link.subscribe(
             [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
@@ -115,6 +127,12 @@ class Daemon:
             round=state.number,
             state=state.state,
             version=state.version,
+        )
+
+    def _connect(self, link: MqttTransport) -> bool:
+        """Connect, once the broker is up; return False when stopped before."""
+        return connect_when_up(
+            link, self._waiting, stopping=lambda: self._stopping, wait=self._wait_for_broker
         )
 
     def _say_everything(self) -> None:

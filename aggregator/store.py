@@ -24,6 +24,8 @@ from protocol.messages import GlobalManifest, Status, UploadManifest
 
 RESERVE_BYTES = 64 << 20
 """Left free of uploads, for versions, the database, and what else is on that disk."""
+NOT_READY = ("planning", "unfit", "stopped")
+"""States of a device that no round waits for, nor is opened for."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS devices (
@@ -233,7 +235,7 @@ class Store:
         """Return the devices that are online and can train."""
         rows = self._rows("SELECT status FROM devices")
         every = [Status.model_validate_json(row[0]) for row in rows]
-        return {s.device for s in every if s.online and s.state not in ("unfit", "stopped")}
+        return {s.device for s in every if s.online and s.state not in NOT_READY}
 
     def strike(self, device: str, limit: int, until: float) -> bool:
         """Note a refused update; after `limit` in a row quarantine begins and True is returned."""

@@ -188,13 +188,15 @@ def _start_aggregator(processes: Processes, options: Options, out: Path) -> None
     where = ["--broker", options.broker] if options.broker else ["--port", "0"]
     arguments = ["serve", out / "job.json", "--state", out / "aggregator", "--json", *where]
     arguments += ["--key", out / "aggregator.key"]  # a replay leaves the user's own one alone
+    arguments.append("--no-wait")
     processes.start("aggregator", "aggregator", arguments)
 
 
 def _device_arguments(
     device: FleetDevice, fleet: Fleet, options: Options, serving: Event, scale: float
 ) -> list[object]:
-    arguments: list[object] = ["run", "--json", "--exit-when-done", "--name", device.name]
+    arguments: list[object] = ["run", "--json", "--exit-when-done", "--no-wait"]
+    arguments += ["--name", device.name]
     arguments += ["--job", serving["job"]]
     for path in device.data:
         arguments += ["--data", path]

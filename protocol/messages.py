@@ -199,7 +199,9 @@ class Status(Message):
     online: bool
     boot: Count
     """Grows with every start of the agent, so that an old will can't undo a new start."""
-    state: Literal["idle", "downloading", "training", "uploading", "unfit", "stopped"] = "idle"
+    state: Literal[
+        "planning", "idle", "downloading", "training", "uploading", "unfit", "stopped"
+    ] = "idle"
     profile: Text = ""
     rank: Count = 0
     version: Count | None = None

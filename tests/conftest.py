@@ -41,7 +41,7 @@ def no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @contextmanager
 def running_mosquitto(
-    folder: Path, settings: str = "", *, port: int = 0
+    folder: Path, settings: str = "", *, port: int = 0, anonymous: bool = True
 ) -> Iterator[BrokerAddress]:
     """Run a mosquitto of one's own on a loopback port (0: a free one), with more settings."""
     if MOSQUITTO is None:
@@ -51,7 +51,8 @@ def running_mosquitto(
     config, log = folder / "mosquitto.conf", folder / "mosquitto.log"
     # Started as root it would become another user, who may not read pytest's folders.
     config.write_text(
-        f"listener {address.port} {address.host}\nallow_anonymous true\npersistence false\n"
+        f"listener {address.port} {address.host}\npersistence false\n"
+        f"allow_anonymous {str(anonymous).lower()}\n"
         f"user root\n{settings}\n"
     )
     with log.open("wb") as output:

@@ -82,7 +82,7 @@ def test_what_is_left_of_a_job(
     kept = [5, 6] if policy.get("keep_versions") == 2 else [1, 2, 3, 4, 5, 6]
     assert names(state / "versions") == [str(version) for version in kept]
     assert kept_versions(mosquitto) == {5, 6}
-    assert export_adapter(state, tmp_path / "adapter", version=kept[0]) == kept[0]
+    assert export_adapter(state, tmp_path / "adapter", version=kept[0]).version == kept[0]
 
 
 # -- the parts ----------------------------------------------------------------------------------

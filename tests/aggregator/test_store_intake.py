@@ -308,6 +308,18 @@ def test_a_topic_of_no_device_is_refused_in_a_sentence(aggregator: Aggregator) -
         )
 
 
+def test_a_device_that_plans_is_known_and_not_waited_for(aggregator: Aggregator) -> None:
+    before = aggregator.store.status("phone-1")
+    assert before is not None and aggregator.store.ready_devices() == {"phone-1"}
+    topic = topics.topic("status", job="notes", device="phone-1")
+    for state, ready in (("planning", set()), ("idle", {"phone-1"})):
+        status = before.model_copy(update={"state": state, "rank": 0})
+        aggregator.intake.handle(topic, aggregator.device_key.seal(status, topic))
+        known = aggregator.store.status("phone-1")
+        assert known is not None and known.state == state
+        assert aggregator.store.ready_devices() == ready
+
+
 def test_a_store_belongs_to_one_job(aggregator: Aggregator) -> None:
     aggregator.store.bind_job(aggregator.job.model_dump_json())
     with pytest.raises(StoreError, match="other settings"):
