@@ -18,12 +18,18 @@ PATIENCE_S = 10.0
 """How long a broker that keeps the echo back may take to show a job that it has."""
 
 
+def at_once(link: MqttTransport) -> bool:
+    """Connect, or fail."""
+    link.connect()
+    return True
+
+
 def check_alone(
     broker: BrokerAddress,
     job: str,
     key: str,
     now: RoundState,
-    connect: Callable[[MqttTransport], bool],
+    connect: Callable[[MqttTransport], bool] = at_once,
 ) -> None:
     """Refuse a job that the broker has from somebody else: devices would hear only that one.
 

@@ -115,7 +115,7 @@ def test_a_start_that_fails_leaves_the_state_to_any_job(
 ) -> None:
     state = tmp_path / "state"
     nobody = BrokerAddress("127.0.0.1", free_port())
-    unreachable = serve("notes", nobody, "--state", state)
+    unreachable = serve("notes", nobody, "--state", state, "--no-wait")
     assert unreachable.wait() == 1
     assert unreachable.stderr.startswith("error: no MQTT broker at"), unreachable.stderr
 
