@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""What says how many threads numpy's libraries take. On a machine that is busy with other things
+more of them spend their time waiting for each other, and a merge takes many times as long."""
 DEFAULT_STATE = Path("aggregator-state")
 State = Annotated[
     Path | None,
@@ -117,6 +122,14 @@ def serve(
         Path | None,
         typer.Option("--dir", help="The fleet's folder: its broker, its keys, and enrolment."),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the signing key, which devices remember (default: this user's, the same "
+            "for all jobs; with --dir the fleet's).",
+            envvar="TUNEFLEET_KEY",
+        ),
+    ] = None,
     enroll_port: Annotated[
         int | None,
         typer.Option(
@@ -124,12 +137,16 @@ def serve(
         ),
     ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Serve a job: take updates, merge them, broadcast versions, until it is stopped."""
     from aggregator.config import read_job
     from aggregator.daemon import Daemon
     from aggregator.errors import ConfigError
+    from aggregator.identity import signing_key
     from aggregator.store import Store
     from protocol.events import EventLog
     from protocol.files import lock_folder
@@ -139,6 +156,10 @@ def serve(
     job, policy = read_job(job_file)
     if folder is None and enroll_port is not None:
         raise ConfigError("--enroll-port needs the fleet's folder: --dir")
+    if folder is not None and key is not None:
+        raise ConfigError(
+            "a fleet has a key of its own: leave --key (TUNEFLEET_KEY) out with --dir"
+        )
     with ExitStack() as stack:
         address = BrokerAddress.parse(broker) if broker else None
         fleet = None if folder is None else _open_fleet(stack, folder, events, enroll_port)
@@ -149,14 +170,17 @@ def serve(
         if address is None:
             address = _embedded(stack, port)
             events.emit("broker", address=str(address), note="embedded: for trial, loopback only")
+        membership = fleet.membership() if fleet is not None else None
         Daemon(
             job,
             policy,
             Store(where),
             address,
             events,
-            membership=fleet.membership() if fleet is not None else None,
+            key=membership.key if membership else signing_key(where, key),
+            membership=membership,
             exit_when_done=exit_when_done,
+            wait_for_broker=not no_wait,
         ).run()
 
 
@@ -165,12 +189,21 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
     state: State = None,
     version: Annotated[int | None, typer.Option(help="Version (default: the newest).")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was written as JSON.")
+    ] = False,
 ) -> None:
     """Write the shared adapter as a directory that PeftModel.from_pretrained loads."""
+    from dataclasses import asdict
+
     from aggregator.export import export_adapter
 
-    number = export_adapter(state or DEFAULT_STATE, out, version=version)
-    typer.echo(f"version {number} is in {out}")
+    done = export_adapter(state or DEFAULT_STATE, out, version=version)
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+        return
+    size = f"rank {done.rank}, {done.parameters:,} parameters"
+    typer.echo(f"version {done.version} is in {done.folder}: {size}")
 
 
 def _open_fleet(
@@ -228,4 +261,6 @@ def _embedded(stack: ExitStack, port: int) -> BrokerAddress:
 
 def main() -> None:
     """Run the command."""
+    for name in BLAS_THREADS:  # read once, when numpy is first imported: later than here
+        os.environ.setdefault(name, "1")
     run_command(app)

@@ -27,10 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from aggregator.errors import BadRuleSettings, ConfigError
 from aggregator.merge import rules
+from aggregator.mistakes import first_mistake
+from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
 from protocol.messages import BaseModelInfo, Job
 
@@ -49,6 +51,17 @@ class PolicySettings(BaseModel):
     fraction: float = Field(1.0, gt=0, le=1)
     quarantine_after: int = Field(5, ge=1, le=1_000_000)
     quarantine_s: float = Field(3600.0, ge=0, le=1e9)
+    keep_versions: int = Field(10, ge=0, le=1_000_000)
+
+    @field_validator("keep_versions")
+    @classmethod
+    def _check(cls, kept: int) -> int:
+        if 0 < kept < VERSIONS_KEPT:
+            raise ValueError(
+                f"0 (all), or {VERSIONS_KEPT} and more: devices may still be downloading the "
+                "version before the newest"
+            )
+        return kept
 
     def policy(self) -> Policy:
         return Policy(**self.model_dump())
@@ -81,13 +94,13 @@ def build_job(fields: dict[str, Any], where: str) -> tuple[Job, Policy]:
     try:
         policy = PolicySettings.model_validate(fields.pop("policy", {})).policy()
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first(error, 'policy')}") from None
+        raise ConfigError(f"{where}: {first_mistake(error, 'policy')}") from None
     if "model" in fields:
         fields["base"] = describe(str(fields.pop("model")))
     try:
         job = Job.model_validate({"scale": 2.0, **fields})
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first(error)}") from None
+        raise ConfigError(f"{where}: {first_mistake(error)}") from None
     rule = rules.find_rule(job.rule)
     if isinstance(rule, rules.Rule):
         try:
@@ -148,7 +161,7 @@ def describe(model: str) -> BaseModelInfo:
             raise ConfigError(f"can't read the model description {model}: {error}") from None
         except ValidationError as error:
             raise ConfigError(
-                f"can't read the model description {model}: {_first(error)}"
+                f"can't read the model description {model}: {first_mistake(error)}"
             ) from None
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(
@@ -161,10 +174,3 @@ def describe(model: str) -> BaseModelInfo:
         why = answer.stderr.strip().splitlines() or ["edge-client describe failed"]
         raise ConfigError(why[-1].removeprefix("error: "))
     return BaseModelInfo.model_validate(json.loads(answer.stdout))
-
-
-def _first(error: ValidationError, *within: str) -> str:
-    """Return the first thing that was wrong, in one line that begins with the field."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in (*within, *first["loc"])) or "job"
-    return f"{field}: {first['msg']}"

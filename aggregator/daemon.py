@@ -9,25 +9,25 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
-from aggregator.errors import StoreError
 from aggregator.intake import Intake, read_update
 from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
+from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.versions import Versions, first_version
 from protocol import topics
-from protocol.errors import ProtocolError, TransportError
+from protocol.errors import TransportError
 from protocol.events import EventLog
 from protocol.messages import Job
+from protocol.patience import Waiting, connect_when_up
 from protocol.signals import stop_on_signals
-from protocol.signing import SigningKey, open_message
+from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, MqttTransport
 
 TICK_S = 0.2
-SCOUT_S = 0.5
-"""How long the broker may take to show a job that it has."""
 
 
 class Daemon:
@@ -41,26 +41,31 @@ class Daemon:
         broker: BrokerAddress,
         events: EventLog,
         *,
+        key: SigningKey,
         membership: Membership | None = None,
         exit_when_done: bool = False,
+        wait_for_broker: bool = True,
     ) -> None:
         self._job = job
         self._policy = policy
         self._store = store
         self._events = events
         self._exit_when_done = exit_when_done
+        self._wait_for_broker = wait_for_broker
+        self._waiting = Waiting(events)
         self._stopping = False
         self._said_on = 0
         """The connection on which the job was last published whole."""
-        self._key = (
-            membership.key
-            if membership
-            else SigningKey.load_or_create(store.folder / "aggregator.key")
-        )
+        self._key = key
         self._registry = membership.registry if membership else None
         tls = membership.tls if membership else None
         self._certified = tls is not None and broker.tls
-        self._link = MqttTransport(broker, f"tunefleet-aggregator-{job.job}", tls=tls)
+        self._link = MqttTransport(
+            broker,
+            f"tunefleet-aggregator-{job.job}",
+            tls=tls,
+            on_outage=lambda why: self._waiting.say(f"the broker at {broker}", why),
+        )
         self._versions = Versions(job, store)
         self._intake = Intake(
             job, store, self._versions, self._key, events, policy=policy, registry=self._registry
@@ -89,19 +94,28 @@ class Daemon:
     # -- start up --------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._store.bind_job(self._job.model_dump_json())
-        if self._store.version(1) is None:
-            first = self._versions.write(first_version(self._job), version=1, parent=None)
-            self._store.add_version(first)
-            self._store.set_round(RoundState(0, "waiting", 1, None))
-        self._check_alone()
-        self._link.connect()
-        job = self._job.job
+        """Check that the job can be served, and only then make the state folder this job's."""
+        job, settings = self._job.job, self._job.model_dump_json()
+        self._store.check_job(settings)
+        if not self._certified:
+            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
+            # all. It would also give a scout the aggregator's own session, by its certificate.
+            check_alone(
+                self._link.address, job, self._key.public, self._store.round(), self._connect
+            )
+        if not self._connect(self._link):
+            return
         # The filter of upload chunks matches upload manifests too; both would bring them twice.
         self._link.subscribe(
             [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
         )
+        self._store.bind_job(settings)
+        if self._store.round().version == 0:
+            first = self._versions.write(first_version(self._job), version=1, parent=None)
+            self._store.add_version(first)
+            self._store.set_round(RoundState(0, "waiting", 1, None))
         self._say_everything()
+        tidy(self._store, self._policy.keep_versions)
         state = self._store.round()
         self._events.emit(
             "serving",
@@ -115,38 +129,11 @@ class Daemon:
             version=state.version,
         )
 
-    def _check_alone(self) -> None:
-        """Refuse a job that the broker has from somebody else: devices would hear only that one.
-
-        A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for all.
-        It would also give a scout the aggregator's own session, by the name in the certificate.
-
-        Raises:
-            StoreError: its key is another than that of this state.
-        """
-        if self._certified:
-            return
-        topic = topics.topic("job", job=self._job.job)
-        scout = MqttTransport(
-            self._link.address, f"tunefleet-aggregator-{self._job.job}-scout", temporary=True
+    def _connect(self, link: MqttTransport) -> bool:
+        """Connect, once the broker is up; return False when stopped before."""
+        return connect_when_up(
+            link, self._waiting, stopping=lambda: self._stopping, wait=self._wait_for_broker
         )
-        scout.connect()
-        try:
-            scout.subscribe([topic])
-            known = scout.receive(SCOUT_S)
-        finally:
-            scout.close()
-        if known is None or not known.payload:
-            return
-        try:
-            _, key = open_message(known.payload, topic, Job)
-        except ProtocolError:
-            return
-        if key != self._key.public:
-            raise StoreError(
-                f"the broker has a job {self._job.job!r} from another aggregator, or from this one "
-                "with another --state: go on with that state, or take another job name"
-            )
 
     def _say_everything(self) -> None:
         """Publish where the job stands, which a broker that was restarted may have forgotten."""
@@ -156,7 +143,7 @@ class Daemon:
         assert manifest is not None, "a round's version is committed before the round is"
         self._publisher.version(manifest)
         self._publisher.job()
-        self._publisher.round(state, self._policy.fraction)
+        self._publisher.round(state, self._policy.share(state.attempt))
 
     # -- serve -----------------------------------------------------------------------------------
 
@@ -184,16 +171,20 @@ class Daemon:
             time_s=time.time(),
             online=self._ready(),
             delivered={m.device for m in self._store.uploads_of(state.number, "counted")},
-            refused={m.device for m in self._store.uploads_of(state.number, "rejected")},
+            refused={
+                m.device
+                for m in self._store.uploads_of(state.number, "rejected")
+                if m.attempt == state.attempt
+            },
         )
         if action == "open":
             self._enter(RoundState(state.number + 1, "open", state.version, self._deadline()))
         elif action == "merge":
             self._merge(state)
         elif action == "extend":
-            self._enter(replace(state, deadline=self._deadline()))
+            self._enter(replace(state, attempt=state.attempt + 1, deadline=self._deadline()))
         elif action == "finish":
-            self._enter(RoundState(state.number, "finished", state.version, None))
+            self._enter(replace(state, state="finished", deadline=None))
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
@@ -210,13 +201,10 @@ class Daemon:
         manifest = self._versions.write(
             merged.adapter, version=state.version + 1, parent=state.version
         )
-        last = state.number >= self._job.rounds
-        after = RoundState(
-            state.number if last else state.number + 1,
-            "finished" if last else "open",
-            manifest.version,
-            None if last else self._deadline(),
-        )
+        if state.number >= self._job.rounds:
+            after = replace(state, state="finished", version=manifest.version, deadline=None)
+        else:
+            after = RoundState(state.number + 1, "open", manifest.version, self._deadline())
         self._store.finish_round(
             after,
             manifest,
@@ -237,16 +225,20 @@ class Daemon:
             residual=merged.residual,
         )
         self._announce(after)
+        tidy(self._store, self._policy.keep_versions)
 
     def _enter(self, state: RoundState) -> None:
         self._store.set_round(state)
         self._announce(state)
 
     def _announce(self, state: RoundState) -> None:
-        self._publisher.round(state, self._policy.fraction)
+        share = self._policy.share(state.attempt)
+        self._publisher.round(state, share)
         self._events.emit(
             "round",
             round=state.number,
+            attempt=state.attempt,
+            fraction=share,
             rounds=self._job.rounds,
             state=state.state,
             version=state.version,

@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.errors import StoreError
 from aggregator.store import Store
 from aggregator.versions import Versions
+from protocol.adapter import Adapter
 from protocol.errors import BadTensors
 from protocol.files import write_peft
 from protocol.messages import Job
 
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-def export_adapter(state: Path, out: Path, *, version: int | None = None) -> int:
-    """Export a version (the newest by default) and return its number.
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written."""
+
+    folder: str
+    version: int
+    rank: int
+    parameters: int
+    files: dict[str, int]
+    """File in the folder → its size in bytes."""
+
+
+def export_adapter(state: Path, out: Path, *, version: int | None = None) -> Exported:
+    """Export a version (the newest by default) into a new folder, or over an earlier export.
 
     Raises:
-        StoreError: the folder holds no job, or not that version.
+        StoreError: the folder of state holds no job or not that version, or the other one holds
+            something else or can't be written to.
     """
+    _check_free(out)
     if not (state / "store.sqlite").is_file():
-        raise StoreError(f"there is no aggregator's state in {state}; name it with --state")
+        raise StoreError(
+            f"there is no aggregator's state in {state}; name with --state the folder that "
+            "`aggregator serve` had (in a fleet's folder: state/JOB)"
+        )
     store = Store(state)
     text = store.job()
     if text is None:
         raise StoreError(f"no job has been served from {state} yet")
     job = Job.model_validate_json(text)
-    number = store.round().version if version is None else version
-    if store.version(number) is None:
-        raise StoreError(f"there is no version {number} in {state}")
+    number = _find_version(store, version)
     try:
         adapter = Versions(job, store).load(number)
     except (OSError, BadTensors) as error:
         raise StoreError(f"version {number} in {state} is damaged: {error}") from None
     try:
         write_peft(adapter, out, base_model=job.base.name)
+        files = {name: (out / name).stat().st_size for name in PEFT_FILES}
     except OSError as error:
         raise StoreError(f"can't write the adapter to {out}: {error}") from None
-    return number
+    return Exported(str(out), number, adapter.rank, _parameters(adapter), files)
+
+
+def _check_free(out: Path) -> None:
+    """Refuse to mix an adapter with files of another kind."""
+    try:
+        other = sorted({path.name for path in out.iterdir()} - {*PEFT_FILES})
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise StoreError(f"{out} is a file; name a folder to write the adapter to") from None
+    except OSError as error:
+        raise StoreError(f"can't write the adapter to {out}: {error}") from None
+    if other:
+        raise StoreError(
+            f"{out} holds something else than an adapter ({other[0]}); name a new folder to write "
+            "the adapter to"
+        )
+
+
+def _find_version(store: Store, wanted: int | None) -> int:
+    newest = store.round().version
+    if store.version(newest) is None:
+        raise StoreError(
+            f"there is no version in {store.folder} yet: the first is there once `aggregator "
+            "serve` has begun the job"
+        )
+    if wanted is not None and store.version(wanted) is None:
+        raise StoreError(f"there is no version {wanted} in {store.folder}; the newest is {newest}")
+    return newest if wanted is None else wanted
+
+
+def _parameters(adapter: Adapter) -> int:
+    return sum(factors.a.size + factors.b.size for factors in adapter.layers.values())

@@ -16,7 +16,7 @@ import numpy as np
 from aggregator.enrol.registry import Registry
 from aggregator.merge import Update
 from aggregator.merge.lowrank import gram
-from aggregator.quota import FILES_A_ROUND, Bucket, RoundBytes
+from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
 from aggregator.rounds import Policy
 from aggregator.store import Store
 from aggregator.versions import Versions
@@ -69,6 +69,8 @@ class Intake:
         device = ""
         try:
             found = topics.match(topic)
+            if "device" not in found.fields:
+                raise MalformedMessage(topic, "devices don't publish there: it is no topic of one")
             device = found.fields["device"]
             if self._registry is not None and self._registry.signing_key(device) is None:
                 raise MalformedMessage(topic, "this device is not enrolled, or has been revoked")
@@ -80,7 +82,7 @@ class Intake:
                 return self._status(device, topic, payload)
             if found.kind == "upload_manifest":
                 return self._manifest(device, topic, payload)
-        except (ProtocolError, KeyError) as error:
+        except ProtocolError as error:
             self._refuse(device, topic, error)
         return []
 
@@ -120,21 +122,25 @@ class Intake:
         if key is None:
             raise MalformedMessage(topic, "the device has not said who it is (no status)")
         manifest, _ = open_message(payload, topic, UploadManifest, trusted=key)
-        expected = upload_id(manifest.device, manifest.job, manifest.round)
+        expected = upload_id(manifest.device, manifest.job, manifest.round, manifest.attempt)
         named = topics.match(topic).fields["upload"]
         if (manifest.device, manifest.job) != (device, self._job.job) or not (
             manifest.upload == expected == named
         ):
             raise MalformedMessage(topic, "it speaks of another device, job or upload")
-        known = self._store.upload(manifest.upload)
-        if known is not None and known.state == "counted":
+        if self._store.has_counted(device, manifest.round):
             return [self._answer(manifest, "done")]
+        known = self._store.upload(manifest.upload)
         if known is not None and known.state == "rejected" and known.manifest == manifest:
             return [self._answer(manifest, "reject", reason=known.reason)]
         if why := self._late(manifest) or self._kept_out(device):
             return self._reject(manifest, why, at_fault=False)
         if why := self._unfit(manifest):
             return self._reject(manifest, why)
+        if not self._store.has_room(manifest.file.bytes):
+            why = "the aggregator's disk is full; it takes the update once there is room again"
+            self._events.emit("full", device=device, round=manifest.round)
+            return [self._answer(manifest, "wait", reason=why)]
         self._store.expect_upload(manifest)
         return self._go_on(manifest)
 
@@ -146,14 +152,16 @@ class Intake:
             return []
         manifest = known.manifest
         info = manifest.file
-        self._bytes.add(device, manifest.round, len(payload))
-        if self._bytes.sent(device, manifest.round) > self._round_limit(manifest):
+        self._bytes.add(device, self._attempt(), len(payload))
+        if self._sent_too_much(manifest):
             return self._reject(manifest, self._too_much(manifest))
         try:
             check_chunk(number, payload, info.chunks, info.chunk_bytes, info.bytes)
         except BadChunk as error:
             self._refuse(device, topic, error)
             return self._ask_again(manifest, number)
+        if why := self._late(manifest):
+            return self._reject(manifest, why, at_fault=False)
         self._store.add_chunk(upload, number, payload)
         missing = self._store.missing_chunks(manifest)
         return [] if missing else self._complete(manifest)
@@ -183,8 +191,6 @@ class Intake:
 
     def _complete(self, manifest: UploadManifest) -> Outgoing:
         """Verify a complete upload, and count or refuse it."""
-        if why := self._late(manifest):
-            return self._reject(manifest, why, at_fault=False)
         try:
             data = self._store.assembled(manifest)
             update = read_update(self._job, self._versions, manifest, data)
@@ -214,6 +220,8 @@ class Intake:
         now = self._store.round()
         if now.state != "open" or manifest.round != now.number:
             return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
+        if manifest.attempt > now.attempt:
+            return f"attempt {manifest.attempt} at round {now.number} has not begun"
         if manifest.version != now.version:
             return f"it starts from version {manifest.version}, the round from {now.version}"
         return ""
@@ -235,9 +243,17 @@ class Intake:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
         if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
-        if self._bytes.sent(manifest.device, manifest.round) > self._round_limit(manifest):
+        if self._sent_too_much(manifest):
             return self._too_much(manifest)
         return ""
+
+    def _attempt(self) -> Attempt:
+        now = self._store.round()
+        return now.number, now.attempt
+
+    def _sent_too_much(self, manifest: UploadManifest) -> bool:
+        sent = self._bytes.sent(manifest.device, self._attempt())
+        return sent > self._round_limit(manifest)
 
     def _largest(self, manifest: UploadManifest) -> int:
         """Return the bytes that an upload of this rank can have."""
@@ -246,7 +262,7 @@ class Intake:
         return min(largest, self._job.limits.upload_bytes)
 
     def _round_limit(self, manifest: UploadManifest) -> int:
-        """Return the bytes that a device may send in a round; worked out once, not each chunk."""
+        """Return the bytes that a device may send in an attempt; worked out once."""
         key = (manifest.upload, manifest.rank, manifest.rank_trained, manifest.held)
         if key not in self._limits:
             if len(self._limits) >= LIMITS_KEPT:

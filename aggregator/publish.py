@@ -12,6 +12,8 @@ from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
 
 VERSIONS_KEPT = 2
+"""Versions on the broker: the newest, and the one that devices may still be downloading. The state
+keeps at least these: a manifest says which topics are to be cleared."""
 PUBLISH_TIMEOUT_S = 120.0
 
 
@@ -29,6 +31,7 @@ class Publisher:
         self._send([(topic, self._key.seal(self._job, topic))])
 
     def round(self, state: RoundState, fraction: float) -> None:
+        """Publish where the job stands; `fraction` of the fleet is asked."""
         topic = topics.topic("round", job=self._job.job)
         message = Round(
             job=self._job.job,
@@ -37,6 +40,7 @@ class Publisher:
             version=state.version,
             deadline=state.deadline,
             fraction=fraction,
+            attempt=state.attempt,
         )
         self._send([(topic, self._key.seal(message, topic))])
 

@@ -12,6 +12,8 @@ MESSAGES_BURST, MESSAGES_PER_S = 120.0, 2.0
 FILES_A_ROUND = 4
 """Times its own largest upload a device may send in a round: lost, broken and changed ones."""
 KEYS_KEPT = 4096
+Attempt = tuple[int, int]
+"""A round's number, and its attempt."""
 
 
 @dataclass(slots=True)
@@ -36,16 +38,16 @@ class Bucket:
 
 @dataclass(slots=True)
 class RoundBytes:
-    """Bytes of chunks that each device has sent in one round."""
+    """Bytes of chunks that each device has sent in one attempt at a round."""
 
-    round: int = 0
+    now: Attempt = (0, 0)
     _sent: dict[str, int] = field(default_factory=dict)
 
-    def sent(self, device: str, round_number: int) -> int:
-        return self._sent.get(device, 0) if round_number == self.round else 0
+    def sent(self, device: str, now: Attempt) -> int:
+        return self._sent.get(device, 0) if now == self.now else 0
 
-    def add(self, device: str, round_number: int, size: int) -> None:
-        """Count bytes; a new round begins at nothing."""
-        if round_number != self.round:
-            self.round, self._sent = round_number, {}
+    def add(self, device: str, now: Attempt, size: int) -> None:
+        """Count bytes; a new attempt begins at nothing."""
+        if now != self.now:
+            self.now, self._sent = now, {}
         self._sent[device] = self._sent.get(device, 0) + size

@@ -1,8 +1,13 @@
 """When a round opens, merges, waits on, and when a job is finished. Pure: no clock, no store.
 
 waiting ──enough devices──▶ open ──all of the cohort, or deadline with a quorum──▶ merge
-                             ▲ └──deadline without a quorum──▶ extend ──┐               │
-                             └───────────────────────────────◀──────────┴──next round──┘
+                             ▲ └──deadline without a quorum, or nobody──┐               │
+                             │    more to wait for in the cohort        │               │
+                             │        ◀────────── extend ───────────────┘               │
+                             └──────────────────next round──────────────────────────────┘
+
+An extension is a new attempt at the same round: more of the fleet is asked, and who was refused is
+asked once more. What has been counted stays counted.
 """
 
 from __future__ import annotations
@@ -26,11 +31,17 @@ class Policy:
     """Updates without which a round is not merged."""
     deadline_s: float = 3600.0
     fraction: float = 1.0
-    """Share of the fleet that is asked; drawn by a hash of device and round."""
+    """Share of the fleet that is asked first; drawn by a hash of device and round."""
     quarantine_after: int = 5
     """Updates of a device, in a row, that are refused for what they are before it is kept out."""
     quarantine_s: float = 3600.0
     """For how long."""
+    keep_versions: int = 10
+    """Versions that the state keeps, the newest; 0: all."""
+
+    def share(self, attempt: int) -> float:
+        """Return the share of the fleet that is asked in an attempt; it never falls."""
+        return min(1.0, self.fraction * (attempt + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,8 @@ class RoundState:
     state: Literal["waiting", "open", "finished"]
     version: int
     deadline: float | None
+    attempt: int = 0
+    """Times the round has been extended."""
 
 
 def next_action(
@@ -57,7 +70,7 @@ def next_action(
     """Return what is to be done, or None to wait on.
 
     `online` are the devices that can take part, `delivered` those whose update has been counted
-    in this round, `refused` those whose update will not be.
+    in this round, `refused` those whose update of this attempt will not be.
     """
     if now.state == "finished":
         return None
@@ -65,10 +78,12 @@ def next_action(
         if now.number >= rounds:
             return "finish"
         return "open" if len(online) >= policy.min_devices else None
-    asked = {d for d in online if in_cohort(d, job, now.number, policy.fraction)}
+    share = policy.share(now.attempt)
+    asked = {d for d in online if in_cohort(d, job, now.number, share)}
     enough = len(delivered) >= policy.quorum
-    if enough and asked <= {*delivered, *refused}:
-        return "merge"
-    if now.deadline is not None and time_s >= now.deadline:
-        return "merge" if enough else "extend"
-    return None
+    heard_all = asked <= {*delivered, *refused}
+    late = now.deadline is not None and time_s >= now.deadline
+    if enough:
+        return "merge" if heard_all or late else None
+    others = {*online} - asked
+    return "extend" if late or (heard_all and others) else None

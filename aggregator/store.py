@@ -7,12 +7,14 @@ transaction.
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aggregator.errors import StoreError
 from aggregator.rounds import RoundState
@@ -20,6 +22,10 @@ from protocol.chunks import assemble
 from protocol.files import write_durably
 from protocol.messages import GlobalManifest, Status, UploadManifest
 
+RESERVE_BYTES = 64 << 20
+"""Left free of uploads, for versions, the database, and what else is on that disk."""
+NOT_READY = ("planning", "unfit", "stopped")
+"""States of a device that no round waits for, nor is opened for."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS devices (
@@ -30,6 +36,8 @@ CREATE TABLE IF NOT EXISTS uploads (
   upload TEXT PRIMARY KEY, device TEXT NOT NULL, round INTEGER NOT NULL, manifest TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('receiving', 'counted', 'rejected')),
   reason TEXT NOT NULL DEFAULT '', changed REAL NOT NULL) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS one_of_a_device_counts ON uploads (device, round)
+  WHERE state = 'counted';
 CREATE TABLE IF NOT EXISTS chunks (
   upload TEXT NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL,
   PRIMARY KEY (upload, number)) STRICT;
@@ -70,19 +78,42 @@ class Store:
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def on_disk(self) -> Iterator[None]:
+        """Say in words what the disk refuses inside the block.
+
+        Raises:
+            StoreError: the disk is full, or not in order.
+        """
         try:
-            yield self._db
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            yield
+        except (OSError, sqlite3.OperationalError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise StoreError(
+                f"can't use the aggregator's state in {self.folder}: {why}; make room there, or "
+                "mend that disk, and start it again: nothing that a device has been told is lost"
+            ) from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self.on_disk():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk can have ended it
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def has_room(self, size: int) -> bool:
+        """Say whether a file of this size, in bytes, leaves the reserve of the disk free."""
+        with self.on_disk():
+            return shutil.disk_usage(self.folder).free >= RESERVE_BYTES + size
 
     # -- where the job stands --------------------------------------------------------------------
 
-    def bind_job(self, job: str) -> None:
-        """Remember whose store this is.
+    def check_job(self, job: str) -> None:
+        """Refuse a job, as JSON, that this store is not of.
 
         Raises:
             StoreError: it belongs to a job with other settings.
@@ -93,6 +124,14 @@ class Store:
                 f"{self.folder} belongs to a job with other settings; name another --state "
                 "folder, or go on with the settings it was begun with"
             )
+
+    def bind_job(self, job: str) -> None:
+        """Remember whose store this is.
+
+        Raises:
+            StoreError: it belongs to a job with other settings.
+        """
+        self.check_job(job)
         self._set_meta("job", job)
 
     def job(self) -> str | None:
@@ -119,7 +158,10 @@ class Store:
         weights: dict[str, float],
         residual: float,
     ) -> None:
-        """Commit a merge: its version, its figures and the state after it, in one transaction."""
+        """Commit a merge: its version, its figures and the state after it, in one transaction.
+
+        Uploads that were not whole by then come too late, and go.
+        """
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO versions VALUES (?, ?)",
@@ -129,6 +171,9 @@ class Store:
                 "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?)",
                 (number, manifest.version, seconds, json.dumps(weights), residual),
             )
+            late = "SELECT upload FROM uploads WHERE state = 'receiving' AND round <= ?"
+            db.execute(f"DELETE FROM chunks WHERE upload IN ({late})", (number,))
+            db.execute("DELETE FROM uploads WHERE state = 'receiving' AND round <= ?", (number,))
             _put(db, "round", _round_json(after))
 
     def add_version(self, manifest: GlobalManifest) -> None:
@@ -142,8 +187,21 @@ class Store:
         row = self._one("SELECT manifest FROM versions WHERE version = ?", number)
         return GlobalManifest.model_validate_json(row[0]) if row else None
 
+    def version_numbers(self) -> set[str]:
+        return {str(row[0]) for row in self._rows("SELECT version FROM versions")}
+
+    def forget_versions(self, keep: int) -> None:
+        """Forget all versions but the newest `keep`; their files stay."""
+        with self._transaction() as db:
+            newest = "(SELECT max(version) FROM versions)"
+            db.execute(f"DELETE FROM versions WHERE version <= {newest} - ?", (keep,))
+
+    @property
+    def versions_folder(self) -> Path:
+        return self.folder / "versions"
+
     def band_file(self, version: int, band: str) -> Path:
-        return self.folder / "versions" / str(version) / f"{band}.safetensors"
+        return self.versions_folder / str(version) / f"{band}.safetensors"
 
     # -- devices ---------------------------------------------------------------------------------
 
@@ -175,9 +233,9 @@ class Store:
 
     def ready_devices(self) -> set[str]:
         """Return the devices that are online and can train."""
-        rows = self._db.execute("SELECT status FROM devices").fetchall()
+        rows = self._rows("SELECT status FROM devices")
         every = [Status.model_validate_json(row[0]) for row in rows]
-        return {s.device for s in every if s.online and s.state not in ("unfit", "stopped")}
+        return {s.device for s in every if s.online and s.state not in NOT_READY}
 
     def strike(self, device: str, limit: int, until: float) -> bool:
         """Note a refused update; after `limit` in a row quarantine begins and True is returned."""
@@ -195,17 +253,16 @@ class Store:
 
     def forgive(self, device: str) -> None:
         """Forget what was refused before: an update of the device has been counted."""
-        self._db.execute("DELETE FROM conduct WHERE device = ?", (device,))
+        with self._transaction() as db:
+            db.execute("DELETE FROM conduct WHERE device = ?", (device,))
 
     def quarantine(self, device: str) -> float:
         """Return until when a device is kept out, in seconds since 1970; 0 if it never was."""
-        row = self._db.execute(
-            "SELECT quarantine FROM conduct WHERE device = ?", (device,)
-        ).fetchone()
+        row = self._one("SELECT quarantine FROM conduct WHERE device = ?", device)
         return row[0] if row else 0.0
 
     def quarantined(self, now: float) -> set[str]:
-        rows = self._db.execute("SELECT device FROM conduct WHERE quarantine > ?", (now,))
+        rows = self._rows("SELECT device FROM conduct WHERE quarantine > ?", now)
         return {row[0] for row in rows}
 
     # -- uploads ---------------------------------------------------------------------------------
@@ -213,6 +270,11 @@ class Store:
     def upload(self, upload: str) -> Upload | None:
         row = self._one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
         return Upload(UploadManifest.model_validate_json(row[0]), row[1], row[2]) if row else None
+
+    def has_counted(self, device: str, round_number: int) -> bool:
+        """Say whether an update of a device counts in a round, of whichever attempt."""
+        query = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
+        return self._one(query, device, round_number) is not None
 
     def expect_upload(self, manifest: UploadManifest) -> None:
         """Begin an upload, or begin it again when the device now offers other bytes.
@@ -246,7 +308,7 @@ class Store:
             db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", (upload, number, data))
 
     def missing_chunks(self, manifest: UploadManifest) -> list[int]:
-        rows = self._db.execute("SELECT number FROM chunks WHERE upload = ?", (manifest.upload,))
+        rows = self._rows("SELECT number FROM chunks WHERE upload = ?", manifest.upload)
         have = {row[0] for row in rows}
         return [n for n in range(len(manifest.file.chunks)) if n not in have]
 
@@ -256,14 +318,14 @@ class Store:
         Raises:
             BadChunk: the whole is not what was announced.
         """
-        rows = self._db.execute(
-            "SELECT data FROM chunks WHERE upload = ? ORDER BY number", (manifest.upload,)
-        )
+        query = "SELECT data FROM chunks WHERE upload = ? ORDER BY number"
+        rows = self._rows(query, manifest.upload)
         return assemble((row[0] for row in rows), manifest.file.bytes, manifest.file.sha256)
 
     def count_upload(self, manifest: UploadManifest, data: bytes) -> None:
         """Keep a verified update and count it to its round: once, whatever happens."""
-        write_durably(self.update_file(manifest), data)
+        with self.on_disk():
+            write_durably(self.update_file(manifest), data)
         self._settle_upload(manifest.upload, "counted", "")
 
     def reject_upload(self, manifest: UploadManifest, reason: str) -> None:
@@ -278,24 +340,36 @@ class Store:
                 (state, reason, time.time(), upload),
             )
 
+    @property
+    def updates_folder(self) -> Path:
+        return self.folder / "updates"
+
     def update_file(self, manifest: UploadManifest) -> Path:
         """Return where an update is kept: under the hash of its content."""
-        return self.folder / "updates" / f"{manifest.file.sha256}.safetensors"
+        return self.updates_folder / f"{manifest.file.sha256}.safetensors"
+
+    def needed_updates(self) -> set[Path]:
+        """Return the files of updates that count in the last merged round, or in a later one."""
+        merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
+        query = f"SELECT manifest FROM uploads WHERE state = 'counted' AND round >= {merged}"
+        manifests = (UploadManifest.model_validate_json(row[0]) for row in self._rows(query))
+        return {self.update_file(manifest) for manifest in manifests}
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
         """Return the uploads of a round in these states, in the order of their devices' names."""
         marks = ", ".join("?" * len(states))
-        rows = self._db.execute(
-            f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks}) ORDER BY device",
-            (round_number, *states),
-        )
+        query = f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks})"
+        rows = self._rows(f"{query} ORDER BY device", round_number, *states)
         return [UploadManifest.model_validate_json(row[0]) for row in rows]
 
     # -- private ---------------------------------------------------------------------------------
 
-    def _one(self, query: str, *values: object) -> tuple[str, ...] | None:
-        row: tuple[str, ...] | None = self._db.execute(query, values).fetchone()
-        return row
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with self.on_disk():
+            return self._db.execute(query, values).fetchall()
+
+    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        return next(iter(self._rows(query, *values)), None)
 
     def _meta(self, key: str) -> str | None:
         row = self._one("SELECT value FROM meta WHERE key = ?", key)
@@ -311,11 +385,4 @@ def _put(db: sqlite3.Connection, key: str, value: str) -> None:
 
 
 def _round_json(state: RoundState) -> str:
-    return json.dumps(
-        {
-            "number": state.number,
-            "state": state.state,
-            "version": state.version,
-            "deadline": state.deadline,
-        }
-    )
+    return json.dumps(asdict(state))

@@ -37,7 +37,8 @@ class Versions:
         files: dict[str, FileInfo] = {}
         for band in bands(self._job.ladder):
             data = encode(to_tensors(cut(adapter, band)), self._job.encoding_down)
-            write_durably(self._store.band_file(version, band.name), data)
+            with self._store.on_disk():
+                write_durably(self._store.band_file(version, band.name), data)
             files[band.name] = describe_file(data)
         return GlobalManifest(
             job=self._job.job,

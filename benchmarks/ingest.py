@@ -20,10 +20,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,10 @@ def run_case(case: Case, folder: Path) -> Found:
         stack.enter_context(running_broker(fleet))
         aggregator = stack.enter_context(
             running(
-                [sys.executable, "-m", "aggregator", "serve", job, "--json"]
-                + ["--dir", fleet.path, "--enroll-port", 0],
+                [
+                    *(sys.executable, "-m", "aggregator", "serve", job, "--json"),
+                    *("--dir", fleet.path, "--enroll-port", 0),
+                ],
                 stdout=subprocess.PIPE,
             )
         )
@@ -236,7 +239,7 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     for line in process.stdout:
         if word in line:
             return
-    sys.exit(f"{process.args} ended before it said {word}")
+    sys.exit(f"{process.args!r} ended before it said {word}")
 
 
 def watch(
@@ -271,9 +274,10 @@ def watch(
         for line in process.stdout:
             found.told_done.append(json.loads(line)["done"])
 
-    listening = [(listen_aggregator, ()), (listen_subscriber, ())]
-    for target, arguments in [*listening, *((listen_devices, (p,)) for p, _ in publishers)]:
-        threading.Thread(target=target, args=arguments, daemon=True).start()
+    listening: list[Callable[[], None]] = [listen_aggregator, listen_subscriber]
+    listening += [partial(listen_devices, process) for process, _ in publishers]
+    for listen in listening:
+        threading.Thread(target=listen, daemon=True).start()
     for process, _ in publishers:
         assert process.stdin is not None
         process.stdin.write("go\n")
@@ -284,6 +288,8 @@ def watch(
         done = len(found.told_done) >= case.uploading and len(found.counted) >= case.uploading
         if done and found.subscriber_bytes >= found.chunk_bytes:
             return
+        if aggregator.poll() is not None:
+            sys.exit(f"{case.name}: the aggregator ended")
         time.sleep(0.02)
     print(f"{case.name}: not done within {TIMEOUT_S:.0f} s", flush=True)
 

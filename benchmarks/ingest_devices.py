@@ -22,6 +22,7 @@ from edge_client.sender import Sender
 from protocol import topics
 from protocol.adapter import Adapter, Factors
 from protocol.bands import to_tensors
+from protocol.events import EventLog
 from protocol.messages import BaseModelInfo, Control, Status, UploadManifest, describe_file
 from protocol.messages import upload_id as make_upload_id
 from protocol.signing import SigningKey, open_message
@@ -45,7 +46,6 @@ class Device:
         self._outbox = Outbox(state)
         address = BrokerAddress.parse(membership.broker)
         self._link = MqttTransport(address, f"tunefleet-{self.name}", tls=tls_files(state))
-        self._sender = Sender(self._link, self._key, self._outbox)
 
     def connect(self) -> None:
         """Connect, and say that it is there."""
@@ -77,20 +77,18 @@ class Device:
     def upload(self, state: Path) -> str:
         """Send the update until the aggregator has said `done`; return the device's name."""
         self._outbox = Outbox(state)
-        self._sender = Sender(self._link, self._key, self._outbox)
+        sender = Sender(
+            self._link, self._key, self._outbox, EventLog(as_json=True, stream=sys.stderr)
+        )
         while self._outbox.pending():
-            self._sender.offer(self._outbox.pending()[0])
+            sender.offer(self._outbox.pending()[0])
             incoming = self._link.receive(TICK_S)
             if incoming is None:
                 continue
             self._link.ack(incoming)
             said, _ = open_message(incoming.payload, incoming.topic, Control)
-            pending = self._outbox.get(said.upload)
-            if said.kind == "need" and pending is not None:
-                self._sender.send_chunks(pending, said.chunks)
-            elif said.kind == "done":
-                self._outbox.drop(said.upload)
-            elif said.kind == "reject":
+            sender.take(said)
+            if said.kind == "reject":
                 raise RuntimeError(f"{self.name}'s update was refused: {said.reason}")
         return self.name
 

@@ -12,23 +12,57 @@ import typer
 from protocol.cli import run_command
 
 app = typer.Typer(
-    help="Replay a fleet of recorded devices through the real stack.",
+    help="Replay a fleet of recorded devices on this computer: real processes, a real broker, "
+    "real training; only memory and link are the devices'.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Out = Annotated[Path, typer.Option(help="Folder for runs; each gets one of its own in it.")]
-Seed = Annotated[int, typer.Option(help="Seed of text, splits, order and directions.")]
-Broker = Annotated[str, typer.Option(help="mqtt://host:port (default: the embedded broker).")]
-Rule = Annotated[str, typer.Option(help="Merge rule: anchored, hetlora, flexlora, fedavg, …")]
-Rounds = Annotated[
-    int | None, typer.Option(min=1, help="Rounds (default: as the fleet says, 6 for the demo).")
+FleetFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="FLEET.toml", help="The fleet; docs/job.md has an example (default: the demo's)."
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print events and the summary as JSON.")]
+Out = Annotated[
+    Path,
+    typer.Option(metavar="FOLDER", help="Where runs are kept: each has a folder of its own in it."),
+]
+Seed = Annotated[
+    int,
+    typer.Option(metavar="NUMBER", help="Draws the demo's text, splits, order and directions."),
+]
+Broker = Annotated[
+    str,
+    typer.Option(
+        metavar="URL", help="mqtt://host:port of your broker (default: one is started for the run)."
+    ),
+]
+Rule = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How updates are merged: anchored, fedavg, hetlora, flexlora, segment, flora, or an "
+        "installed rule (default: what the fleet says, else anchored).",
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="NUMBER", min=1, help="Rounds of training (default: what the fleet says, else 6)."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print events, at the end the summary, as JSON Lines.")
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Another setting of the job, as training.steps=20; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any setting of the job in docs/job.md, say training.steps=20; may be repeated.",
+    ),
 ]
 
 
@@ -42,15 +76,16 @@ def demo(
     settings: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the main job: six devices, six texts, one shared adapter."""
-    _replay(None, seed, rule, rounds, broker, out, settings, as_json)
+    """Run the demo: six recorded devices with six texts train one shared adapter.
+
+    It takes minutes and leaves a report, its figures and the adapter in runs/latest.
+    """
+    run(None, seed, rule, rounds, broker, out, settings, as_json)
 
 
 @app.command()
 def run(
-    fleet: Annotated[
-        Path | None, typer.Argument(help="Fleet file in TOML (default: the demo's fleet).")
-    ] = None,
+    fleet: FleetFile = None,
     seed: Seed = 0,
     rule: Rule = "",
     rounds: Rounds = None,
@@ -59,20 +94,10 @@ def run(
     settings: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a fleet of one's own: devices, text, base model and job from a file."""
-    _replay(fleet, seed, rule, rounds, broker, out, settings, as_json)
+    """Run a fleet of your own: a file names its devices, their text, the base and the job.
 
-
-def _replay(
-    fleet_file: Path | None,
-    seed: int,
-    rule: str,
-    rounds: int | None,
-    broker: str,
-    out: Path,
-    settings: list[str] | None,
-    as_json: bool,
-) -> None:
+    It leaves a report, its figures and the adapter in runs/latest.
+    """
     from dataclasses import replace
 
     from device_profiles.fleet import demo_fleet, merge_settings, read_fleet
@@ -84,16 +109,16 @@ def _replay(
         BrokerAddress.parse(broker)
     job = parse_settings(settings or [])
     folder = new_run_folder(out)
-    fleet = read_fleet(fleet_file) if fleet_file else demo_fleet(folder / "text", seed=seed)
+    found = read_fleet(fleet) if fleet else demo_fleet(folder / "text", seed=seed)
     if rule:
         job["rule"] = rule
     if rounds:
         job["rounds"] = rounds
-    model = str(job.pop("model", fleet.model))
-    fleet = replace(fleet, model=model, job=for_rule(merge_settings(fleet.job, job)))
+    model = str(job.pop("model", found.model))
+    found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
     options = Options(folder, seed=seed, broker=broker)
     with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
-        summary = replay(fleet, options, watch.take)
+        summary = replay(found, options, watch.take)
     watch.finish(summary, name_latest(folder))
 
 

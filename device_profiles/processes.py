@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from device_profiles.errors import ReplayError
+from protocol.lifeline import lifeline, tied_environment
 from protocol.signals import stop_on_signals
 
 Event = dict[str, Any]
@@ -36,11 +36,11 @@ class Processes:
         with (self._folder / f"{name}.stderr").open("w") as errors:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=lifeline(),
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env=tied_environment(PYTHONUNBUFFERED="1"),
             )
         self._running[name] = process
         thread = threading.Thread(target=self._listen, args=(name, process), daemon=True)

@@ -25,6 +25,7 @@ from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
 from device_profiles.processes import Event, Processes
 from device_profiles.report import write_report
+from protocol.lifeline import lifeline, tied_environment
 
 REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
@@ -91,7 +92,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             if len(history.finished) == len(fleet.devices):
                 break
     max_tokens = history.serving["training"]["max_tokens"]
-    merged, across = _losses(fleet, options, max_tokens)
+    merged, across = _losses(fleet, options, max_tokens, on_event)
     summary = _summary(fleet, options, base, scale, history, merged)
     summary["across"] = across
     summary["wall_s"] = round(time.monotonic() - started, 1)
@@ -123,10 +124,18 @@ def new_run_folder(root: Path) -> Path:
 
 
 def name_latest(out: Path) -> Path:
-    """Let `latest` beside a run that has ended well name it; return that link."""
+    """Let `latest` beside a run that has ended well name it; return that link.
+
+    Where it can't be made (a folder of that name, no links) the run has ended well all the same,
+    and goes by its own name.
+    """
     link = out.parent / f".latest-{os.getpid()}"
-    link.symlink_to(out.name)
-    return link.replace(out.parent / "latest")
+    try:
+        link.symlink_to(out.name)
+        return link.replace(out.parent / "latest")
+    except OSError:
+        link.unlink(missing_ok=True)
+        return out
 
 
 # -- before ----------------------------------------------------------------------------------------
@@ -143,8 +152,10 @@ def _ask(arguments: list[str]) -> str:
     """Return what an `edge-client` command prints."""
     command = [sys.executable, "-m", "edge_client", *arguments]
     # Two are asked at once: more threads would spin and wait for each other.
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
+    environment = tied_environment(OMP_NUM_THREADS="1")
+    answer = subprocess.run(
+        command, stdin=lifeline(), capture_output=True, text=True, check=False, env=environment
+    )
     if answer.returncode != 0:
         why = answer.stderr.strip().splitlines() or [f"{arguments[0]} failed"]
         raise ReplayError(why[-1].removeprefix("error: "))
@@ -176,13 +187,16 @@ def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
 def _start_aggregator(processes: Processes, options: Options, out: Path) -> None:
     where = ["--broker", options.broker] if options.broker else ["--port", "0"]
     arguments = ["serve", out / "job.json", "--state", out / "aggregator", "--json", *where]
+    arguments += ["--key", out / "aggregator.key"]  # a replay leaves the user's own one alone
+    arguments.append("--no-wait")
     processes.start("aggregator", "aggregator", arguments)
 
 
 def _device_arguments(
     device: FleetDevice, fleet: Fleet, options: Options, serving: Event, scale: float
 ) -> list[object]:
-    arguments: list[object] = ["run", "--json", "--exit-when-done", "--name", device.name]
+    arguments: list[object] = ["run", "--json", "--exit-when-done", "--no-wait"]
+    arguments += ["--name", device.name]
     arguments += ["--job", serving["job"]]
     for path in device.data:
         arguments += ["--data", path]
@@ -203,7 +217,7 @@ def _device_arguments(
 
 
 def _losses(
-    fleet: Fleet, options: Options, max_tokens: int
+    fleet: Fleet, options: Options, max_tokens: int, on_event: OnEvent
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Measure adapters as anybody would: loaded by PEFT, in float32.
 
@@ -221,6 +235,8 @@ def _losses(
     common += [word for path in sorted(set(first.values())) for word in ("--data", path)]
     alone = [options.out / "devices" / d.name / "alone" for d in fleet.devices]
     adapters = [shared, *(alone if options.compare_alone else [])]
+    texts = len(set(first.values()))
+    on_event({"event": "measuring", "adapters": len(adapters), "texts": texts})
     sample = [word for path in adapters for word in ("--adapter", str(path))]
     questions = [
         [*common, "--adapter", str(shared)],

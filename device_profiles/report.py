@@ -183,12 +183,15 @@ def _tiles(summary: Summary) -> Iterable[str]:
     wall = EN_DASH if summary.wall_s is None else human_seconds(summary.wall_s)
     better = f"{sum(share > 0 for share in gains)} of {len(gains)}" if gains else EN_DASH
     within = f"{sum(peaks)} of {len(peaks)}" if peaks else EN_DASH
+    budgets = [d.budget_share for d in summary.devices if d.budget_share is not None]
+    over = sum(share > 1 for share in budgets)
+    kept = f", {over or 'none'} over budget" if budgets else ""
     took = f", {human_seconds(median(merges))} a merge" if merges else ""
     yield _tile(
         "Merged loss", _loss(loss.merged), f"alone {_loss(loss.local)}, base {_loss(loss.base)}"
     )
     yield _tile("Better off merged", better, "devices, against training alone")
-    yield _tile("Peaks as predicted", within, f"measured within ±{percent(MEMORY_BAND)}")
+    yield _tile("Peaks as predicted", within, f"within ±{percent(MEMORY_BAND)}{kept}")
     yield _tile(
         "Over the wire", human_bytes(up + down), f"{human_bytes(up)} up, {human_bytes(down)} down"
     )
@@ -250,42 +253,54 @@ def _figure(chart: Chart) -> str:
 
 HEADINGS = (
     *("Device", "Rank", "Predicted MiB", "Measured MiB", "Budget MiB"),
-    *("Up", "Down", "Base", "Alone", "Merged", "At its rank", "Text and plan"),
+    *("Up", "Down", "Base", "Alone", "Merged", "At its rank"),
 )
 
 
 def _table(summary: Summary) -> str:
     """Return the table of all devices with their mean below; each row's best loss is bold."""
-    head = "".join(
-        f'<th scope="col"{" class=words" if heading == "Text and plan" else ""}>{heading}</th>'
-        for heading in HEADINGS
-    )
-    body = "\n".join(map(_table_row, range(len(summary.devices)), summary.devices))
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in HEADINGS)
+    bodies = "\n".join(map(_table_rows, range(len(summary.devices)), summary.devices))
     up = human_bytes(sum(device.bytes_up for device in summary.devices))
     down = human_bytes(sum(device.bytes_down for device in summary.devices))
     foot = (
         '<th scope="row">Mean<small>bytes: all together</small></th>'
-        f"{'<td></td>' * 4}<td>{up}</td><td>{down}</td>{_loss_cells(summary.mean_loss)}<td></td>"
+        f"{'<td></td>' * 4}<td>{up}</td><td>{down}</td>{_loss_cells(summary.mean_loss)}"
     )
     return (
-        f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>\n"
-        f"<tfoot><tr>{foot}</tr></tfoot></table>"
+        f"<table><thead><tr>{head}</tr></thead>\n{bodies}\n<tfoot><tr>{foot}</tr></tfoot></table>"
     )
 
 
-def _table_row(index: int, device: DeviceSummary) -> str:
+def _table_rows(index: int, device: DeviceSummary) -> str:
+    """Return a device's figures and, below them over all columns, its text and plan."""
     profile = html.escape(device.title or device.profile)
-    words = "<br>".join(html.escape(text) for text in (device.text, device.plan) if text)
-    late = ' class="late"' if device.memory_as_predicted is False else ""
+    words = html.escape(" · ".join(filter(None, (device.text, device.plan))))
     return (
-        f'<tr><th scope="row"><i style="background:var(--d{index % COLOURS})"></i>'
-        f"{html.escape(device.name)}<small>{profile}</small></th>"
-        f"<td>{rank_path(device)}</td>"
-        f"<td>{_mib(device.predicted_mib)}</td><td{late}>{_mib(device.peak_mib)}</td>"
-        f"<td>{_mib(device.room_mib)}</td><td>{human_bytes(device.bytes_up)}</td>"
-        f"<td>{human_bytes(device.bytes_down)}</td>{_loss_cells(device.loss)}"
-        f'<td class="words">{words}</td></tr>'
+        f'<tbody><tr><th scope="row" rowspan="2"><i style="background:var(--d{index % COLOURS})">'
+        f"</i>{html.escape(device.name)}<small>{profile}</small></th>"
+        f"<td>{rank_path(device)}</td>{_memory_cells(device)}"
+        f"<td>{human_bytes(device.bytes_up)}</td><td>{human_bytes(device.bytes_down)}</td>"
+        f"{_loss_cells(device.loss)}</tr>\n"
+        f'<tr><td class="words" colspan="{len(HEADINGS) - 1}"><p>{words}</p></td></tr></tbody>'
     )
+
+
+def _memory_cells(device: DeviceSummary) -> str:
+    """Return predicted peak, measured peak (a share of it below), budget (the share taken)."""
+    late = ' class="late"'
+    missed = device.memory_as_predicted is False
+    over = device.budget_share is not None and device.budget_share > 1
+    return (
+        f"<td>{_mib(device.predicted_mib)}</td>"
+        f"<td{late if missed else ''}>{_mib(device.peak_mib)}{_share(device.peak_share)}</td>"
+        f"<td{late if over else ''}>{_mib(device.room_mib)}"
+        f"{_share(device.budget_share, 'over: ' if over else '')}</td>"
+    )
+
+
+def _share(share: float | None, word: str = "") -> str:
+    return "" if share is None else f"<small>{word}{percent(share)}</small>"
 
 
 def _mib(value: float | None) -> str:

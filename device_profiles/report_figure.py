@@ -100,6 +100,7 @@ def row_annotations(index: int, name: str, value: str, count: int) -> list[Figur
     axis.
     """
     common = {"name": f"row:{index}", "xref": "paper", "y": index, "yshift": 19, "showarrow": False}
+    common |= {"bgcolor": "$paper", "borderpad": 0}  # no grid line strikes a word through
     left = {"text": plot_text(name), "x": 0, "xanchor": "left", "font": {"color": "$ink"}}
     right = {"text": value, "x": 1, "xanchor": "right", "font": {"color": "$muted"}}
     if count <= COLOURS:

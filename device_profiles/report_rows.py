@@ -169,8 +169,11 @@ def _memory_row(index: int, device: DeviceSummary) -> list[Figure]:
     predicted, peak, room = device.predicted_mib, device.peak_mib, device.room_mib
     named = {"predicted": predicted, "measured": peak, "budget": room}
     lines = [f"{label} {mib:,.0f} MiB" for label, mib in named.items() if mib is not None]
-    floor = [] if device.floor_mib is None else [f"above a floor of {device.floor_mib:,.0f} MiB"]
-    text = hover(device.name, *lines, *floor)
+    if device.peak_share is not None:
+        lines.append(f"measured is {percent(device.peak_share)} of predicted")
+    if device.floor_mib is not None:
+        lines.append(f"above a floor of {device.floor_mib:,.0f} MiB")
+    text = hover(device.name, *lines)
     colour = device_colour(index)
     traces = []
     if predicted:
@@ -192,19 +195,15 @@ def _memory_value(device: DeviceSummary) -> str:
 
 def _memory_note(summary: Summary) -> str:
     checked = [d.memory_as_predicted for d in summary.devices if d.memory_as_predicted is not None]
-    compared = [
-        (d.name, d.peak_mib > d.room_mib)
-        for d in summary.devices
-        if d.peak_mib is not None and d.room_mib is not None
-    ]
-    over = [name for name, is_over in compared if is_over]
+    shares = {d.name: d.budget_share for d in summary.devices if d.budget_share is not None}
+    over = [name for name, share in shares.items() if share > 1]
     said = []
     if checked:
         within = f"{sum(checked)} of {len(checked)}"
         said.append(f"{within} peaks within {percent(MEMORY_BAND)} of the prediction.")
     if over:
         said.append(f"Over budget: {some_of(over)}.")
-    elif compared:
+    elif shares:
         said.append("No measured peak is over its budget.")
     return " ".join(said)
 

@@ -90,9 +90,22 @@ class DeviceSummary(_Record):
     @property
     def memory_as_predicted(self) -> bool | None:
         """Tell whether the measured peak lies within `MEMORY_BAND` of the predicted one."""
+        share = self.peak_share
+        return None if share is None else abs(share - 1) <= MEMORY_BAND
+
+    @property
+    def peak_share(self) -> float | None:
+        """Return measured over predicted peak; None where either was not measured."""
         if not self.predicted_mib or self.peak_mib is None:
             return None
-        return abs(self.peak_mib / self.predicted_mib - 1) <= MEMORY_BAND
+        return self.peak_mib / self.predicted_mib
+
+    @property
+    def budget_share(self) -> float | None:
+        """Return the share of the budget that the measured peak took; above 1: it went over."""
+        if self.room_mib is None or self.peak_mib is None:
+            return None
+        return self.peak_mib / self.room_mib
 
     @property
     def gain(self) -> float | None:

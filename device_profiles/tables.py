@@ -2,6 +2,7 @@
 
 Events are dicts with an "event" and, but for the aggregator's own, a "device":
 
+    serving    rounds                  the job is open; from the aggregator
     plan       rank, profile
     state      state (short text)
     round      round, rounds           a device begins a round; rounds count from 1
@@ -9,7 +10,9 @@ Events are dicts with an "event" and, but for the aggregator's own, a "device":
     bytes      up, down                totals since the start, in bytes
     pruned     rank_before, rank_after
     evaluated  loss (held-out nats per token)
+    alone      step, steps, loss       training without the fleet, after the last round
     merged     round, seconds, devices (how many); from the aggregator
+    measuring  adapters, texts (how many of each); the replay's last work
 
 Other events, and fields that are missing, are passed over.
 """
@@ -40,6 +43,7 @@ from device_profiles.summary import (
 
 Event = Mapping[str, Any]
 
+ALONE = "training alone, to compare"
 NONE = "\N{EN DASH}"
 """Stands where a figure was not measured."""
 
@@ -115,6 +119,8 @@ class _Row:
     loss: float | None = None
     held_out: bool = False
     """Whether `loss` is held-out; otherwise it is the training loss of the last step."""
+    alone: bool = False
+    """Whether `step` counts training alone; otherwise it counts the round's."""
     bytes_up: int = 0
     bytes_down: int = 0
     state: str = ""
@@ -132,6 +138,7 @@ class LiveFleet:
         self._rounds = rounds
         self._merged = 0
         self._last_merge = ""
+        self._measuring = ""
         self._lock = Lock()
 
     def update(self, event: Event) -> None:
@@ -141,6 +148,8 @@ class LiveFleet:
             if kind == "merged":
                 self._merged = max(self._merged, event.get("round", self._merged))
                 self._last_merge = _merge_text(event)
+            elif kind == "measuring":
+                self._measuring = _measuring_text(event)
             elif kind in _DEVICE_EVENTS and "device" in event:
                 row = self._rows.setdefault(str(event["device"]), _Row())
                 _take(row, event)
@@ -148,21 +157,29 @@ class LiveFleet:
                     self._rounds = event.get("rounds", self._rounds)
 
     def __rich__(self) -> Group:
-        """Return the progress line of all rounds above the table of the devices."""
+        """Return the progress line of what the fleet is at above the table of the devices."""
         with self._lock:
             return Group(self._progress(), self._table())
 
     def _progress(self) -> Table:
         line = Table.grid(padding=(0, 2))
-        done = self._merged + self._share_of_round()
-        total = self._rounds or max(self._merged, 1)
-        current = max([self._merged, *(row.round or 0 for row in self._rows.values())])
-        line.add_row(
-            Text(f"round {current} of {self._rounds or NONE}", "bold"),
-            ProgressBar(total=total, completed=min(done, total), width=32),
-            Text(self._last_merge, "dim"),
-        )
+        title, done, total = self._work()
+        bar = ProgressBar(total=total, completed=done, width=32)
+        line.add_row(Text(title, "bold"), bar, Text(self._last_merge, "dim"))
         return line
+
+    def _work(self) -> tuple[str, float, float | None]:
+        """Return what is going on, how much of it is done, and of how much (None: not known)."""
+        if self._measuring:
+            return self._measuring, 0, None
+        rows = self._rows.values()
+        if any(row.alone for row in rows):
+            done = sum(row.step / row.steps for row in rows if row.alone and row.steps)
+            return ALONE, done, len(rows)
+        current = max([self._merged, *(row.round or 0 for row in rows)])
+        total = self._rounds or max(self._merged, 1)
+        done = min(self._merged + self._share_of_round(), total)
+        return f"round {current} of {self._rounds or NONE}", done, total
 
     def _share_of_round(self) -> float:
         """Return how much of the round after the last merge is trained, 0 to 1."""
@@ -172,19 +189,21 @@ class LiveFleet:
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("device", no_wrap=True)
-        table.add_column("profile", style="dim", overflow="ellipsis")
+        table.add_column("profile", style="dim", overflow="ellipsis", no_wrap=True)
         for heading in ("rank", "round"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("step", no_wrap=True)
         for heading in ("loss", "up", "down"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("state", overflow="ellipsis")
+        table.add_column("state", overflow="ellipsis", no_wrap=True)
         for name, row in self._rows.items():
             table.add_row(Text(name), *_live_cells(row))
         return table
 
 
-_DEVICE_EVENTS = frozenset({"plan", "state", "round", "step", "bytes", "pruned", "evaluated"})
+_DEVICE_EVENTS = frozenset(
+    {"plan", "state", "round", "step", "bytes", "pruned", "evaluated", "alone"}
+)
 
 
 def _take(row: _Row, event: Event) -> None:
@@ -195,9 +214,9 @@ def _take(row: _Row, event: Event) -> None:
         case "state":
             row.state = str(event.get("state", ""))
         case "round":
-            row.round, row.step = event.get("round"), 0
-        case "step":
-            row.round = event.get("round", row.round)
+            row.round, row.step, row.alone = event.get("round"), 0, False
+        case "step" | "alone" as kind:
+            row.round, row.alone = event.get("round", row.round), kind == "alone"
             row.step, row.steps = event.get("step", row.step), event.get("steps", row.steps)
             row.loss, row.held_out = event.get("loss"), False
         case "bytes":
@@ -233,19 +252,32 @@ def _merge_text(event: Event) -> str:
     return f"merged {devices}{took}"
 
 
+def _measuring_text(event: Event) -> str:
+    adapters, texts = _number(event.get("adapters")), _number(event.get("texts"))
+    return f"measuring {adapters} adapters on {texts} texts"
+
+
 def plain_line(event: Event) -> str | None:
     """Return the line that tells an event where there is no terminal, or None if it needs none.
 
-    Told are plans, the last step of each round, cuts of rank, held-out losses and merges.
+    Told are plans, the last step of each round, cuts of rank, held-out losses and merges; what
+    takes long besides (planning, training alone, measuring) when it begins or now and then.
     """
     device = event.get("device", "")
     loss = _number(event.get("loss"), ".3f")
     match event.get("event"):
+        case "serving":
+            rounds = _number(event.get("rounds"))
+            return f"{rounds} rounds; devices plan: the first time they measure, for a minute or so"
         case "plan":
             return f"{device}: rank {_number(event.get('rank'))}, profile {event.get('profile')}"
         case "step" if "step" in event and event["step"] == event.get("steps"):
             number, steps = _number(event.get("round")), _number(event.get("steps"))
             return f"{device}: round {number} trained, {steps} steps, training loss {loss}"
+        case "alone" if _worth_a_line(event):
+            return f"{device}: {ALONE}, step {event['step']} of {event['steps']}, loss {loss}"
+        case "measuring":
+            return _measuring_text(event)
         case "pruned":
             before, after = _number(event.get("rank_before")), _number(event.get("rank_after"))
             return f"{device}: rank cut {before} → {after}"
@@ -254,3 +286,11 @@ def plain_line(event: Event) -> str | None:
         case "merged":
             return f"round {_number(event.get('round'))}: {_merge_text(event)}"
     return None
+
+
+def _worth_a_line(event: Event) -> bool:
+    """Tell of a step whether it is the first, the last, or ends a quarter."""
+    step, steps = event.get("step"), event.get("steps")
+    if not isinstance(step, int) or not isinstance(steps, int):
+        return False
+    return step in (1, steps) or step * 4 // steps > (step - 1) * 4 // steps

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_client.config import Settings
-from edge_client.discover import discover_job
+from edge_client.discover import discover_job, enter_job, link_of
 from edge_client.download import Download, manifest_topic, wanted_bands
 from edge_client.errors import EdgeError
 from edge_client.learner import Learner
@@ -22,7 +22,8 @@ from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.prepare import find_base, make_plan
 from edge_client.sender import Sender
-from edge_client.standing import make_status
+from edge_client.standing import Standing
+from edge_client.storage import keep_adapter, keeping
 from edge_client.trainer.worker import Text
 from edge_client.trust import open_trusted
 from edge_client.update import make_update
@@ -31,8 +32,8 @@ from protocol.adapter import Adapter
 from protocol.bands import parse_band
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
-from protocol.files import write_peft
 from protocol.messages import Control, GlobalManifest, Job, Round, in_cohort
+from protocol.patience import Waiting
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
 from protocol.transport import Incoming, MqttTransport
@@ -47,10 +48,14 @@ class Agent:
         self._settings = settings
         self._events = events
         self._outbox = Outbox(settings.state)
-        self._key = SigningKey.load_or_create(settings.state / "device.key")
+        with keeping("device.key", settings.state):
+            self._key = SigningKey.load_or_create(settings.state / "device.key")
         self._boot = self._outbox.next_boot()
         self._stopping = False
+        self._done = False
+        self._waiting = Waiting(events)
         self._link: MqttTransport | None = None
+        self._standing: Standing | None = None
         self._job_name = ""
         self._job: Job | None = None
         self._round: Round | None = None
@@ -63,8 +68,8 @@ class Agent:
         self._base_loss = float("nan")
         self._tokens = 0
 
-    def run(self) -> None:
-        """Connect and take part.
+    def run(self) -> bool:
+        """Connect and take part; return whether there may be another job, for another agent.
 
         Raises:
             TransportError: the broker can't be reached, or the connection has ended for good.
@@ -73,7 +78,7 @@ class Agent:
         with stop_on_signals(self._stop):
             try:
                 self._find_job()
-                while not self._stopping:
+                while not (self._stopping or self._done):
                     incoming = self._connection.receive(TICK_S)
                     if incoming is not None:
                         # Whatever a device is told it can ask for again: no need to hold the
@@ -85,11 +90,13 @@ class Agent:
             except (EdgeError, TransportError) as error:
                 # Asked to stop, the agent ends what it waits for: that is no failure.
                 if not self._stopping:
-                    if self._job is not None and isinstance(error, EdgeError):
+                    said = self._link is not None and self._link.connected
+                    if said and isinstance(error, EdgeError):
                         self._say("unfit", detail=str(error))
                     raise
             finally:
                 self._close()
+        return self._done and not self._stopping
 
     # -- start up --------------------------------------------------------------------------------
 
@@ -103,27 +110,14 @@ class Agent:
         settings = self._settings
         what = f"job {settings.job}" if settings.job else "a job"
         self._events.emit("state", state=f"waiting for {what}")
-        job_name = discover_job(settings, self._key.public, lambda: self._stopping)
-        if not job_name:
+        job = discover_job(settings, self._key.public, self._is_stopping, self._waiting)
+        if not job:
             return
-        self._job_name = job_name
-        topic = topics.topic("status", job=job_name, device=settings.name)
-        will = make_status(settings, job_name, self._boot, "stopped")
-        self._link = MqttTransport(
-            settings.broker,
-            f"tunefleet-{settings.name}",
-            will=(topic, self._key.seal(will, topic)),
-            tls=settings.tls,
-        )
-        self._link.connect()
-        self._sender = Sender(self._link, self._key, self._outbox)
-        self._link.subscribe(
-            [
-                topics.subscription("job", job=job_name),
-                topics.subscription("round", job=job_name),
-                topics.subscription("control", job=job_name, device=settings.name),
-            ]
-        )
+        self._job_name = job
+        self._standing = Standing(settings, job, self._boot, self._key)
+        self._link = link_of(settings, self._standing.will, self._waiting)
+        self._sender = Sender(self._link, self._key, self._outbox, self._events)
+        enter_job(settings, job, self._link, self._standing, self._is_stopping, self._waiting)
 
     def _begin(self, job: Job) -> None:
         """Plan for a job and load its base model; an unfit device says so and ends."""
@@ -187,6 +181,8 @@ class Agent:
                 self._on_round(open_trusted(incoming, Round, state))
             elif found.kind == "global_manifest":
                 self._on_manifest(open_trusted(incoming, GlobalManifest, state))
+            elif found.kind == "status" and self._standing is not None:
+                self._standing.hear(self._connection, incoming.payload)
             elif found.kind == "control":
                 self._on_control(open_trusted(incoming, Control, state))
         except ProtocolError as error:
@@ -199,11 +195,10 @@ class Agent:
 
     def _on_round(self, now: Round) -> None:
         self._outbox.check_round(now)
-        if self._round is None or now.number != self._round.number:
-            self._events.emit(
-                "round", round=now.number, rounds=self._job.rounds if self._job else 0
-            )
-        self._round = now
+        before, self._round = self._round, now
+        if before is None or (now.number, now.attempt) != (before.number, before.attempt):
+            rounds = self._job.rounds if self._job else 0
+            self._events.emit("round", round=now.number, attempt=now.attempt, rounds=rounds)
         # It may be said again by an aggregator that has missed what was offered to it.
         self._sender.offer_again()
 
@@ -235,15 +230,8 @@ class Agent:
             self._bytes()
 
     def _on_control(self, message: Control) -> None:
-        pending = self._outbox.get(message.upload)
-        if pending is None:
+        if not self._sender.take(message):
             return
-        if message.kind == "need":
-            self._sender.send_chunks(pending, message.chunks)
-            return
-        self._outbox.drop(message.upload)
-        if message.kind == "reject":
-            self._events.emit("rejected", round=pending.manifest.round, reason=message.reason)
         self._bytes()
         if self._job is not None:  # the answer to an update from before a restart comes first
             self._say("idle")
@@ -262,7 +250,7 @@ class Agent:
             self._finish()
         elif (
             now.state == "open"
-            and self._outbox.trained_round(self._job.job) < now.number
+            and self._outbox.is_due(now)
             and in_cohort(self._settings.name, self._job.job, now.number, now.fraction)
         ):
             self._train()
@@ -309,7 +297,7 @@ class Agent:
         """Keep the shared adapter, report, compare if asked, and end or wait for another job."""
         assert self._job and self._learner and self._adapter and self._plan
         folder = self._settings.state / "adapter"
-        write_peft(self._adapter, folder, base_model=self._job.base.name)
+        keep_adapter(self._adapter, folder, self._job.base.name)
         loss = {
             "base": self._base_loss,
             "merged_on_device": self._learner.evaluate(self._adapter),
@@ -334,8 +322,8 @@ class Agent:
             bytes_up=self._connection.bytes_sent,
             bytes_down=self._connection.bytes_received,
         )
-        if self._settings.exit_when_done:
-            self._stopping = True
+        self._stopping = self._stopping or self._settings.exit_when_done
+        self._done = not self._settings.job  # told which job, it stays with that one
         self._learner.stop()
         self._learner = None
 
@@ -348,7 +336,7 @@ class Agent:
             self._events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
 
         adapter, _ = self._learner.train_alone(rank=self._rank_start, on_step=on_step)
-        write_peft(adapter, self._settings.state / "alone", base_model=job.base.name)
+        keep_adapter(adapter, self._settings.state / "alone", job.base.name)
         return self._learner.evaluate(adapter)
 
     # -- small things ----------------------------------------------------------------------------
@@ -361,24 +349,20 @@ class Agent:
 
     def _say(self, state: str, *, detail: str = "") -> None:
         """Publish this device's status, and tell whoever watches."""
-        assert self._job is not None
-        topic = topics.topic("status", job=self._job.job, device=self._settings.name)
-        status = make_status(
-            self._settings,
-            self._job.job,
-            self._boot,
-            state,
-            rank=self._rank if self._plan else 0,
-            version=self._version,
-            detail=detail,
+        assert self._standing is not None, "connected first"
+        rank = self._rank if self._plan else 0
+        self._standing.announce(
+            self._connection, state, rank=rank, version=self._version, detail=detail
         )
-        self._connection.announce(topic, self._key.seal(status, topic))
         self._events.emit("state", state=state)
 
     def _bytes(self) -> None:
         self._events.emit(
             "bytes", up=self._connection.bytes_sent, down=self._connection.bytes_received
         )
+
+    def _is_stopping(self) -> bool:
+        return self._stopping
 
     def _stop(self) -> None:
         """Stop now: a round's training, of hours perhaps, is given up and begun anew later."""
@@ -392,7 +376,7 @@ class Agent:
         if self._learner is not None:
             self._learner.stop()
         if self._link is not None:
-            if self._job is not None and self._link.connected:
+            if self._standing is not None and self._link.connected:
                 with suppress(TransportError):  # the will says it then
                     self._say("stopped")
             self._link.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from edge_client.memory import Probe, Way, fit
 from edge_client.plan import Calibration
+from edge_client.storage import keeping
 from edge_client.trainer.process import TrainingProcess
 from edge_client.trainer.worker import ProbeReport
 from protocol.files import write_durably
@@ -79,13 +80,16 @@ def _measure(model: Path, dtype: str, threads: int, seq_len: int, scale: float) 
 
 def _remembered(path: Path, measure: Callable[[], ProbeReport]) -> ProbeReport:
     """Return what a file remembers, or measure and write it; one process at a time measures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    with keeping("measured constants", path.parent, "--cache"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = path.with_suffix(".lock").open("w")
+    with held as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return _from_json(path.read_text())
         report = measure()
-        write_durably(path, json.dumps(_to_json(report), indent=1).encode())
+        with keeping("measured constants", path.parent, "--cache"):
+            write_durably(path, json.dumps(_to_json(report), indent=1).encode())
         return report
 
 

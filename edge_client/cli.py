@@ -61,7 +61,7 @@ def run(
     name: Annotated[
         str, typer.Option(help="This device's name (default: as joined, or its host name).")
     ] = "",
-    job: Annotated[str, typer.Option(help="Job (default: the first the broker shows).")] = "",
+    job: Annotated[str, typer.Option(help="Job (default: the first that is not finished).")] = "",
     model: Annotated[
         str, typer.Option(help="Folder of the base model, where the job's name is not found here.")
     ] = "",
@@ -79,6 +79,9 @@ def run(
     threads: Annotated[int, typer.Option(help="Training threads (default: cores - 1).")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data's split and order.")] = 0,
     exit_when_done: Annotated[bool, typer.Option(help="End when the job is finished.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
+    ] = False,
     compare_alone: Annotated[
         bool, typer.Option(help="At the end, train as much alone and report both.")
     ] = False,
@@ -119,9 +122,12 @@ def run(
         seed=seed,
         exit_when_done=exit_when_done,
         compare_alone=compare_alone,
+        wait_for_broker=not no_wait,
     )
     with lock_folder(settings.state, "edge-client"):
-        Agent(settings, EventLog(as_json=as_json, device=device)).run()
+        events = EventLog(as_json=as_json, device=device)
+        while Agent(settings, events).run():
+            pass  # that job is finished: wait for another
 
 
 @app.command()

@@ -30,7 +30,7 @@ class Settings:
     tls: TlsFiles | None = None
     """Who this device is at the broker, if it has joined a fleet."""
     job: str = ""
-    """The job to take part in; empty: the first that the broker shows."""
+    """The job to take part in; empty: the first that the broker shows and that is not finished."""
     model: str = ""
     """Where the base model is; empty: what the job calls it."""
     memory_cap_mib: float | None = None
@@ -41,6 +41,7 @@ class Settings:
     seed: int = 0
     exit_when_done: bool = False
     compare_alone: bool = False
+    wait_for_broker: bool = True
 
     def __post_init__(self) -> None:
         """Check what a person gives.

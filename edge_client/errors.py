@@ -6,6 +6,8 @@ TunefleetError
     ├── ModelError             the base model is not there, or not one that can be trained
     ├── DataError              the owner's text is missing, unreadable or too short
     ├── ConfigError            a setting is missing, unknown or out of bounds
+    ├── NameTaken              another device takes part by this one's name
+    ├── StorageError           what must be kept can't be: the disk is full, or a file is damaged
     ├── JoinRefused            a fleet does not let this device in, or is not the token's
     └── WorkerError            the training process died or broke its protocol
         └── WorkerKilled       it was killed, as the kernel does when memory runs out
@@ -34,6 +36,20 @@ class DataError(EdgeError):
 
 class ConfigError(EdgeError):
     """A setting is missing, unknown or out of bounds."""
+
+
+class NameTaken(EdgeError):
+    """Another device takes part in a job by this one's name."""
+
+    def __init__(self, device: str, job: str) -> None:
+        super().__init__(
+            f"another device, or this one with another --state, takes part in job {job!r} as "
+            f"{device!r}; choose another --name, or go on with that state"
+        )
+
+
+class StorageError(EdgeError):
+    """What a device must keep can't be written, or not be read: a full disk, a damaged file."""
 
 
 class JoinRefused(EdgeError):

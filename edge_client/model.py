@@ -7,6 +7,7 @@ whatever its family calls it. torch and transformers are imported where they are
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import logging
@@ -24,13 +25,24 @@ if TYPE_CHECKING:
 
 BASE_TINY = "base-tiny"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_HUB_WORDS = {
+    "ImportError": "huggingface_hub is not installed",
+    "HFValidationError": "a hub can't have a model of this name",
+    "GatedRepoError": "it is only for who has been let in there",
+    "RepositoryNotFoundError": "the hub has no model of this name, or not for everybody",
+    "LocalEntryNotFoundError": "the hub can't be reached, and the model was not downloaded before",
+    "HfHubHTTPError": "the hub refused it",
+    "HTTPError": "the hub can't be reached",
+    "ConnectionError": "the hub can't be reached",
+}
+"""Kind of error of huggingface_hub and what it is built on → what it means; special ones first."""
 
 
 def find_model(name: str) -> Path:
     """Return the folder of a model: the built-in `base-tiny`, a folder, or a hub id.
 
     Raises:
-        ModelError: there is no such folder, and no hub gave the model.
+        ModelError: there is no such folder, and no hub gave the model; says why.
     """
     if name == BASE_TINY:
         import base_tiny
@@ -42,18 +54,30 @@ def find_model(name: str) -> Path:
             raise ModelError(f"{folder} has no config.json: it is not a model folder")
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no model folder at {name!r}; give a folder, a hub id, or {BASE_TINY!r}")
-    from huggingface_hub import snapshot_download
-
+        raise ModelError(_not_found(name, "a hub id has the form owner/name"))
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # a hub fails in many ways: all mean the same to the user
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"can't get the model {name!r} from a hub ({why}); download it elsewhere and give "
-            "its folder"
-        ) from None
+    except Exception as error:  # a hub fails in many ways, and its words fill a screen
+        raise ModelError(_not_found(name, _hub_words(error))) from None
+
+
+def _not_found(name: str, why: str) -> str:
+    return (
+        f"the model {name!r} is neither a folder on this computer nor to be had from a hub "
+        f"({why}); check the name, or get the model elsewhere and give its folder (on a device: "
+        f"--model FOLDER); {BASE_TINY!r} is built in"
+    )
+
+
+def _hub_words(error: Exception) -> str:
+    """Return why a hub did not give a model, by the error or one that it is of the kind of."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full"
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return next((words for name, words in _HUB_WORDS.items() if name in kinds), kinds[0])
 
 
 def describe_model(name: str) -> BaseModelInfo:

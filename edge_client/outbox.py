@@ -7,14 +7,17 @@ only when the aggregator has said `done` or `reject`.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from edge_client.errors import ConfigError
+from edge_client.storage import keeping
 from protocol.errors import Replayed
 from protocol.messages import Job, Round, UploadManifest
 
+FILE = "outbox.sqlite"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS updates (
   upload TEXT PRIMARY KEY, round INTEGER NOT NULL, manifest TEXT NOT NULL, data BLOB NOT NULL
@@ -32,49 +35,56 @@ class Pending(NamedTuple):
 
 
 class Outbox:
-    """Open the outbox in a device's state folder."""
+    """Open the outbox in a device's state folder.
+
+    Raises, as every method does:
+        StorageError: the disk is full, or the file is damaged or can't be written.
+    """
 
     def __init__(self, folder: Path) -> None:
-        try:
+        self._folder = folder
+        with keeping(FILE, folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / "outbox.sqlite", isolation_level=None)
+            self._db = sqlite3.connect(folder / FILE, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"can't keep this device's state in {folder}: {error}; name a folder that can be "
-                "written to with --state"
-            ) from None
 
     def close(self) -> None:
         self._db.close()
 
     def put(self, manifest: UploadManifest, data: bytes, *, rank: int) -> None:
         """Keep a finished update, and the rank the device goes on with, in one transaction."""
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute(
-            "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?)",
-            (manifest.upload, manifest.round, manifest.model_dump_json(), data),
-        )
-        self._set(f"rank of {manifest.job}", rank)
-        self._set(f"round of {manifest.job}", manifest.round)
-        self._db.execute("COMMIT")
+        with self._transaction():
+            self._run(
+                "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?)",
+                (manifest.upload, manifest.round, manifest.model_dump_json(), data),
+            )
+            self._set(f"rank of {manifest.job}", rank)
+            self._set(f"round of {manifest.job}", manifest.round)
+            self._set(f"attempt of {manifest.job}", manifest.attempt)
+            self._set(f"refused in {manifest.job}", 0)
 
     def get(self, upload: str) -> Pending | None:
-        row = self._db.execute(
-            "SELECT manifest, data FROM updates WHERE upload = ?", (upload,)
-        ).fetchone()
-        return Pending(UploadManifest.model_validate_json(row[0]), row[1]) if row else None
+        rows = self._run("SELECT manifest, data FROM updates WHERE upload = ?", (upload,))
+        return next(
+            (Pending(UploadManifest.model_validate_json(m), data) for m, data in rows), None
+        )
 
     def pending(self) -> list[str]:
         """Return the ids of the updates that wait, oldest round first."""
-        rows = self._db.execute("SELECT upload FROM updates ORDER BY round")
-        return [row[0] for row in rows.fetchall()]
+        return [row[0] for row in self._run("SELECT upload FROM updates ORDER BY round")]
 
     def drop(self, upload: str) -> None:
         """Forget an update: it has been counted, or refused for good."""
-        self._db.execute("DELETE FROM updates WHERE upload = ?", (upload,))
+        self._run("DELETE FROM updates WHERE upload = ?", (upload,))
+
+    def refuse(self, manifest: UploadManifest) -> None:
+        """Forget an update that was refused; its round may be trained for once more."""
+        with self._transaction():
+            self.drop(manifest.upload)
+            if manifest.round == self.trained_round(manifest.job):
+                self._set(f"refused in {manifest.job}", 1)
 
     def rank(self, job: str, default: int) -> int:
         """Return the rank that the device goes on with in a job."""
@@ -93,6 +103,13 @@ class Outbox:
         """Return the last round of a job that the device has trained for."""
         return self._number(f"round of {job}", 0)
 
+    def is_due(self, now: Round) -> bool:
+        """Say whether a round has not been trained for, or in vain in an earlier attempt."""
+        if self._number(f"refused in {now.job}", 0):
+            trained = self.trained_round(now.job), self._number(f"attempt of {now.job}", 0)
+            return trained < (now.number, now.attempt)
+        return self.trained_round(now.job) < now.number
+
     # -- what the aggregator has said, so that it can't be said again when it is old ---------------
 
     def check_job(self, job: Job) -> None:
@@ -101,32 +118,38 @@ class Outbox:
         Raises:
             Replayed: they are other ones than before.
         """
-        row = self._db.execute("SELECT settings FROM jobs WHERE job = ?", (job.job,)).fetchone()
-        if row is None:
-            self._db.execute("INSERT INTO jobs VALUES (?, ?)", (job.job, job.model_dump_json()))
-        elif Job.model_validate_json(row[0]) != job:
+        rows = self._run("SELECT settings FROM jobs WHERE job = ?", (job.job,))
+        if not rows:
+            self._run("INSERT INTO jobs VALUES (?, ?)", (job.job, job.model_dump_json()))
+        elif Job.model_validate_json(rows[0][0]) != job:
             raise Replayed(
                 f"job {job.job!r} has other settings than this device has begun it with; new "
                 "settings need another job name"
             )
 
     def check_round(self, now: Round) -> None:
-        """Remember the newest round and version of a job.
+        """Remember the newest round, its newest attempt, and the newest version of a job.
 
         Raises:
             Replayed: one of them is older than what was seen before.
         """
-        for kind, number in (("round", now.number), ("version", now.version)):
-            seen = self._number(f"seen {kind} of {now.job}", 0)
-            if number < seen:
-                raise Replayed(f"{kind} {number} of job {now.job!r} is older than {kind} {seen}")
-        for kind, number in (("round", now.number), ("version", now.version)):
-            if number > self._number(f"seen {kind} of {now.job}", 0):
-                self._set(f"seen {kind} of {now.job}", number)
+        told = {"round": now.number, "version": now.version, "attempt": now.attempt}
+        seen = {kind: self._number(f"seen {kind} of {now.job}", 0) for kind in told}
+        if now.number != seen["round"]:
+            seen["attempt"] = 0  # that was another round's
+        for kind, number in told.items():
+            if number < seen[kind]:
+                raise Replayed(
+                    f"{kind} {number} of job {now.job!r} is older than {kind} {seen[kind]}"
+                )
+        if told != seen:
+            with self._transaction():
+                for kind, number in told.items():
+                    self._set(f"seen {kind} of {now.job}", number)
 
     def _number(self, key: str, default: int) -> int:
-        row = self._db.execute("SELECT value FROM numbers WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else default
+        rows = self._run("SELECT value FROM numbers WHERE key = ?", (key,))
+        return rows[0][0] if rows else default
 
     def next_boot(self) -> int:
         """Count this start of the agent and return its number."""
@@ -135,4 +158,19 @@ class Outbox:
         return boot
 
     def _set(self, key: str, value: int) -> None:
-        self._db.execute("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (key, value))
+        self._run("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (key, value))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._run("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._run("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._run("ROLLBACK")
+
+    def _run(self, statement: str, values: tuple[object, ...] = ()) -> list[Any]:
+        """Execute a statement and return its rows."""
+        with keeping(FILE, self._folder):
+            return self._db.execute(statement, values).fetchall()

@@ -5,7 +5,7 @@ Pure: the budget and the measured constants come in, the plan comes out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 
@@ -54,6 +54,10 @@ class Plan:
     """Predicted peak above the floor."""
     budget_mib: float
     """What may be used above the floor."""
+
+    @property
+    def way(self) -> Way:
+        return Way(self.dtype, self.checkpointing)
 
     def __str__(self) -> str:
         way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype
@@ -124,54 +128,34 @@ def choose_plan(
         NoPlanFits: nothing fits; says what the smallest would take.
     """
 
-    def predict(way: Way, rank: int, held: int, micro_batch: int, seq_len: int) -> float:
-        return predict_mib(
-            shapes,
-            weights_mib=calibration.weights_mib[way.dtype],
-            activations=calibration.activations[way],
-            way=way,
-            rank=rank,
-            held=held,
-            tokens=micro_batch * seq_len,
-            accumulates=micro_batch * seq_len < training.tokens_per_step,
-        )
-
-    def needs_mib(plan: Plan) -> float:
-        fixed = calibration.activations[Way(plan.dtype, plan.checkpointing)].fixed_mib
-        return plan.predicted_mib + headroom_mib(plan.predicted_mib, fixed)
-
-    def preference(plan: Plan) -> tuple[object, ...]:
-        fast = plan.dtype == ("bf16" if native_bf16 else "f32")
-        whole = plan.held >= shared_rank
-        return whole, plan.rank, plan.held, fast, not plan.checkpointing, plan.micro_batch
-
     budgets = {
         way: budget_above_floor(
             budget_mib, calibration.floor_mib, max(0.0, measured.fixed_mib), memory_scale
         )
         for way, measured in calibration.activations.items()
     }
-    least = (float("inf"), 0.0)
+
+    def needs_mib(plan: Plan) -> float:
+        return plan.predicted_mib + headroom_mib(
+            plan.predicted_mib, calibration.activations[plan.way].fixed_mib
+        )
+
+    def preference(plan: Plan) -> tuple[object, ...]:
+        fast = plan.dtype == ("bf16" if native_bf16 else "f32")
+        whole = plan.held >= shared_rank
+        return whole, plan.rank, plan.held, fast, not plan.checkpointing, plan.micro_batch
+
+    least = (inf, 0.0)
     seq_len = training.max_tokens
     while seq_len >= min(SHORTEST_TOKENS, training.max_tokens):
         every = [
-            Plan(
-                rank,
-                held,
-                micro_batch,
-                seq_len,
-                way.checkpointing,
-                way.dtype,
-                threads,
-                predict(way, rank, held, micro_batch, seq_len),
-                budgets[way],
+            plan
+            for way, budget in budgets.items()
+            for plan in _candidates(
+                shapes, calibration, way, budget, seq_len,
+                ladder=ladder, shared_rank=shared_rank, training=training, threads=threads,
             )
-            for way in calibration.activations
-            for rank in ladder
-            for held in ([h for h in ladder if rank <= h <= shared_rank] or [rank])
-            for micro_batch in MICRO_BATCHES
-            if micro_batch == 1 or micro_batch * seq_len <= training.tokens_per_step
-        ]
+        ]  # fmt: skip
         least = min(least, *((needs_mib(plan), plan.budget_mib) for plan in every))
         fitting = [
             plan
@@ -181,13 +165,62 @@ def choose_plan(
         if fitting:
             return max(fitting, key=preference)
         seq_len //= 2
+    raise NoPlanFits(_why_none(calibration, *least, below_mib))
+
+
+def _candidates(
+    shapes: Shapes,
+    calibration: Calibration,
+    way: Way,
+    budget_mib: float,
+    seq_len: int,
+    *,
+    ladder: Sequence[int],
+    shared_rank: int,
+    training: Training,
+    threads: int,
+) -> Iterator[Plan]:
+    """Yield every plan of one way and length, with its prediction, whether it fits or not."""
+    for rank in ladder:
+        for held in [h for h in ladder if rank <= h <= shared_rank] or [rank]:
+            for micro_batch in MICRO_BATCHES:
+                tokens = micro_batch * seq_len
+                if micro_batch > 1 and tokens > training.tokens_per_step:
+                    break
+                predicted_mib = predict_mib(
+                    shapes,
+                    weights_mib=calibration.weights_mib[way.dtype],
+                    activations=calibration.activations[way],
+                    way=way,
+                    rank=rank,
+                    held=held,
+                    tokens=tokens,
+                    accumulates=tokens < training.tokens_per_step,
+                )
+                yield Plan(
+                    rank=rank,
+                    held=held,
+                    micro_batch=micro_batch,
+                    seq_len=seq_len,
+                    checkpointing=way.checkpointing,
+                    dtype=way.dtype,
+                    threads=threads,
+                    predicted_mib=predicted_mib,
+                    budget_mib=budget_mib,
+                )
+
+
+def _why_none(
+    calibration: Calibration, least_mib: float, budget_mib: float, below_mib: float
+) -> str:
+    """Say why there is no plan; the smallest would take `least_mib` above the floor."""
     if below_mib < inf:
-        raise NoPlanFits(
+        return (
             f"a plan of {below_mib:.0f} MiB above the floor was too much for this device, and no "
             "smaller one is left; free memory, or take a smaller base model"
         )
-    raise NoPlanFits(
-        f"the smallest plan needs {least[0]:.0f} MiB above a floor of "
-        f"{calibration.floor_mib:.0f} MiB, this device has {least[1]:.0f} MiB there; free memory, "
-        "raise the cap, or take a smaller base model"
+    return (
+        f"the smallest plan needs {least_mib:.0f} MiB above a floor of "
+        f"{calibration.floor_mib:.0f} MiB, this device has {budget_mib:.0f} MiB there; free "
+        "memory, raise the cap, or take a smaller base model"
     )

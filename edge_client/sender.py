@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from edge_client.outbox import Outbox, Pending
 from protocol import topics
 from protocol.chunks import split
+from protocol.events import EventLog
+from protocol.messages import Control
 from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
 
@@ -17,10 +19,13 @@ RESEND_S = 30.0
 class Sender:
     """Publish the outbox's updates; only the aggregator's word takes them out of it."""
 
-    def __init__(self, link: MqttTransport, key: SigningKey, outbox: Outbox) -> None:
+    def __init__(
+        self, link: MqttTransport, key: SigningKey, outbox: Outbox, events: EventLog
+    ) -> None:
         self._link = link
         self._key = key
         self._outbox = outbox
+        self._events = events
         self._offered: tuple[str, int, float] = ("", 0, 0.0)
         """The update last offered or sent, on which connection, and when."""
 
@@ -47,6 +52,29 @@ class Sender:
     def offer_again(self) -> None:
         """Let the next `offer` be made at once."""
         self._offered = ("", 0, 0.0)
+
+    def take(self, answer: Control) -> bool:
+        """Do what the aggregator says of an update; return True when that is settled and gone.
+
+        Raises:
+            TransportError: the broker does not answer, or refuses a chunk.
+        """
+        pending = self._outbox.get(answer.upload)
+        if pending is None:
+            return False
+        manifest = pending.manifest
+        if answer.kind == "need":
+            self.send_chunks(pending, answer.chunks)
+            return False
+        if answer.kind == "wait":  # offered again like one that nobody has answered
+            self._events.emit("waiting", round=manifest.round, reason=answer.reason)
+            return False
+        if answer.kind == "done":
+            self._outbox.drop(answer.upload)
+        else:
+            self._outbox.refuse(manifest)
+            self._events.emit("rejected", round=manifest.round, reason=answer.reason)
+        return True
 
     def send_chunks(self, pending: Pending, wanted: Sequence[int]) -> None:
         """Send the chunks that the aggregator says are missing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from edge_client.storage import keeping
 from protocol.files import write_durably
 from protocol.messages import Message
 from protocol.signing import open_message
@@ -23,5 +24,6 @@ def open_trusted(incoming: Incoming, model: type[M], state: Path) -> M:
     trusted = path.read_text() if path.exists() else None
     message, key = open_message(incoming.payload, incoming.topic, model, trusted=trusted)
     if trusted is None:
-        write_durably(path, key.encode())
+        with keeping(path.name, state):
+            write_durably(path, key.encode())
     return message

@@ -29,8 +29,9 @@ def make_update(
     manifest = UploadManifest(
         job=job.job,
         device=device,
-        upload=upload_id(device, job.job, now.number),
+        upload=upload_id(device, job.job, now.number, now.attempt),
         round=now.number,
+        attempt=now.attempt,
         version=now.version,
         rank=learned.rank,
         rank_trained=learned.rank_trained,

@@ -8,6 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 from protocol.errors import TunefleetError
+from protocol.lifeline import end_with_parent
 
 EXIT_MISTAKE = 1
 EXIT_SIGNAL = 128
@@ -29,6 +30,7 @@ def run_command(app: Any) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    end_with_parent()
     try:
         app()
     except TunefleetError as error:

@@ -9,7 +9,8 @@ TunefleetError                 anything a person is to read as one line
 │   ├── BadTensors             names, shapes, dtypes or values not those that were announced
 │   └── BadChunk               a chunk that its manifest does not know
 ├── TransportError             the link to the broker
-│   ├── BrokerUnreachable      no connection, or none in time
+│   ├── BrokerUnreachable      no connection, or none in time; it may come up yet
+│   ├── BrokerRefused          a broker is there, and does not let this client in
 │   ├── TlsRefused             one side does not take the other's certificate
 │   ├── CertificateUnusable    an own certificate or key is missing, expired or not in order
 │   └── DeliveryRefused        the broker took the connection but not the message
@@ -77,13 +78,26 @@ class TransportError(TunefleetError):
 
 
 class BrokerUnreachable(TransportError):
-    """No broker answered at the address, or it refused the connection."""
+    """No broker answered at the address: waiting may help."""
 
     def __init__(self, address: str, why: str) -> None:
         super().__init__(
             f"no MQTT broker at {address} ({why}); start one, or name another with --broker"
         )
         self.address = address
+        self.why = why
+
+
+class BrokerRefused(TransportError):
+    """The broker does not let this client in, and waiting does not change that."""
+
+    def __init__(self, address: str, why: str) -> None:
+        super().__init__(
+            f"the broker at {address} does not let this client in ({why}); allow it there, or name "
+            "another broker with --broker"
+        )
+        self.address = address
+        self.why = why
 
 
 class TlsRefused(TransportError):

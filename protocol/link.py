@@ -14,6 +14,9 @@ MQTT_VERSIONS = ("5", "3.1.1")
 """In the order in which they are tried."""
 _WORDS = {
     0x83: "it does not take this",
+    0x84: "it speaks no version of MQTT that this program does",
+    0x85: "it does not take this client's name",
+    0x86: "wrong user or password; users are not supported yet",
     0x87: "not authorized: its access rules do not let this client do that",
     0x90: "it does not take this topic",
     0x95: "too large a packet for it",
@@ -21,6 +24,8 @@ _WORDS = {
     0x99: "it does not take this payload",
 }
 """MQTT 5's reason codes in words."""
+REFUSED_FOR_GOOD = frozenset({0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x9D})
+"""Codes of a CONNACK that waiting does not change, the last: the broker has moved."""
 
 
 @dataclass(frozen=True, slots=True)

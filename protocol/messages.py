@@ -34,16 +34,21 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ENTRIES = 32
+MODULES = 4096
 
 
-def _few(value: object) -> object:
+def _at_most(entries: int) -> BeforeValidator:
     """Refuse too many entries before each is looked at: every bad one costs kilobytes."""
-    if isinstance(value, dict) and len(value) > ENTRIES:
-        raise ValueError(f"{len(value)} entries are more than {ENTRIES}")
-    return value
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > entries:
+            raise ValueError(f"{len(value)} entries are more than {entries}")
+        return value
+
+    return BeforeValidator(check)
 
 
-FEW = BeforeValidator(_few)
+FEW = _at_most(ENTRIES)
 
 
 class Message(BaseModel):
@@ -58,7 +63,11 @@ class BaseModelInfo(Message):
     name: Text
     sha256: Sha256
     parameters: Count
-    modules: Annotated[dict[Text, tuple[Dimension, Dimension]], Field(min_length=1)]
+    modules: Annotated[
+        dict[Text, tuple[Dimension, Dimension]],
+        Field(min_length=1, max_length=MODULES),
+        _at_most(MODULES),
+    ]
     """Target module → (d_out, d_in)."""
 
 
@@ -144,6 +153,8 @@ class Round(Message):
     """Seconds since 1970, UTC."""
     fraction: Share = 1.0
     """Share of the fleet that takes part; see `in_cohort`."""
+    attempt: Count = 0
+    """Grows when the round is extended for want of updates: who was refused trains once more."""
 
 
 class FileInfo(Message):
@@ -188,7 +199,9 @@ class Status(Message):
     online: bool
     boot: Count
     """Grows with every start of the agent, so that an old will can't undo a new start."""
-    state: Literal["idle", "downloading", "training", "uploading", "unfit", "stopped"] = "idle"
+    state: Literal[
+        "planning", "idle", "downloading", "training", "uploading", "unfit", "stopped"
+    ] = "idle"
     profile: Text = ""
     rank: Count = 0
     version: Count | None = None
@@ -203,6 +216,8 @@ class UploadManifest(Message):
     device: Name
     upload: UploadId
     round: Count
+    attempt: Count = 0
+    """The round's attempt that the device trained in."""
     version: Count
     """The global version that the device started from."""
     rank: Rank
@@ -231,16 +246,17 @@ class Control(Message):
     job: Name
     device: Name
     upload: UploadId
-    kind: Literal["need", "done", "reject"]
+    kind: Literal["need", "done", "reject", "wait"]
     chunks: Annotated[list[Count], Field(max_length=MAX_CHUNKS)] = []
     """`need`: the chunks that are missing."""
     reason: Text = ""
-    """`reject`: why, in words for the device's owner."""
+    """`reject` and `wait`: why, in words for the device's owner."""
 
 
-def upload_id(device: str, job: str, round_number: int) -> str:
-    """Return the id of a device's update for a round: the same after any crash."""
-    return hashlib.sha256(f"{device}|{job}|{round_number}".encode()).hexdigest()[:32]
+def upload_id(device: str, job: str, round_number: int, attempt: int = 0) -> str:
+    """Return the id of a device's update for a round's attempt: the same after any crash."""
+    again = f"|{attempt}" if attempt else ""
+    return hashlib.sha256(f"{device}|{job}|{round_number}{again}".encode()).hexdigest()[:32]
 
 
 def in_cohort(device: str, job: str, round_number: int, fraction: float) -> bool:

@@ -38,15 +38,18 @@ class SigningKey:
 
     @classmethod
     def load_or_create(cls, path: Path) -> SigningKey:
-        """Read the key of a state folder, or make it there, readable by its owner alone.
+        """Read a key, or make it there, readable by its owner alone.
 
         Raises:
-            StateError: the file there is no key, or may not be read.
+            StateError: the file there is no key, or may not be read; or it can't be made.
         """
         if path.exists():
             return cls.load(path)
         key = Ed25519PrivateKey.generate()
-        write_durably(path, key.private_bytes_raw(), mode=PRIVATE)
+        try:
+            write_durably(path, key.private_bytes_raw(), mode=PRIVATE)
+        except OSError as error:
+            raise StateError(f"can't keep the signing key {path}: {error.strerror}") from None
         return cls(key)
 
     @classmethod

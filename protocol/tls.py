@@ -116,8 +116,17 @@ def refusal(host: str, port: int, context: ssl.SSLContext) -> str:
             context.wrap_socket(raw, server_hostname=host) as link,
         ):
             link.recv(1)
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        return ""
     except ssl.SSLError as error:
         return explain(error)
     except OSError:
         return ""
     return ""
+
+
+def socket_words(error: OSError, host: str) -> str:
+    """Return why no connection could be made to a host."""
+    if isinstance(error, socket.gaierror):
+        return f"the name {host} is not known: {error.strerror}"
+    return error.strerror or str(error) or type(error).__name__

@@ -17,32 +17,35 @@ from contextlib import nullcontext
 from typing import Any
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from protocol.errors import BrokerUnreachable, DeliveryRefused, TlsRefused, TransportError
+from protocol.connecting import RECONNECT_S, VERSIONS, WINDOW, knock, new_client
+from protocol.errors import (
+    BrokerRefused,
+    BrokerUnreachable,
+    DeliveryRefused,
+    TlsRefused,
+    TransportError,
+)
 from protocol.inbox import Inbox
-from protocol.link import BrokerAddress, Delivery, Incoming, Transport, in_words
-from protocol.tls import TlsFiles, explain, refusal
+from protocol.link import REFUSED_FOR_GOOD, BrokerAddress, Delivery, Incoming, Transport, in_words
+from protocol.outage import Outages, why_away
+from protocol.tls import TlsFiles, refusal
+from protocol.verdicts import Verdicts
 
 __all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles", "Transport"]
 
 QOS = 1
-WINDOW = 32
-"""Messages in flight either way before somebody waits."""
-SESSION_EXPIRY_S = 7 * 24 * 3600
-KEEPALIVE_S = 30
 CONNECTIONS_LIMIT = 4
 """Connections that a message may be sent on again without an answer."""
 RETRIES = 2
 SESSION_TAKEN_OVER = 0x8E
-"""MQTT 5's reason for hanging up on a client when another one connects with its id."""
+"""MQTT 5's reason for hanging up on a client whose id another one connects with."""
 MQTT5_PATIENCE_S = 2.5
 """How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
+RECONNECT_REFUSED_S = 300
+"""As `RECONNECT_S`, when the other side does not take the certificate: that seldom heals."""
 
-_VERSIONS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 _PACKET_OVERHEAD_BYTES = 16
 """More than a PUBLISH has around topic and payload."""
 
@@ -58,11 +61,13 @@ class MqttTransport:
         will: tuple[str, bytes] | None = None,
         tls: TlsFiles | None = None,
         temporary: bool = False,
+        on_outage: Callable[[str], None] = lambda why: None,
     ) -> None:
         """Prepare a link; a `temporary` one leaves no session at the broker, nor takes one up.
 
         `tls` says who this client is, where the address asks for TLS. A broker may then take the
-        client id from the certificate: all links of one certificate have one session.
+        client id from the certificate: all links of one certificate have one session. `on_outage`
+        hears why a lost connection is not made again, now and then, on the thread that waits.
 
         Raises:
             CertificateUnusable: its certificate is not in order.
@@ -74,18 +79,20 @@ class MqttTransport:
         """Connections made so far: a rise tells that one was lost in between."""
         self._will = will
         version = address.version
-        self._versions = [_VERSIONS[version]] if version else list(_VERSIONS.values())
+        self._versions = [VERSIONS[version]] if version else list(VERSIONS.values())
         self._state = threading.Condition()
         self._inbox = Inbox(self._state)
         self._filters: list[str] = []
-        self._verdicts: dict[int, ReasonCode] = {}
+        self._verdicts = Verdicts()
         self._granted: dict[int, str] = {}
         """Answered SUBSCRIBEs → why the broker refuses, or empty."""
         self._resubscription: int | None = None
         self._resubscribed = 0
         self._connected = False
         self._refused = ""
-        self._taken_over = False
+        self._refused_for_good = False
+        self._outages = Outages()
+        self._on_outage = on_outage
         self._abandoned = False
         self._announcement: tuple[str, bytes] | None = None
         self._packet_limit: int | None = None
@@ -94,8 +101,6 @@ class MqttTransport:
         self._context: ssl.SSLContext | None = None
         if address.tls:
             self._context = tls.context() if tls else ssl.create_default_context()
-        self._posted: dict[int, str] = {}
-        self._unsent: list[Delivery] = []
         self._client: paho.Client | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -110,41 +115,40 @@ class MqttTransport:
         """Whether there is a connection now; if not, paho is trying to get one."""
         return self._connected
 
-    def connect(self, timeout_s: float = 10.0) -> None:
+    def connect(self, timeout_s: float = 10.0, stopping: Callable[[], bool] = bool) -> None:
         """Connect, trying the protocol versions in turn, again if the broker hangs up.
 
         Raises:
-            BrokerUnreachable: nobody answers there, or the broker refuses every version.
+            BrokerUnreachable: nobody answers there, or not before `stopping` says so.
+            BrokerRefused: a broker is there and does not let this client in.
             TlsRefused: one side does not take the other's certificate; says why.
         """
         why = "no answer"
         for version in [*self._versions, *self._versions[-1:] * RETRIES]:
             client = self._new_client(version)
-            try:
-                client.connect(
-                    self.address.host, self.address.port, KEEPALIVE_S, **self._start(version)
-                )
-            except ssl.SSLError as error:
-                raise TlsRefused(str(self.address), explain(error)) from None
-            except (OSError, ValueError) as error:
-                raise BrokerUnreachable(str(self.address), str(error) or repr(error)) from None
-            self._client, self._refused = client, ""
+            knock(client, self.address, version, temporary=self._temporary)
+            self._client, self._refused, self._refused_for_good = client, "", False
             client.loop_start()
             last = version == self._versions[-1]
             deadline = time.monotonic() + (timeout_s if last else min(timeout_s, MQTT5_PATIENCE_S))
             with self._state:
-                while not self._connected and not self._refused and time.monotonic() < deadline:
+                while time.monotonic() < deadline and not (
+                    self._connected or self._refused or stopping()
+                ):
                     self._state.wait(0.1)
                 if self._connected:
                     return
                 why = self._refused or "no answer to CONNECT"
             client.disconnect()
             client.loop_stop()
-            if self._context is not None and (
-                words := refusal(self.address.host, self.address.port, self._context)
-            ):
+            words = self._context and refusal(self.address.host, self.address.port, self._context)
+            if words:
                 raise TlsRefused(str(self.address), words)
+            if stopping():
+                break
         self._client = None
+        if self._refused_for_good:
+            raise BrokerRefused(str(self.address), why)
         raise BrokerUnreachable(str(self.address), why)
 
     def subscribe(self, filters: list[str], timeout_s: float = 30.0) -> None:
@@ -224,7 +228,7 @@ class MqttTransport:
             TransportError: a verdict did not come in `timeout_s` seconds.
         """
         deliveries: list[Delivery] = []
-        flying: deque[tuple[str, int | None]] = deque()
+        flying: deque[tuple[str, int | Delivery]] = deque()
         for topic, payload in messages:
             if len(flying) >= self._window:
                 deliveries.append(self._land(*flying.popleft(), timeout_s, meanwhile))
@@ -233,21 +237,12 @@ class MqttTransport:
 
     def post(self, topic: str, payload: bytes) -> None:
         """Publish and don't wait; what the broker would not take is in `refused` later."""
-        message_id = self._send(topic, payload, retain=False)
-        if message_id is None:
-            self._unsent.append(self._too_large(topic))
-        else:
-            self._posted[message_id] = topic
+        self._verdicts.watch(topic, self._send(topic, payload, retain=False))
 
     def refused(self) -> list[Delivery]:
         """Return what was `post`ed and has been refused since this was last asked."""
-        found, self._unsent = self._unsent, []
         with self._state:
-            for message_id in [m for m in self._posted if m in self._verdicts]:
-                topic, code = self._posted.pop(message_id), self._verdicts.pop(message_id)
-                if code.is_failure:
-                    found.append(Delivery(topic, in_words(code)))
-        return found
+            return self._verdicts.refused()
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """Return the next message, or None when none came in time.
@@ -258,6 +253,7 @@ class MqttTransport:
         incoming = self._inbox.get(timeout_s)
         if incoming is None:
             self._live()
+            self._look_after()
         return incoming
 
     def ack(self, incoming: Incoming) -> None:
@@ -281,10 +277,13 @@ class MqttTransport:
     ) -> None:
         with self._state:
             if code.is_failure:
-                self._refused = str(code)
+                self._refused = in_words(code)
+                self._refused_for_good = code.value in REFUSED_FOR_GOOD
             else:
                 self.connection += 1
-                self._connected = True
+                self._connected, self._refused = True, ""
+                self._outages.made(time.monotonic())
+                client.reconnect_delay_set(1, RECONNECT_S)
                 self._packet_limit = getattr(properties, "MaximumPacketSize", None)
                 self._window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
             self._state.notify_all()
@@ -297,10 +296,12 @@ class MqttTransport:
         self, client: paho.Client, _: Any, __: Any, code: ReasonCode, ___: Any
     ) -> None:
         with self._state:
+            if self._connected:
+                self._outages.lost(time.monotonic(), code.value == SESSION_TAKEN_OVER)
+            else:
+                self._refused = self._refused or in_words(code)
             self._connected = False
-            self._refused = self._refused or str(code)
-            if code.value == SESSION_TAKEN_OVER:
-                self._taken_over = True
+            if self._outages.contested:
                 client.disconnect()  # coming back would end the other, which would come back …
             self._state.notify_all()
 
@@ -320,7 +321,7 @@ class MqttTransport:
 
     def _on_publish(self, _: Any, __: Any, message_id: int, code: ReasonCode, ___: Any) -> None:
         with self._state:
-            self._verdicts[message_id] = code
+            self._verdicts.hear(message_id, code)
             self._state.notify_all()
 
     def _on_subscribe(
@@ -335,16 +336,7 @@ class MqttTransport:
     # -- private ---------------------------------------------------------------------------------
 
     def _new_client(self, version: int) -> paho.Client:
-        clean = None if version == paho.MQTTv5 else self._temporary
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=self.client_id,
-            clean_session=clean,
-            protocol=MQTTProtocolVersion(version),
-            manual_ack=True,
-        )
-        client.max_inflight_messages_set(WINDOW)
-        client.reconnect_delay_set(1, 30)
+        client = new_client(version, self.client_id, temporary=self._temporary)
         if self._context is not None:
             client.tls_set_context(self._context)
         if self._will:
@@ -357,53 +349,40 @@ class MqttTransport:
         client.on_subscribe = self._on_subscribe
         return client
 
-    def _start(self, version: int) -> dict[str, Any]:
-        """Return CONNECT's arguments for a session that outlives the connection, or does not."""
-        if version != paho.MQTTv5:
-            return {}
-        properties = Properties(PacketTypes.CONNECT)
-        properties.SessionExpiryInterval = 0 if self._temporary else SESSION_EXPIRY_S
-        properties.ReceiveMaximum = WINDOW
-        return {"clean_start": self._temporary, "properties": properties}
-
     def _live(self) -> paho.Client:
         client = self._client
-        if self._taken_over:
+        if why := self._outages.contested:
             raise TransportError(
-                f"another program has connected to {self.address} as {self.client_id!r}; only one "
-                "may: end the other, or give one of them another name"
+                f"{why.format(broker=self.address, client=repr(self.client_id))}; only one may "
+                "connect by a name: end the other, or give one of them another name"
             )
         if client is None or client._thread is None or not client._thread.is_alive():
             raise TransportError(f"the connection to {self.address} has ended")
         return client
 
-    def _send(self, topic: str, payload: bytes, retain: bool) -> int | None:
-        """Hand a message to paho; return its id, or None when the broker would not take it."""
+    def _send(self, topic: str, payload: bytes, retain: bool) -> int | Delivery:
+        """Hand a message to paho; return its id, or why the broker would not take it."""
         limit = self._packet_limit
         if limit is not None and len(payload) + len(topic) + _PACKET_OVERHEAD_BYTES > limit:
-            return None  # paho would retry it for ever
+            # paho would retry it for ever
+            return Delivery(topic, f"larger than the broker's packet limit ({limit})", limit)
         info = self._live().publish(topic, payload, qos=QOS, retain=retain)
         self.bytes_sent += len(payload)
         return info.mid
 
-    def _too_large(self, topic: str) -> Delivery:
-        why = f"larger than the broker's packet limit ({self._packet_limit})"
-        return Delivery(topic, why, self._packet_limit)
-
     def _land(
         self,
         topic: str,
-        message_id: int | None,
+        sent: int | Delivery,
         timeout_s: float,
-        meanwhile: Callable[[], object] | None = None,
+        meanwhile: Callable[[], object] | None,
     ) -> Delivery:
         """Wait for the verdict on a message."""
-        if message_id is None:
-            return self._too_large(topic)
-        self._expect(lambda: message_id in self._verdicts, timeout_s, topic, meanwhile)
+        if isinstance(sent, Delivery):
+            return sent
+        self._expect(lambda: sent in self._verdicts, timeout_s, topic, meanwhile)
         with self._state:
-            code = self._verdicts.pop(message_id)
-        return Delivery(topic, in_words(code) if code.is_failure else "")
+            return self._verdicts.take(topic, sent)
 
     def _expect(
         self,
@@ -432,3 +411,15 @@ class MqttTransport:
                     )
             if self._connected:
                 left -= time.monotonic() - since
+            self._look_after()
+
+    def _look_after(self) -> None:
+        """While a lost connection is not made again ask why, seldom, and tell who wants to know."""
+        client = self._client
+        if client is None or self._connected or not self._outages.due(time.monotonic()):
+            return
+        why, refused = why_away(self.address, self._context)
+        if refused:
+            client.reconnect_delay_set(1, RECONNECT_REFUSED_S)
+        if (why := why or self._refused) and not self._connected:
+            self._on_outage(why)

@@ -29,9 +29,19 @@ MOSQUITTO = shutil.which("mosquitto") or shutil.which(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep keys and states that a test names no folder for out of the home of who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data-home")))
+        for name in ("TUNEFLEET_STATE", "TUNEFLEET_KEY"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @contextmanager
 def running_mosquitto(
-    folder: Path, settings: str = "", *, port: int = 0
+    folder: Path, settings: str = "", *, port: int = 0, anonymous: bool = True
 ) -> Iterator[BrokerAddress]:
     """Run a mosquitto of one's own on a loopback port (0: a free one), with more settings."""
     if MOSQUITTO is None:
@@ -41,7 +51,8 @@ def running_mosquitto(
     config, log = folder / "mosquitto.conf", folder / "mosquitto.log"
     # Started as root it would become another user, who may not read pytest's folders.
     config.write_text(
-        f"listener {address.port} {address.host}\nallow_anonymous true\npersistence false\n"
+        f"listener {address.port} {address.host}\npersistence false\n"
+        f"allow_anonymous {str(anonymous).lower()}\n"
         f"user root\n{settings}\n"
     )
     with log.open("wb") as output:

@@ -67,6 +67,11 @@ class Example:
         return sum(map(len, self.strings))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things: "1 row", "2 rows"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def example_of_row(row: object, source: Path, line: int) -> Example:
     """Return the example of a row; an absent field and a null one are the same.
 

@@ -13,6 +13,7 @@ from edge_client.data.example import (
     FIELDS,
     BadRow,
     Example,
+    counted,
     example_of_row,
     parse_json,
 )
@@ -68,7 +69,10 @@ def read_examples(paths: Sequence[Path]) -> Reading:
 def _nothing_in(paths: Sequence[Path], problems: Sequence[Problem]) -> str:
     """Return the message for paths that hold no example."""
     where = ", ".join(map(str, paths)) or "no path at all"
-    bad = f"{len(problems)} bad rows, the first {problems[0]}" if problems else "no rows at all"
+    bad = "no rows at all"
+    if problems:
+        first = f"the first {problems[0]}" if len(problems) > 1 else f"{problems[0]}"
+        bad = f"{counted(len(problems), 'bad row')}, {first}"
     return f"nothing to learn from in {where} ({bad}); what is read: {ACCEPTED}"
 
 
@@ -210,7 +214,8 @@ def _read_csv(file: Path) -> Iterator[Example | Problem]:
             if isinstance(row, BadRow):
                 yield Problem(file, lines.row_line, str(row))
             elif len(row) != len(header):
-                why = f"{len(row)} values under {len(header)} columns"
+                columns = counted(len(header), "column")
+                why = f"{counted(len(row), 'value')} under {columns}"
                 yield Problem(file, lines.row_line, why)
             else:
                 # An empty cell is an absent field, so that one file may hold rows of each kind.

@@ -60,8 +60,9 @@ def split_examples(
         groups.setdefault(_place(piece, seed), []).append(piece)
     if len(groups) < 3:
         raise DataError(
-            f"{len(groups)} different texts are too few to train on some and hold others out; "
-            "give at least 3, or a longer text (it is cut at its blank lines)"
+            "at least 3 different texts are needed, to train on some and hold others out, and "
+            f"here {'is' if len(groups) == 1 else 'are'} {len(groups)}; give more, or a longer "
+            "text (it is cut at its blank lines)"
         )
     line = [groups[place] for place in sorted(groups)]
     # The first cut leaves at least two groups after it, the second at least one on each side.

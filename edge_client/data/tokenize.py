@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.data.example import Completion, Example
+from edge_client.data.example import Completion, Example, counted
 from edge_client.errors import DataError
 
 IGNORED = -100
@@ -92,7 +92,7 @@ def tokenize(
     in_order = [sequence for i in range(len(examples)) for sequence in sequences[i]]
     if examples and not in_order:
         raise DataError(
-            f"none of {len(examples)} examples holds a token to learn, the first is in "
+            f"{counted(len(examples), 'example')} without a token to learn, the first in "
             f"{_where(examples[0])}; messages need a turn of the assistant"
         )
     return in_order

@@ -8,6 +8,9 @@ tiny model has been trained once, before the base model is loaded.
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -275,6 +278,7 @@ def serve(connection: Connection) -> None:
     offer_to_oom_killer()
     restrain_libraries()
     make_peaks_predictable()
+    threading.Thread(target=_end_with_agent, name="agent", daemon=True).start()
     worker = Worker(lambda value: send(connection, Reply(value, progress=True)))
     while True:
         try:
@@ -284,6 +288,14 @@ def serve(connection: Connection) -> None:
             del reply
         except (EOFError, KeyboardInterrupt, BrokenPipeError):
             return  # the agent has gone: so does its training
+
+
+def _end_with_agent() -> None:
+    """End in the middle of a step or of measuring, which can take hours, once the agent is dead."""
+    agent = multiprocessing.parent_process()
+    assert agent is not None, "the child's main"
+    agent.join()
+    os._exit(1)
 
 
 def _answer(worker: Worker, request: tuple[str, dict[str, Any]]) -> Reply:

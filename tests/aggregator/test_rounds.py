@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,3 +104,39 @@ def test_the_cohort_is_drawn_anew_each_round() -> None:
 def test_nothing_is_merged_without_a_quorum_even_when_everybody_was_refused() -> None:
     assert action(OPEN, online="ab", refused="ab") is None
     assert action(OPEN, online="ab", refused="ab", time_s=DAY) == "extend"
+
+
+# -- attempts ----------------------------------------------------------------------------------
+
+FLEET = [f"device-{i}" for i in range(40)]
+TENTH = Policy(quorum=3, fraction=0.1)
+
+
+def asked(attempt: int) -> set[str]:
+    share = TENTH.share(attempt)
+    return {d for d in FLEET if in_cohort(d, "notes", OPEN.number, share)}
+
+
+def test_each_attempt_asks_more_and_leaves_nobody_out() -> None:
+    assert [round(TENTH.share(n), 3) for n in (0, 1, 5, 9, 10, 99)] == [0.1, 0.2, 0.6, 1, 1, 1]
+    for attempt in range(9):
+        assert asked(attempt) <= asked(attempt + 1)
+    assert asked(0) < asked(9) == set(FLEET)
+
+
+def test_a_cohort_that_gave_too_little_is_widened_at_once() -> None:
+    cohort = asked(0)
+    one = {min(cohort)}
+    assert action(OPEN, policy=TENTH, online=FLEET, refused=cohort) == "extend"
+    assert action(OPEN, policy=TENTH, online=FLEET, delivered=one, refused=cohort - one) == "extend"
+    assert action(OPEN, policy=TENTH, online=FLEET, delivered=one) is None, "others may deliver"
+    assert action(OPEN, policy=TENTH, online=cohort, refused=cohort) is None, "nobody else is there"
+    idle = set(FLEET) - cohort
+    assert action(OPEN, policy=TENTH, online=idle) == "extend", "nobody of the cohort is there"
+    assert action(OPEN, policy=TENTH, online=()) is None
+
+
+def test_who_was_refused_before_is_waited_for_in_the_next_attempt() -> None:
+    again = replace(OPEN, attempt=1)
+    assert action(again, online="abc", delivered="ab", refused="") is None
+    assert action(again, online="abc", delivered="ab", refused="c") == "merge"

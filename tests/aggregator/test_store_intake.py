@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,28 @@ def test_no_payload_raises(aggregator: Aggregator, kind: str, payload: bytes) ->
     assert aggregator.intake.handle(topic, payload) == []
     assert aggregator.intake.handle("tunefleet/9/x", payload) == []
     assert aggregator.intake.handle("elsewhere", payload) == []
+
+
+def test_a_topic_of_no_device_is_refused_in_a_sentence(aggregator: Aggregator) -> None:
+    for kind in ("job", "round"):
+        topic = topics.topic(kind, job="notes")
+        assert aggregator.intake.handle(topic, b"{}") == []
+        said = json.loads(aggregator.events.getvalue().splitlines()[-1])
+        assert said["reason"] == (
+            f"malformed message on {topic}: devices don't publish there: it is no topic of one"
+        )
+
+
+def test_a_device_that_plans_is_known_and_not_waited_for(aggregator: Aggregator) -> None:
+    before = aggregator.store.status("phone-1")
+    assert before is not None and aggregator.store.ready_devices() == {"phone-1"}
+    topic = topics.topic("status", job="notes", device="phone-1")
+    for state, ready in (("planning", set()), ("idle", {"phone-1"})):
+        status = before.model_copy(update={"state": state, "rank": 0})
+        aggregator.intake.handle(topic, aggregator.device_key.seal(status, topic))
+        known = aggregator.store.status("phone-1")
+        assert known is not None and known.state == state
+        assert aggregator.store.ready_devices() == ready
 
 
 def test_a_store_belongs_to_one_job(aggregator: Aggregator) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import base_tiny
 from device_profiles.demo_text import write_demo_text
+from device_profiles.replay import name_latest, new_run_folder
 from edge_client.data import read_examples, split_examples
 from protocol.transport import BrokerAddress
 
@@ -100,8 +101,21 @@ def test_a_fleet_learns_through_mosquitto(tmp_path: Path, mosquitto: BrokerAddre
     counted = [e for e in events if e["event"] == "counted"]
     assert len(counted) == 4
     assert [e["round"] for e in events if e["event"] == "merged"] == [1, 2]
+    (measuring,) = [e for e in events if e["event"] == "measuring"]
+    assert measuring == {"event": "measuring", "adapters": 3, "texts": 2}
     assert (out / "latest" / "report.html").stat().st_size > 100_000
     assert (out / "latest" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_latest_names_the_last_run_unless_something_else_goes_by_that_name(tmp_path: Path) -> None:
+    first, second = new_run_folder(tmp_path), new_run_folder(tmp_path)
+    assert name_latest(first).resolve() == first
+    assert name_latest(second) == tmp_path / "latest"
+    assert (tmp_path / "latest").resolve() == second
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    assert name_latest(second) == second
+    assert sorted(tmp_path.iterdir()) == sorted([first, second, tmp_path / "latest"])
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,19 @@ def test_a_peak_over_its_budget_is_named() -> None:
     assert "Over budget: pi3." in "".join(page_of(summary).text)
 
 
+def test_the_table_compares_a_peak_with_its_prediction_and_its_budget() -> None:
+    summary = demo_summary()
+    summary["devices"][0] |= {"predicted_mib": 80, "peak_mib": 100, "budget_mib": 96}
+    summary["devices"][1] |= {"predicted_mib": 200, "peak_mib": 120, "budget_mib": 240}
+    page = render_report(read_summary(summary))
+    assert f"<td>80</td><td>100<small>{percent(1.25)}</small></td>" in page
+    assert f'<td class="late">96<small>over: {percent(100 / 96)}</small></td>' in page
+    assert f'<td>200</td><td class="late">120<small>{percent(0.6)}</small></td>' in page
+    assert ", 1 over budget" in page
+    summary["devices"][0]["peak_mib"] = None
+    assert ", none over budget" in render_report(read_summary(summary))
+
+
 def test_one_diverged_device_does_not_hide_the_others() -> None:
     summary = demo_summary()
     summary["devices"][2]["loss"]["merged"] = math.nan

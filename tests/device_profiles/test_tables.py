@@ -124,6 +124,29 @@ def test_the_live_view_shows_what_the_events_said() -> None:
     assert "merged 6 devices in 0.18 s" in progress
 
 
+ALONE = {"event": "alone", "device": "pi4", "step": 9, "steps": 36, "loss": 2.25}
+MEASURING = {"event": "measuring", "adapters": 7, "texts": 6}
+
+
+def test_training_alone_has_its_own_progress() -> None:
+    other = {**EVENTS[2], "device": "laptop"}
+    text = shown(fed(*EVENTS, other, ALONE))
+    assert "9/36 2.250" in words(text, "pi4")
+    assert "training alone, to compare" in text
+    assert "round 2 of 4" not in text
+    quarter, whole = (
+        line_with(shown(fed(*EVENTS, other, alone), styles=True), "to compare")
+        for alone in (ALONE, ALONE | {"step": 36})
+    )
+    assert quarter != whole
+
+
+def test_measuring_at_the_end_is_shown() -> None:
+    text = shown(fed(*EVENTS, ALONE, MEASURING))
+    assert "measuring 7 adapters on 6 texts" in text
+    assert "to compare" not in text
+
+
 def test_an_evaluation_replaces_the_training_loss() -> None:
     text = shown(fed(*EVENTS, {"event": "evaluated", "device": "pi4", "loss": 2.5}))
     assert "2.500" in line_with(text, "pi4")
@@ -170,6 +193,16 @@ def test_the_view_can_be_drawn_before_any_event_and_on_a_narrow_terminal() -> No
         (EVENTS[5], "pi4: rank cut 16 → 11"),
         (EVENTS[6], "round 1: merged 6 devices in 0.18 s"),
         (EVENTS[6] | {"devices": 1}, "round 1: merged 1 device in 0.18 s"),
+        (
+            {"event": "serving", "rounds": 6},
+            "6 rounds; devices plan: the first time they measure, for a minute or so",
+        ),
+        (ALONE, "pi4: training alone, to compare, step 9 of 36, loss 2.250"),
+        (ALONE | {"step": 1}, "pi4: training alone, to compare, step 1 of 36, loss 2.250"),
+        (ALONE | {"step": 36}, "pi4: training alone, to compare, step 36 of 36, loss 2.250"),
+        (ALONE | {"step": 10}, None),
+        ({"event": "alone", "device": "pi4"}, None),
+        (MEASURING, "measuring 7 adapters on 6 texts"),
         ({"event": "evaluated", "device": "pi4", "loss": 2.5}, "pi4: held-out loss 2.500"),
         ({"event": "unheard-of"}, None),
         ({"event": "step", "device": "pi4"}, None),

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,8 @@ import pytest
 import base_tiny
 from edge_client.errors import ModelError
 from edge_client.evaluate import evaluate_peft
-from edge_client.model import describe_model, load_model, load_tokenizer
+from edge_client.model import describe_model, find_model, load_model, load_tokenizer
+from protocol.broker import free_port
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
 
@@ -61,3 +67,68 @@ def test_a_model_without_a_tokenizer(folder: Path) -> None:
 def test_an_adapter_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not an adapter's folder"):
         evaluate_peft("base-tiny", [tmp_path], [tmp_path], max_tokens=64, seed=0)
+
+
+# -- what is no model here, nor at a hub -----------------------------------------------------------
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A hub that has nothing, as huggingface.co says it."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def describe(name: str, hub: str, tmp_path: Path) -> str:
+    """Return what `describe` says of a model that is not there; its hub is asked at `hub`."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "edge_client", "describe", name],
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    return ended.stderr
+
+
+def test_a_model_that_no_hub_has(tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), Refusing) as hub:
+        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+        thread.start()
+        said = describe("nobody/nothing", f"http://127.0.0.1:{hub.server_port}", tmp_path)
+        hub.shutdown()
+        thread.join()
+    assert "'nobody/nothing' is neither a folder on this computer" in said
+    assert "the hub has no model of this name" in said
+    assert "give its folder" in said
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    said = describe("nobody/nothing", f"http://127.0.0.1:{free_port()}", tmp_path)
+    assert "neither a folder" in said and "the hub can't be reached" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nothing", "owner/name"),
+        ("a/b/c", "owner/name"),
+        ("./here", "owner/name"),
+        ("a b/c!", "can't have a model of this name"),
+    ],
+)
+def test_what_is_neither_a_folder_nor_a_hub_id(name: str, why: str) -> None:
+    with pytest.raises(ModelError, match="neither a folder on this computer") as caught:
+        find_model(name)
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)

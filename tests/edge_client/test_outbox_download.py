@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_client.download import Download, wanted_bands
-from edge_client.errors import ConfigError, WorkerError, WorkerKilled
+from edge_client.errors import StorageError, WorkerError, WorkerKilled
 from edge_client.outbox import Outbox
 from edge_client.trainer.process import TrainingProcess
 from protocol.adapter import Adapter, Factors, initial_adapter
@@ -112,11 +112,8 @@ def test_every_start_is_counted(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--state"):
+    with pytest.raises(StorageError, match="a folder that can be written to with --state"):
         Outbox(tmp_path / "file")
-    (tmp_path / "outbox.sqlite").write_bytes(b"no database" * 100)
-    with pytest.raises(ConfigError, match="--state"):
-        Outbox(tmp_path)
 
 
 # -- downloads ---------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ None of these loads torch; those of model folders are in tests/edge_client/test_
 
 from __future__ import annotations
 
+import json
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,16 @@ from edge_client import config as edge_config
 from edge_client import errors as edge_errors
 from edge_client.discover import discover_job
 from protocol import topics
-from protocol.broker import EmbeddedBroker
+from protocol.broker import EmbeddedBroker, free_port
 from protocol.errors import StateError, TransportError
 from protocol.events import EventLog
 from protocol.files import lock_folder
 from protocol.messages import Job, Status
+from protocol.patience import Waiting
 from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, MqttTransport
 from tests.aggregator.uploading import make_job
+from tests.faults.processes import Program
 
 RUNNER = CliRunner()
 
@@ -101,7 +105,8 @@ def test_numbers_that_no_job_can_run_with(fields: dict[str, Any], said: str) -> 
 
 
 def serve(job: Job, state: Path, broker: BrokerAddress) -> Daemon:
-    return Daemon(job, Policy(), Store(state), broker, EventLog(as_json=True))
+    key = SigningKey.load_or_create(state.with_suffix(".key"))
+    return Daemon(job, Policy(), Store(state), broker, EventLog(as_json=True), key=key)
 
 
 def test_a_damaged_version_is_neither_served_nor_exported(
@@ -195,9 +200,32 @@ def test_a_name_that_another_device_has(tmp_path: Path, mosquitto: BrokerAddress
     mine, other = SigningKey.generate(), SigningKey.generate()
     asked = replace(settings(tmp_path, mosquitto), job="replay")
     publish_status(mosquitto, other, online=False)
-    with pytest.raises(edge_errors.ConfigError, match="'kitchen'; choose another --name"):
-        discover_job(asked, mine.public, lambda: False)
-    assert discover_job(asked, other.public, lambda: False) == "replay"
+    waiting = Waiting(EventLog(as_json=True))
+    with pytest.raises(edge_errors.NameTaken, match="'kitchen'; choose another --name"):
+        discover_job(asked, mine.public, lambda: False, waiting)
+    assert discover_job(asked, other.public, lambda: False, waiting) == "replay"
+
+
+def test_a_broker_that_is_not_there_for_who_does_not_wait(
+    tmp_path: Path, start: Callable[[Program], Program]
+) -> None:
+    (tmp_path / "notes.txt").write_text("some text")
+    model = make_job().base.model_dump(mode="json")
+    job = {"job": "notes", "base": model, "ladder": [2, 4]}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    nobody = f"mqtt://127.0.0.1:{free_port()}"
+    where = ["--broker", nobody, "--no-wait", "--state"]
+    device = ["run", "--data", tmp_path / "notes.txt", "--profile", "laptop-16gb", *where]
+    for module, arguments in (
+        ("edge_client", [*device, tmp_path / "device"]),
+        ("aggregator", ["serve", tmp_path / "job.json", *where, tmp_path / "aggregator"]),
+    ):
+        program = start(Program(module, arguments, tmp_path, module))
+        assert program.wait() == 1
+        assert program.stderr == (
+            f"error: no MQTT broker at {nobody} (Connection refused); start one, or name another "
+            "with --broker\n"
+        )
 
 
 # -- the replay ------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from protocol.broker import free_port
+from protocol.transport import BrokerAddress
+from tests.conftest import running_mosquitto
 from tests.faults.processes import Program, SmallFleet, last_status
 
 pytestmark = pytest.mark.timeout(240)  # seconds where nobody else uses the machine: below 60
@@ -78,3 +81,23 @@ def test_a_replay_ends_all_that_it_started(
     assert replay.end(number, group=to_all) == 128 + number
     assert psutil.wait_procs(children, timeout=1)[1] == []
     assert replay.stderr == f"ended by {number.name}\n"
+
+
+def test_services_wait_for_a_broker_that_is_not_up_and_stop_when_told(
+    tmp_path: Path, model_file: Path, calibrations: Path, start: Callable[[Program], Program]
+) -> None:
+    nobody = BrokerAddress("127.0.0.1", free_port())
+    fleet = SmallFleet(tmp_path, nobody, model_file, calibrations, start)
+    programs = [fleet.device("desk"), fleet.aggregator()]
+    for program in programs:
+        said = program.wait_for("waiting")
+        assert said["what"] == f"the broker at {nobody}"
+        assert said["why"] == "Connection refused"
+    with running_mosquitto(tmp_path / "broker", port=nobody.port):
+        programs[1].wait_for("serving")
+        programs[0].wait_for("state", state="planning")
+    late = fleet.device("kitchen")
+    late.wait_for("waiting")
+    for program in (*programs, late):
+        assert program.end(signal.SIGTERM, timeout_s=10) == 0
+        assert program.stderr == ""

@@ -290,7 +290,14 @@ let have = null // {version, factors}
 let getting = null // {version, manifest, files}
 let state = 'idle'
 let heard = Date.now()
-const seen = loadJson('seen.json') ?? { job: null, round: 0, version: 0, trained: 0 }
+const seen = loadJson('seen.json') ?? {
+  job: null,
+  round: 0,
+  attempt: 0,
+  version: 0,
+  trained: [0, 0], // round and attempt
+  refused: false // what was trained last
+}
 
 const held = () => job.ladder.at(-1) // small enough here for all bands
 const rank = () => job.ladder[0]
@@ -396,12 +403,15 @@ function train() {
   }
   const wanted = layout(modules, (name) => drawn[name].length)
   const data = encode(delta, wanted, job.encoding_up)
+  const { attempt = 0 } = round
+  const again = attempt ? `|${attempt}` : ''
   const manifest = {
     protocol: 1,
     job: job.job,
     device,
-    upload: sha256(`${device}|${job.job}|${round.number}`).toString('hex').slice(0, 32),
+    upload: sha256(`${device}|${job.job}|${round.number}${again}`).toString('hex').slice(0, 32),
     round: round.number,
+    attempt,
     version: have.version,
     rank: rank(),
     rank_trained: rank(),
@@ -413,7 +423,8 @@ function train() {
   }
   keep('upload.safetensors', data)
   keepJson('upload.json', manifest)
-  seen.trained = round.number
+  seen.trained = [round.number, attempt]
+  seen.refused = false
   keepJson('seen.json', seen)
   say('trained', { round: round.number, version: have.version, directions: drawn })
 }
@@ -438,6 +449,14 @@ async function takeControl(control) {
     say('sent', { round: manifest.round, chunks: control.chunks })
     return
   }
+  if (control.kind === 'wait') {
+    say('wait', { round: manifest.round, reason: control.reason })
+    return
+  }
+  if (control.kind === 'reject' && manifest.round === seen.trained[0]) {
+    seen.refused = true
+    keepJson('seen.json', seen)
+  }
   fs.rmSync(inFolder('upload.json'))
   say(control.kind, { round: manifest.round, reason: control.reason })
   await publishStatus('idle')
@@ -456,9 +475,11 @@ async function takeJob(message) {
 }
 
 async function takeRound(message) {
-  if (message.number < seen.round || message.version < seen.version) return
+  const { number, version, attempt = 0 } = message
+  const old = number < seen.round || (number === seen.round && attempt < seen.attempt)
+  if (old || version < seen.version) return
   round = message
-  Object.assign(seen, { round: round.number, version: round.version })
+  Object.assign(seen, { round: number, attempt, version })
   keepJson('seen.json', seen)
   say('round', { round: round.number, state: round.state, version: round.version })
   await offer()
@@ -476,7 +497,10 @@ async function act() {
     await client.endAsync()
     process.exit(0)
   }
-  const wanted = round.state === 'open' && takesPart(job, round) && seen.trained < round.number
+  const [number, attempt] = seen.trained
+  const inVain = seen.refused && number === round.number && attempt < (round.attempt ?? 0)
+  const due = number < round.number || inVain
+  const wanted = round.state === 'open' && takesPart(job, round) && due
   if (!wanted || load('upload.json')) return
   await publishStatus('training')
   train()

@@ -87,10 +87,10 @@ def test_what_is_posted_is_not_waited_for(flooded: MqttTransport) -> None:
         flooded.post(f"answers/{n}", b"x")
     assert rest_of(flooded) == [f"t/{n}" for n in range(10, FLOOD)]
     deadline = time.monotonic() + 20
-    while flooded._posted and time.monotonic() < deadline:
+    while flooded._verdicts.awaited and time.monotonic() < deadline:
         assert flooded.refused() == []
         time.sleep(0.01)
-    assert not flooded._posted
+    assert not flooded._verdicts.awaited
 
 
 def test_a_refusal_of_what_was_posted_is_found(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_refusal_of_what_was_posted_is_found(tmp_path: Path) -> None:
         link.post("allowed/c", b"x" * 4000)
         refused: dict[str, str] = {}
         deadline = time.monotonic() + 20
-        while (len(refused) < 2 or link._posted) and time.monotonic() < deadline:
+        while (len(refused) < 2 or link._verdicts.awaited) and time.monotonic() < deadline:
             refused.update({d.topic: d.refused for d in link.refused()})
             time.sleep(0.01)
         link.close()

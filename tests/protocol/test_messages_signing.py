@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_hash
 from protocol.errors import BadSignature, MalformedMessage, ProtocolError, UnsupportedVersion
 from protocol.messages import (
+    MODULES,
     BaseModelInfo,
     Control,
     FileInfo,
@@ -190,6 +191,20 @@ def test_the_largest_manifests_fit_the_limit() -> None:
     payload = KEY.seal(message, TOPIC)
     assert len(payload) < MESSAGE_LIMIT_BYTES
     assert open_message(payload, TOPIC, UploadManifest)[0] == message
+
+
+def test_modules_are_bounded_and_their_most_fit_the_limit() -> None:
+    def job(count: int) -> Job:
+        names = [
+            f"model.layers.{n:03}.block_sparse_moe.experts.{n:04}.gate_proj" for n in range(count)
+        ]
+        modules = dict.fromkeys(names, (1 << 14, 1 << 14))
+        described = base().model_dump() | {"modules": modules}
+        return Job.model_validate({"job": "demo", "base": described, "scale": 1.0})
+
+    assert len(KEY.seal(job(MODULES), TOPIC)) < MESSAGE_LIMIT_BYTES
+    with pytest.raises(ValidationError, match="4097 entries are more than 4096"):
+        job(MODULES + 1)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1], 1.5])

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from protocol.broker import EmbeddedBroker, free_port
+from protocol.connecting import WINDOW
 from protocol.errors import BrokerUnreachable, DeliveryRefused, MessageTooLarge, TransportError
-from protocol.transport import WINDOW, BrokerAddress, Incoming, MqttTransport
+from protocol.transport import BrokerAddress, Incoming, MqttTransport
 from tests.conftest import running_mosquitto
 
 Connect = Callable[..., MqttTransport]

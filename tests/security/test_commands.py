@@ -110,7 +110,7 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
         ("aggregator", "revoke", "desk", "--dir", missing): "aggregator init",
         ("aggregator", "serve", job, "--dir", missing): "aggregator init",
         ("aggregator", "serve", job, "--enroll-port", 1): "--dir",
-        ("aggregator", "serve", job, "--dir", fleet): "no MQTT broker at mqtts://127.0.0.1",
+        ("aggregator", "serve", job, "--dir", fleet, "--no-wait"): "no MQTT broker at mqtts://",
         ("edge_client", "join", nobody, "--token", token): "copy all of what",
         ("edge_client", "join", nobody, "--token", good): "refused",
         ("edge_client", "join", "https://a..b", "--token", good): "can't join the fleet",

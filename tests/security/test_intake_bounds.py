@@ -155,9 +155,9 @@ def test_buckets_and_bytes() -> None:
     for number in range(3 * KEYS_KEPT):
         bucket.take(f"key {number}", 100 + number)
     assert len(bucket._left) <= KEYS_KEPT + 1
-    sent = RoundBytes()
-    sent.add("a", 1, 5)
-    sent.add("a", 1, 5)
-    assert (sent.sent("a", 1), sent.sent("b", 1), sent.sent("a", 2)) == (10, 0, 0)
-    sent.add("a", 2, 1)
-    assert (sent.sent("a", 1), sent.sent("a", 2)) == (0, 1)
+    sent, first, second = RoundBytes(), (1, 0), (1, 1)
+    sent.add("a", first, 5)
+    sent.add("a", first, 5)
+    assert (sent.sent("a", first), sent.sent("b", first), sent.sent("a", second)) == (10, 0, 0)
+    sent.add("a", second, 1)
+    assert (sent.sent("a", first), sent.sent("a", second)) == (0, 1)

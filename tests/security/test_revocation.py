@@ -18,6 +18,7 @@ from protocol.messages import Status
 from protocol.signing import SigningKey
 from protocol.tls import TlsFiles, refusal
 from tests.aggregator.uploading import Aggregator, make_job
+from tests.protocol.test_transport import hang_up
 from tests.security.fleet import LEAVES_SOCKET, Fleet, running_broker
 
 pytestmark = [pytest.mark.timeout(60), LEAVES_SOCKET]
@@ -41,6 +42,21 @@ def test_a_revoked_certificate_is_refused_on_the_next_connection(fleet: Fleet) -
     fleet.link(desk, "desk")  # nobody else is touched
     # A connection that was open goes on: docs/security.md says so.
     open_now.publish(topics.topic("status", job="notes", device="kitchen"), b"x").check()
+
+
+def test_a_revoked_device_says_why_it_is_not_let_back(fleet: Fleet) -> None:
+    files, said = fleet.join("kitchen"), []
+    link = fleet.link(files, "kitchen", on_outage=said.append)
+    fleet.folder.revoke("kitchen", fleet.clock())
+    fleet.folder.reload_broker()
+    refused_soon(fleet, files)
+    hang_up(link)
+    deadline = time.monotonic() + 45
+    while not said:
+        assert time.monotonic() < deadline, "a device that is shut out is silent"
+        assert link.receive(0.2) is None
+    assert "has been revoked" in said[0]
+    assert len(said) == 1
 
 
 def test_without_sighup_mosquitto_takes_no_notice_and_a_restart_is_as_good(fleet: Fleet) -> None:

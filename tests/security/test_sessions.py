@@ -15,6 +15,7 @@ from edge_client.config import Settings
 from edge_client.discover import discover_job
 from protocol import topics
 from protocol.events import EventLog
+from protocol.patience import Waiting
 from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
 from tests.aggregator.uploading import make_job
@@ -54,7 +55,8 @@ def test_what_waits_for_a_device_waits_on_while_it_looks_for_a_job(
         job=named,
     )
     key = SigningKey.generate().public
-    assert discover_job(settings, key, lambda: False) == "notes"
+    waiting = Waiting(EventLog(as_json=True))
+    assert discover_job(settings, key, lambda: False, waiting) == "notes"
     assert CONTROL in heard(fleet.link(files, "kitchen"))
 
 
@@ -68,6 +70,7 @@ def test_what_waits_for_the_aggregator_waits_on_while_it_starts(
             Store(tmp_path / "state"),
             fleet.folder.broker_here,
             EventLog(as_json=True, stream=io.StringIO()),
+            key=fleet.folder.signing_key(),
             membership=fleet.folder.membership(),
         )
         fleet.stack.callback(made._link.close)

@@ -208,6 +208,9 @@ def test_nothing_to_learn_names_paths_count_and_first_problem(tmp_path: Path) ->
     said = str(caught.value)
     assert str(tmp_path) in said and "2 bad rows" in said and "a.jsonl:1:" in said
     assert ".parquet" in said
+    written(tmp_path / "a.jsonl", "{}\n")
+    with pytest.raises(DataError, match=r"\(1 bad row, .*a\.jsonl:1:"):
+        read_examples([tmp_path])
 
 
 def test_a_missing_path_an_unknown_ending_and_no_path_are_errors(tmp_path: Path) -> None:

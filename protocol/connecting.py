@@ -1,0 +1,72 @@
+"""Connecting to a broker: how a session is asked for, and what goes wrong before it answers."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from protocol.errors import BrokerUnreachable, TlsRefused, TransportError
+from protocol.link import BrokerAddress
+from protocol.tls import explain, socket_words
+
+VERSIONS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
+WINDOW = 32
+"""Messages in flight either way before somebody waits."""
+SESSION_EXPIRY_S = 7 * 24 * 3600
+KEEPALIVE_S = 30
+RECONNECT_S = 30
+"""The longest pause between two attempts to get a lost connection back."""
+_HANG_UPS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)
+"""How a server ends a connection without a word."""
+
+
+def new_client(version: int, client_id: str, *, temporary: bool) -> paho.Client:
+    """Return a client that acknowledges nothing by itself; a `temporary` one leaves no session."""
+    client = paho.Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=client_id,
+        clean_session=None if version == paho.MQTTv5 else temporary,
+        protocol=MQTTProtocolVersion(version),
+        manual_ack=True,
+    )
+    client.max_inflight_messages_set(WINDOW)
+    client.reconnect_delay_set(1, RECONNECT_S)
+    return client
+
+
+def knock(client: paho.Client, address: BrokerAddress, version: int, *, temporary: bool) -> None:
+    """Reach the broker and send CONNECT; the answer comes on paho's thread, once that runs.
+
+    Raises:
+        BrokerUnreachable: nobody is there, or its name is not known.
+        TlsRefused: one side does not take the other's certificate; says why.
+        TransportError: the address is none that can be connected to.
+    """
+    arguments = _session(version, temporary=temporary)
+    try:
+        client.connect(address.host, address.port, KEEPALIVE_S, **arguments)
+    except _HANG_UPS as error:
+        words = "it hung up when asked for TLS; is this its port for TLS?"
+        why = words if address.tls else socket_words(error, address.host)
+        raise BrokerUnreachable(str(address), why) from None
+    except ssl.SSLError as error:
+        raise TlsRefused(str(address), explain(error)) from None
+    except OSError as error:
+        raise BrokerUnreachable(str(address), socket_words(error, address.host)) from None
+    except ValueError as error:
+        raise TransportError(f"{address} can't be connected to: {error}") from None
+
+
+def _session(version: int, *, temporary: bool) -> dict[str, Any]:
+    """Return CONNECT's arguments for a session that outlives the connection, or does not."""
+    if version != paho.MQTTv5:
+        return {}
+    properties = Properties(PacketTypes.CONNECT)
+    properties.SessionExpiryInterval = 0 if temporary else SESSION_EXPIRY_S
+    properties.ReceiveMaximum = WINDOW
+    return {"clean_start": temporary, "properties": properties}
