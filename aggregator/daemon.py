@@ -20,6 +20,7 @@ from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
+from protocol.faults import fault_point
 from protocol.messages import Job
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey, open_message
@@ -92,8 +93,10 @@ class Daemon:
         self._store.bind_job(self._job.model_dump_json())
         if self._store.version(1) is None:
             first = self._versions.write(first_version(self._job), version=1, parent=None)
+            fault_point("aggregator.start.written")
             self._store.add_version(first)
             self._store.set_round(RoundState(0, "waiting", 1, None))
+        fault_point("aggregator.start.committed")
         self._check_alone()
         self._link.connect()
         job = self._job.job
@@ -101,7 +104,9 @@ class Daemon:
         self._link.subscribe(
             [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
         )
+        fault_point("aggregator.start.connected")
         self._say_everything()
+        fault_point("aggregator.start.said")
         state = self._store.round()
         self._events.emit(
             "serving",
@@ -168,11 +173,14 @@ class Daemon:
         if incoming is None:
             return
         answers = self._intake.handle(incoming.topic, incoming.payload)
+        fault_point("aggregator.message.handled")
         self._link.ack(incoming)
+        fault_point("aggregator.message.acked")
         for topic, payload in answers:
             delivery = self._link.publish(topic, payload)
             if delivery.refused:
                 self._events.emit("undelivered", topic=topic, reason=delivery.refused)
+            fault_point("aggregator.message.answered")
 
     def _step(self) -> None:
         state = self._store.round()
@@ -204,12 +212,15 @@ class Daemon:
 
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""
+        fault_point("aggregator.merge.before")
         started = time.monotonic()
         merged = merge_round(self._job, self._store, self._versions, state)
         seconds = time.monotonic() - started
+        fault_point("aggregator.merge.after")
         manifest = self._versions.write(
             merged.adapter, version=state.version + 1, parent=state.version
         )
+        fault_point("aggregator.version.written")
         last = state.number >= self._job.rounds
         after = RoundState(
             state.number if last else state.number + 1,
@@ -225,7 +236,9 @@ class Daemon:
             weights=merged.weights,
             residual=merged.residual,
         )
+        fault_point("aggregator.round.committed")
         self._publisher.version(manifest)
+        fault_point("aggregator.version.published")
         self._events.emit(
             "merged",
             round=state.number,
@@ -240,10 +253,12 @@ class Daemon:
 
     def _enter(self, state: RoundState) -> None:
         self._store.set_round(state)
+        fault_point("aggregator.round.entered")
         self._announce(state)
 
     def _announce(self, state: RoundState) -> None:
         self._publisher.round(state, self._policy.fraction)
+        fault_point("aggregator.round.announced")
         self._events.emit(
             "round",
             round=state.number,

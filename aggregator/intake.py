@@ -26,6 +26,7 @@ from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
+from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
@@ -135,7 +136,9 @@ class Intake:
             return self._reject(manifest, why, at_fault=False)
         if why := self._unfit(manifest):
             return self._reject(manifest, why)
+        fault_point("aggregator.manifest.received")
         self._store.expect_upload(manifest)
+        fault_point("aggregator.manifest.committed")
         return self._go_on(manifest)
 
     def _chunk(self, device: str, topic: str, payload: bytes) -> Outgoing:
@@ -154,7 +157,9 @@ class Intake:
         except BadChunk as error:
             self._refuse(device, topic, error)
             return self._ask_again(manifest, number)
+        fault_point("aggregator.chunk.received")
         self._store.add_chunk(upload, number, payload)
+        fault_point("aggregator.chunk.committed")
         missing = self._store.missing_chunks(manifest)
         return [] if missing else self._complete(manifest)
 
@@ -187,6 +192,7 @@ class Intake:
             return self._reject(manifest, why, at_fault=False)
         try:
             data = self._store.assembled(manifest)
+            fault_point("aggregator.upload.assembled")
             update = read_update(self._job, self._versions, manifest, data)
         except (BadTensors, BadChunk) as error:
             return self._reject(manifest, str(error))
@@ -196,7 +202,9 @@ class Intake:
             return self._reject(
                 manifest, f"its norm {largest:.3g} is over {self._job.limits.update_norm:.3g}"
             )
+        fault_point("aggregator.upload.verified")
         self._store.count_upload(manifest, data)
+        fault_point("aggregator.upload.counted")
         self._store.forgive(manifest.device)
         self._events.emit(
             "counted",

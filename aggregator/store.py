@@ -17,6 +17,7 @@ from typing import NamedTuple
 from aggregator.errors import StoreError
 from aggregator.rounds import RoundState
 from protocol.chunks import assemble
+from protocol.faults import fault_point
 from protocol.files import write_durably
 from protocol.messages import GlobalManifest, Status, UploadManifest
 
@@ -130,6 +131,7 @@ class Store:
                 (number, manifest.version, seconds, json.dumps(weights), residual),
             )
             _put(db, "round", _round_json(after))
+            fault_point("aggregator.round.settling")
 
     def add_version(self, manifest: GlobalManifest) -> None:
         with self._transaction() as db:
@@ -244,6 +246,7 @@ class Store:
     def add_chunk(self, upload: str, number: int, data: bytes) -> None:
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", (upload, number, data))
+            fault_point("aggregator.chunk.inserted")
 
     def missing_chunks(self, manifest: UploadManifest) -> list[int]:
         rows = self._db.execute("SELECT number FROM chunks WHERE upload = ?", (manifest.upload,))
@@ -264,6 +267,7 @@ class Store:
     def count_upload(self, manifest: UploadManifest, data: bytes) -> None:
         """Keep a verified update and count it to its round: once, whatever happens."""
         write_durably(self.update_file(manifest), data)
+        fault_point("aggregator.upload.kept")
         self._settle_upload(manifest.upload, "counted", "")
 
     def reject_upload(self, manifest: UploadManifest, reason: str) -> None:
@@ -277,6 +281,7 @@ class Store:
                 "UPDATE uploads SET state = ?, reason = ?, changed = ? WHERE upload = ?",
                 (state, reason, time.time(), upload),
             )
+            fault_point("aggregator.upload.settling")
 
     def update_file(self, manifest: UploadManifest) -> Path:
         """Return where an update is kept: under the hash of its content."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from edge_client.errors import ConfigError
 from protocol.errors import Replayed
+from protocol.faults import fault_point
 from protocol.messages import Job, Round, UploadManifest
 
 SCHEMA = """
@@ -59,7 +60,9 @@ class Outbox:
         )
         self._set(f"rank of {manifest.job}", rank)
         self._set(f"round of {manifest.job}", manifest.round)
+        fault_point("device.outbox.putting")
         self._db.execute("COMMIT")
+        fault_point("device.outbox.put")
 
     def get(self, upload: str) -> Pending | None:
         row = self._db.execute(
@@ -74,7 +77,9 @@ class Outbox:
 
     def drop(self, upload: str) -> None:
         """Forget an update: it has been counted, or refused for good."""
+        fault_point("device.outbox.dropping")
         self._db.execute("DELETE FROM updates WHERE upload = ?", (upload,))
+        fault_point("device.outbox.dropped")
 
     def rank(self, job: str, default: int) -> int:
         """Return the rank that the device goes on with in a job."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edge_client.outbox import Outbox, Pending
 from protocol import topics
 from protocol.chunks import split
+from protocol.faults import fault_point
 from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
 
@@ -42,7 +43,9 @@ class Sender:
         topic = topics.topic(
             "upload_manifest", job=manifest.job, device=manifest.device, upload=upload
         )
+        fault_point("device.manifest.offering")
         self._link.publish(topic, self._key.seal(manifest, topic)).check()
+        fault_point("device.manifest.offered")
 
     def offer_again(self) -> None:
         """Let the next `offer` be made at once."""
@@ -54,16 +57,20 @@ class Sender:
         Raises:
             TransportError: the broker does not answer, or refuses a chunk.
         """
+        fault_point("device.chunks.asked")
         manifest = pending.manifest
         chunks = split(pending.data, manifest.file.chunk_bytes)
         place = {"job": manifest.job, "device": manifest.device, "upload": manifest.upload}
-        messages = [
-            (topics.topic("upload_chunk", **place, index=index), chunks[index])
-            for index in wanted
-            if index < len(chunks)
-        ]
-        for delivery in self._link.publish_all(messages):
+
+        def messages() -> Iterator[tuple[str, bytes]]:
+            for index in wanted:
+                if index < len(chunks):
+                    fault_point("device.chunk.sending")
+                    yield topics.topic("upload_chunk", **place, index=index), chunks[index]
+
+        for delivery in self._link.publish_all(messages()):
             delivery.check()
+        fault_point("device.chunks.sent")
         self._note(manifest.upload)
 
     def _note(self, upload: str) -> None:

@@ -12,7 +12,7 @@ import queue
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -206,7 +206,11 @@ class MqttTransport:
         return self.publish_all([(topic, payload)], retain=retain, timeout_s=timeout_s)[0]
 
     def publish_all(
-        self, messages: list[tuple[str, bytes]], *, retain: bool = False, timeout_s: float = 30.0
+        self,
+        messages: Iterable[tuple[str, bytes]],
+        *,
+        retain: bool = False,
+        timeout_s: float = 30.0,
     ) -> list[Delivery]:
         """Publish in order with at most a window of messages in flight; return each verdict.
 
