@@ -20,6 +20,7 @@ from aggregator.quota import FILES_A_ROUND, Bucket, RoundBytes
 from aggregator.rounds import Policy
 from aggregator.store import Store
 from aggregator.versions import Versions
+from aggregator.window import ChunkWindow
 from protocol import topics
 from protocol.adapter import add, module_directions, select
 from protocol.bands import Stack, read_adapter, stacks
@@ -60,6 +61,7 @@ class Intake:
         self._clock = clock
         self._messages = Bucket()
         self._bytes = RoundBytes()
+        self._window = ChunkWindow()
         self._limits: dict[tuple[str, int, int, int], int] = {}
         self._asked_round = 0
         self._asked: set[tuple[str, int]] = set()
@@ -161,7 +163,7 @@ class Intake:
         self._store.add_chunk(upload, number, payload)
         fault_point("aggregator.chunk.committed")
         missing = self._store.missing_chunks(manifest)
-        return [] if missing else self._complete(manifest)
+        return self._ask_more(manifest, number) if missing else self._complete(manifest)
 
     # -- what follows ----------------------------------------------------------------------------
 
@@ -169,7 +171,12 @@ class Intake:
         missing = self._store.missing_chunks(manifest)
         if not missing:
             return self._complete(manifest)
-        return [self._answer(manifest, "need", chunks=missing)]
+        first = self._window.ask(manifest.device, manifest.upload, missing)
+        return [self._answer(manifest, "need", chunks=first)]
+
+    def _ask_more(self, manifest: UploadManifest, number: int) -> Outgoing:
+        more = self._window.arrived(manifest.device, manifest.upload, number)
+        return [self._answer(manifest, "need", chunks=more)] if more else []
 
     def _ask_again(self, manifest: UploadManifest, number: int) -> Outgoing:
         """Ask for a chunk that came broken: once, after that when the device offers again.
