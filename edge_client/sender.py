@@ -23,7 +23,7 @@ class Sender:
         self._key = key
         self._outbox = outbox
         self._offered: tuple[str, int, float] = ("", 0, 0.0)
-        """The update last offered or sent, on which connection, and when."""
+        """The update last offered, on which connection, and when it was last offered or sent."""
 
     def offer(self, upload: str) -> None:
         """Offer an update once a connection, and again when nobody has answered for a while.
@@ -54,6 +54,9 @@ class Sender:
     def send_chunks(self, pending: Pending, wanted: Sequence[int]) -> None:
         """Send the chunks that the aggregator says are missing.
 
+        What was asked for on a connection before may not be all that is missing now: an offer that
+        is due is still made.
+
         Raises:
             TransportError: the broker does not answer, or refuses a chunk.
         """
@@ -71,7 +74,9 @@ class Sender:
         for delivery in self._link.publish_all(messages()):
             delivery.check()
         fault_point("device.chunks.sent")
-        self._note(manifest.upload)
+        offered, connection, _ = self._offered
+        if (offered, connection) == (manifest.upload, self._link.connection):
+            self._note(manifest.upload)
 
     def _note(self, upload: str) -> None:
         self._offered = (upload, self._link.connection, time.monotonic())
