@@ -134,7 +134,7 @@ def two_of_a_name(rig: Rig, row: Row, times: int) -> None:
         shutil.rmtree(rig.folder / f"twin-{number}")
 
         def usurp() -> None:
-            link, key = MqttTransport(address, f"tunefleet-{name}"), SigningKey.create()
+            link, key = MqttTransport(address, f"tunefleet-{name}"), SigningKey.generate()
             link.connect()
             where = topic("status", job=JOB, device=name)
             status = Status(job=JOB, device=name, online=True, boot=1 << 40, rank=64)
@@ -164,6 +164,6 @@ def around() -> list[Fault]:
         Fault("half-open links", half_open_links, 2),
         Fault("links cut at some byte", cut_links, 60),
         *clocks,
-        Fault("two devices of one name", two_of_a_name, 3),
+        Fault("two devices under one id", two_of_a_name, 3),
         Fault("hostile chunks", heckled, 300),
     ]
