@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint bench clean mosquitto
+.PHONY: demo test faults lint bench clean mosquitto
 
 demo: $(VENV)
 	$(BIN)/fleet-replay demo --out runs $(DEMO_FLAGS)
@@ -30,6 +30,11 @@ mosquitto:
 
 test: $(VENV) mosquitto
 	$(BIN)/python -m pytest
+
+# Kills everything everywhere, about 500 times, and prints what became of every update.
+FAULTS_FLAGS ?=
+faults: $(VENV) mosquitto
+	$(BIN)/python -m tests.faults $(FAULTS_FLAGS)
 
 lint: $(VENV)
 	$(BIN)/ruff check .

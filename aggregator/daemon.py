@@ -21,6 +21,7 @@ from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
 from protocol.events import EventLog
+from protocol.faults import fault_point
 from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
 from protocol.signals import stop_on_signals
@@ -109,12 +110,16 @@ class Daemon:
         self._link.subscribe(
             [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
         )
+        fault_point("aggregator.start.connected")
         self._store.bind_job(settings)
         if self._store.round().version == 0:
             first = self._versions.write(first_version(self._job), version=1, parent=None)
+            fault_point("aggregator.start.written")
             self._store.add_version(first)
             self._store.set_round(RoundState(0, "waiting", 1, None))
+        fault_point("aggregator.start.committed")
         self._say_everything()
+        fault_point("aggregator.start.said")
         tidy(self._store, self._policy.keep_versions)
         state = self._store.round()
         self._events.emit(
@@ -155,11 +160,14 @@ class Daemon:
         if incoming is None:
             return
         answers = self._intake.handle(incoming.topic, incoming.payload)
+        fault_point("aggregator.message.handled")
         self._link.ack(incoming)
+        fault_point("aggregator.message.acked")
         for topic, payload in answers:
             delivery = self._link.publish(topic, payload)
             if delivery.refused:
                 self._events.emit("undelivered", topic=topic, reason=delivery.refused)
+            fault_point("aggregator.message.answered")
 
     def _step(self) -> None:
         state = self._store.round()
@@ -195,12 +203,15 @@ class Daemon:
 
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""
+        fault_point("aggregator.merge.before")
         started = time.monotonic()
         merged = merge_round(self._job, self._store, self._versions, state)
         seconds = time.monotonic() - started
+        fault_point("aggregator.merge.after")
         manifest = self._versions.write(
             merged.adapter, version=state.version + 1, parent=state.version
         )
+        fault_point("aggregator.version.written")
         if state.number >= self._job.rounds:
             after = replace(state, state="finished", version=manifest.version, deadline=None)
         else:
@@ -213,7 +224,9 @@ class Daemon:
             weights=merged.weights,
             residual=merged.residual,
         )
+        fault_point("aggregator.round.committed")
         self._publisher.version(manifest)
+        fault_point("aggregator.version.published")
         self._events.emit(
             "merged",
             round=state.number,
@@ -229,11 +242,13 @@ class Daemon:
 
     def _enter(self, state: RoundState) -> None:
         self._store.set_round(state)
+        fault_point("aggregator.round.entered")
         self._announce(state)
 
     def _announce(self, state: RoundState) -> None:
         share = self._policy.share(state.attempt)
         self._publisher.round(state, share)
+        fault_point("aggregator.round.announced")
         self._events.emit(
             "round",
             round=state.number,

@@ -20,12 +20,14 @@ from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
 from aggregator.rounds import Policy
 from aggregator.store import Store
 from aggregator.versions import Versions
+from aggregator.window import ChunkWindow
 from protocol import topics
 from protocol.adapter import add, module_directions, select
 from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
+from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
@@ -59,6 +61,7 @@ class Intake:
         self._clock = clock
         self._messages = Bucket()
         self._bytes = RoundBytes()
+        self._window = ChunkWindow()
         self._limits: dict[tuple[str, int, int, int], int] = {}
         self._asked_round = 0
         self._asked: set[tuple[str, int]] = set()
@@ -141,7 +144,9 @@ class Intake:
             why = "the aggregator's disk is full; it takes the update once there is room again"
             self._events.emit("full", device=device, round=manifest.round)
             return [self._answer(manifest, "wait", reason=why)]
+        fault_point("aggregator.manifest.received")
         self._store.expect_upload(manifest)
+        fault_point("aggregator.manifest.committed")
         return self._go_on(manifest)
 
     def _chunk(self, device: str, topic: str, payload: bytes) -> Outgoing:
@@ -162,9 +167,11 @@ class Intake:
             return self._ask_again(manifest, number)
         if why := self._late(manifest):
             return self._reject(manifest, why, at_fault=False)
+        fault_point("aggregator.chunk.received")
         self._store.add_chunk(upload, number, payload)
+        fault_point("aggregator.chunk.committed")
         missing = self._store.missing_chunks(manifest)
-        return [] if missing else self._complete(manifest)
+        return self._ask_more(manifest, number) if missing else self._complete(manifest)
 
     # -- what follows ----------------------------------------------------------------------------
 
@@ -172,7 +179,12 @@ class Intake:
         missing = self._store.missing_chunks(manifest)
         if not missing:
             return self._complete(manifest)
-        return [self._answer(manifest, "need", chunks=missing)]
+        first = self._window.ask(manifest.device, manifest.upload, missing)
+        return [self._answer(manifest, "need", chunks=first)]
+
+    def _ask_more(self, manifest: UploadManifest, number: int) -> Outgoing:
+        more = self._window.arrived(manifest.device, manifest.upload, number)
+        return [self._answer(manifest, "need", chunks=more)] if more else []
 
     def _ask_again(self, manifest: UploadManifest, number: int) -> Outgoing:
         """Ask for a chunk that came broken: once, after that when the device offers again.
@@ -193,6 +205,7 @@ class Intake:
         """Verify a complete upload, and count or refuse it."""
         try:
             data = self._store.assembled(manifest)
+            fault_point("aggregator.upload.assembled")
             update = read_update(self._job, self._versions, manifest, data)
         except (BadTensors, BadChunk) as error:
             return self._reject(manifest, str(error))
@@ -202,7 +215,9 @@ class Intake:
             return self._reject(
                 manifest, f"its norm {largest:.3g} is over {self._job.limits.update_norm:.3g}"
             )
+        fault_point("aggregator.upload.verified")
         self._store.count_upload(manifest, data)
+        fault_point("aggregator.upload.counted")
         self._store.forgive(manifest.device)
         self._events.emit(
             "counted",

@@ -7,6 +7,7 @@ from aggregator.rounds import RoundState
 from aggregator.store import Store
 from protocol import topics
 from protocol.chunks import split
+from protocol.faults import fault_point
 from protocol.messages import FileInfo, GlobalManifest, Job, Round, describe_file
 from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
@@ -58,6 +59,7 @@ class Publisher:
                     for index, chunk in enumerate(split(data))
                 ]
             )
+            fault_point("aggregator.version.publishing")
         topic = topics.topic("global_manifest", job=self._job.job, version=manifest.version)
         self._send([(topic, self._key.seal(manifest, topic))])
         old = self._store.version(manifest.version - VERSIONS_KEPT)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from aggregator.errors import StoreError
 from aggregator.rounds import RoundState
 from protocol.chunks import assemble
+from protocol.faults import fault_point
 from protocol.files import write_durably
 from protocol.messages import GlobalManifest, Status, UploadManifest
 
@@ -175,6 +176,7 @@ class Store:
             db.execute(f"DELETE FROM chunks WHERE upload IN ({late})", (number,))
             db.execute("DELETE FROM uploads WHERE state = 'receiving' AND round <= ?", (number,))
             _put(db, "round", _round_json(after))
+            fault_point("aggregator.round.settling")
 
     def add_version(self, manifest: GlobalManifest) -> None:
         with self._transaction() as db:
@@ -306,6 +308,7 @@ class Store:
     def add_chunk(self, upload: str, number: int, data: bytes) -> None:
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", (upload, number, data))
+            fault_point("aggregator.chunk.inserted")
 
     def missing_chunks(self, manifest: UploadManifest) -> list[int]:
         rows = self._rows("SELECT number FROM chunks WHERE upload = ?", manifest.upload)
@@ -326,6 +329,7 @@ class Store:
         """Keep a verified update and count it to its round: once, whatever happens."""
         with self.on_disk():
             write_durably(self.update_file(manifest), data)
+        fault_point("aggregator.upload.kept")
         self._settle_upload(manifest.upload, "counted", "")
 
     def reject_upload(self, manifest: UploadManifest, reason: str) -> None:
@@ -339,6 +343,7 @@ class Store:
                 "UPDATE uploads SET state = ?, reason = ?, changed = ? WHERE upload = ?",
                 (state, reason, time.time(), upload),
             )
+            fault_point("aggregator.upload.settling")
 
     @property
     def updates_folder(self) -> Path:

@@ -11,20 +11,18 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from edge_client.config import Settings
 from edge_client.discover import discover_job, enter_job, link_of
 from edge_client.download import Download, manifest_topic, wanted_bands
 from edge_client.errors import EdgeError
-from edge_client.learner import Learner
+from edge_client.learner import Learning
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
-from edge_client.prepare import find_base, make_plan
+from edge_client.prepare import Equip, Equipment, TrainingEquipment
 from edge_client.sender import Sender
 from edge_client.standing import Standing
 from edge_client.storage import keep_adapter, keeping
-from edge_client.trainer.worker import Text
 from edge_client.trust import open_trusted
 from edge_client.update import make_update
 from protocol import topics
@@ -44,8 +42,11 @@ TICK_S = 0.5
 class Agent:
     """Take part in a job until it is finished or the owner stops it."""
 
-    def __init__(self, settings: Settings, events: EventLog) -> None:
+    def __init__(
+        self, settings: Settings, events: EventLog, *, equip: Equip = TrainingEquipment
+    ) -> None:
         self._settings = settings
+        self._equip = equip
         self._events = events
         self._outbox = Outbox(settings.state)
         with keeping("device.key", settings.state):
@@ -59,9 +60,10 @@ class Agent:
         self._job_name = ""
         self._job: Job | None = None
         self._round: Round | None = None
+        self._equipment: Equipment | None = None
         self._plan: Plan | None = None
         self._rank_start = 0
-        self._learner: Learner | None = None
+        self._learner: Learning | None = None
         self._download: Download | None = None
         self._version: int | None = None
         self._adapter: Adapter | None = None
@@ -123,11 +125,9 @@ class Agent:
         """Plan for a job and load its base model; an unfit device says so and ends."""
         self._job = job
         self._events.emit("state", state="planning")
-        model = find_base(self._settings, job)
-        self._plan = self._make_plan(job, model)
-        text = Text(self._settings.data, self._settings.seed)
-        learner = Learner(job, self._settings.name, model, text, self._plan, self._step_down)
-        self._learner, plan = learner, self._plan
+        self._equipment = self._equip(self._settings, job)
+        self._plan = plan = self._make_plan(job.job)
+        self._learner = learner = self._equipment.learner(plan, self._step_down)
         self._rank_start = plan.rank
         for problem in learner.text.problems[:20]:
             self._events.emit("skipped", where=problem)
@@ -142,9 +142,9 @@ class Agent:
         self._events.emit("base", loss=self._base_loss)
         self._say("idle")
 
-    def _make_plan(self, job: Job, model: Path) -> Plan:
-        ceiling_mib = self._outbox.ceiling_mib(job.job)
-        return make_plan(self._settings, job, model, below_mib=ceiling_mib)
+    def _make_plan(self, job: str) -> Plan:
+        assert self._equipment is not None
+        return self._equipment.plan(below_mib=self._outbox.ceiling_mib(job))
 
     def _step_down(self, before: Plan) -> Plan:
         """Take a smaller plan in place of one under which the kernel killed training."""
@@ -152,7 +152,7 @@ class Agent:
             raise EdgeError("training was killed to stop")  # by `_stop`: no plan was too much
         assert self._job is not None
         self._outbox.lower_ceiling(self._job.job, before.predicted_mib)
-        plan = self._make_plan(self._job, find_base(self._settings, self._job))
+        plan = self._make_plan(self._job.job)
         self._events.emit(
             "stepped-down",
             before=str(before),

@@ -13,6 +13,7 @@ from protocol.adapter import Adapter
 from protocol.bands import Band, affordable, band_ranks, bands, covering, join, read_adapter
 from protocol.chunks import assemble, check_chunk
 from protocol.errors import MalformedMessage
+from protocol.faults import fault_point
 from protocol.messages import GlobalManifest, Job
 from protocol.tensors import bytes_each
 
@@ -94,6 +95,7 @@ class Download:
             BadChunk: a band as a whole does not have its announced hash.
             BadTensors: a band's tensors are not those of the job.
         """
+        fault_point("device.version.downloaded")
         parts: dict[Band, Adapter] = {}
         for band in self.wanted:
             info = self.manifest.bands[band.name]
@@ -103,4 +105,5 @@ class Download:
             parts[band] = read_adapter(
                 data, shapes, band_ranks(shapes, band), self.job.scale, self.manifest.encoding
             )
+        fault_point("device.version.checked")
         return join(parts, self.job.scale)

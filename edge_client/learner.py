@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from edge_client.errors import WorkerKilled
 from edge_client.plan import Plan
@@ -51,6 +51,18 @@ class Learned:
 
 StepDown = Callable[[Plan], Plan]
 """Given the plan under which the kernel killed training: return a smaller one, or raise."""
+
+
+class Learning(Protocol):
+    """What an agent asks of whoever learns for it: `Learner` trains, a replay makes it up."""
+
+    text: TextReport
+
+    def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned: ...
+    def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]: ...
+    def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float: ...
+    def memory(self) -> tuple[float, float]: ...
+    def stop(self) -> None: ...
 
 
 class Learner:

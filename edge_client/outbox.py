@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from edge_client.storage import keeping
 from protocol.errors import Replayed
+from protocol.faults import fault_point
 from protocol.messages import Job, Round, UploadManifest
 
 FILE = "outbox.sqlite"
@@ -64,6 +65,8 @@ class Outbox:
             self._set(f"round of {manifest.job}", manifest.round)
             self._set(f"attempt of {manifest.job}", manifest.attempt)
             self._set(f"refused in {manifest.job}", 0)
+            fault_point("device.outbox.putting")
+        fault_point("device.outbox.put")
 
     def get(self, upload: str) -> Pending | None:
         rows = self._run("SELECT manifest, data FROM updates WHERE upload = ?", (upload,))
@@ -77,7 +80,9 @@ class Outbox:
 
     def drop(self, upload: str) -> None:
         """Forget an update: it has been counted, or refused for good."""
+        fault_point("device.outbox.dropping")
         self._run("DELETE FROM updates WHERE upload = ?", (upload,))
+        fault_point("device.outbox.dropped")
 
     def refuse(self, manifest: UploadManifest) -> None:
         """Forget an update that was refused; its round may be trained for once more."""

@@ -1,18 +1,60 @@
-"""From a profile and a job to a plan: find the model, measure, choose."""
+"""From a profile and a job to a plan and a learner: find the model, measure, choose, train."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
+from typing import Protocol
 
 from device_profiles.schema import DeviceProfile
 from edge_client.calibrate import calibrate
 from edge_client.config import Settings
 from edge_client.errors import ConfigError, ModelError
+from edge_client.learner import Learner, Learning, StepDown
 from edge_client.model import find_model, model_hash
 from edge_client.plan import Plan, choose_plan, memory_budget
 from edge_client.profile import native_bf16
+from edge_client.trainer.worker import Text
 from protocol.messages import Job
+
+
+class Equipment(Protocol):
+    """What a device has to learn one job with; an agent takes another than its own."""
+
+    def plan(self, *, below_mib: float = inf) -> Plan:
+        """Choose how to train; `below_mib` is a predicted peak that was too much."""
+        ...
+
+    def learner(self, plan: Plan, step_down: StepDown) -> Learning: ...
+
+
+Equip = Callable[[Settings, Job], Equipment]
+
+
+class TrainingEquipment:
+    """Learn a job by training its base model on the owner's text.
+
+    Raises:
+        ModelError: the model is not there, or is another model than the job's.
+    """
+
+    def __init__(self, settings: Settings, job: Job) -> None:
+        self._settings, self._job = settings, job
+        self._model = find_base(settings, job)
+
+    def plan(self, *, below_mib: float = inf) -> Plan:
+        """Measure what training takes on this device, and choose how to train.
+
+        Raises:
+            NoPlanFits: the device's memory is too small for the job.
+            ConfigError: its memory is unknown.
+        """
+        return make_plan(self._settings, self._job, self._model, below_mib=below_mib)
+
+    def learner(self, plan: Plan, step_down: StepDown) -> Learner:
+        text = Text(self._settings.data, self._settings.seed)
+        return Learner(self._job, self._settings.name, self._model, text, plan, step_down)
 
 
 def find_base(settings: Settings, job: Job) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edge_client.outbox import Outbox, Pending
 from protocol import topics
 from protocol.chunks import split
 from protocol.events import EventLog
+from protocol.faults import fault_point
 from protocol.messages import Control
 from protocol.signing import SigningKey
 from protocol.transport import MqttTransport
@@ -27,7 +28,7 @@ class Sender:
         self._outbox = outbox
         self._events = events
         self._offered: tuple[str, int, float] = ("", 0, 0.0)
-        """The update last offered or sent, on which connection, and when."""
+        """The update last offered, on which connection, and when it was last offered or sent."""
 
     def offer(self, upload: str) -> None:
         """Offer an update once a connection, and again when nobody has answered for a while.
@@ -47,7 +48,9 @@ class Sender:
         topic = topics.topic(
             "upload_manifest", job=manifest.job, device=manifest.device, upload=upload
         )
+        fault_point("device.manifest.offering")
         self._link.publish(topic, self._key.seal(manifest, topic)).check()
+        fault_point("device.manifest.offered")
 
     def offer_again(self) -> None:
         """Let the next `offer` be made at once."""
@@ -79,20 +82,29 @@ class Sender:
     def send_chunks(self, pending: Pending, wanted: Sequence[int]) -> None:
         """Send the chunks that the aggregator says are missing.
 
+        What was asked for on a connection before may not be all that is missing now: an offer that
+        is due is still made.
+
         Raises:
             TransportError: the broker does not answer, or refuses a chunk.
         """
+        fault_point("device.chunks.asked")
         manifest = pending.manifest
         chunks = split(pending.data, manifest.file.chunk_bytes)
         place = {"job": manifest.job, "device": manifest.device, "upload": manifest.upload}
-        messages = [
-            (topics.topic("upload_chunk", **place, index=index), chunks[index])
-            for index in wanted
-            if index < len(chunks)
-        ]
-        for delivery in self._link.publish_all(messages):
+
+        def messages() -> Iterator[tuple[str, bytes]]:
+            for index in wanted:
+                if index < len(chunks):
+                    fault_point("device.chunk.sending")
+                    yield topics.topic("upload_chunk", **place, index=index), chunks[index]
+
+        for delivery in self._link.publish_all(messages()):
             delivery.check()
-        self._note(manifest.upload)
+        fault_point("device.chunks.sent")
+        offered, connection, _ = self._offered
+        if (offered, connection) == (manifest.upload, self._link.connection):
+            self._note(manifest.upload)
 
     def _note(self, upload: str) -> None:
         self._offered = (upload, self._link.connection, time.monotonic())

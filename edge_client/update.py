@@ -7,6 +7,7 @@ import math
 from edge_client.errors import TrainingDiverged
 from edge_client.learner import Learned
 from protocol.bands import to_tensors
+from protocol.faults import fault_point
 from protocol.messages import Job, Round, UploadManifest, describe_file, upload_id
 from protocol.tensors import encode
 
@@ -25,6 +26,7 @@ def make_update(
             f"job's learning_rate ({job.training.learning_rate:g}) is too high for this device's "
             "text"
         )
+    fault_point("device.update.made")
     data = encode(to_tensors(learned.change), job.encoding_up)
     manifest = UploadManifest(
         job=job.job,

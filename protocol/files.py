@@ -11,6 +11,7 @@ from pathlib import Path
 
 from protocol.adapter import Adapter
 from protocol.errors import StateError
+from protocol.faults import fault_point
 from protocol.tensors import encode
 
 PRIVATE = 0o600
@@ -29,8 +30,11 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
+        fault_point("file.written")
         os.fsync(file.fileno())
+    fault_point("file.synced")
     os.replace(temporary, path)
+    fault_point("file.renamed")
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -39,6 +39,8 @@ QOS = 1
 CONNECTIONS_LIMIT = 4
 """Connections that a message may be sent on again without an answer."""
 RETRIES = 2
+ABANDON_S = 5.0
+"""How long who was told to stop waits on a connection, whose other end may be gone unseen."""
 SESSION_TAKEN_OVER = 0x8E
 """MQTT 5's reason for hanging up on a client whose id another one connects with."""
 MQTT5_PATIENCE_S = 2.5
@@ -190,7 +192,7 @@ class MqttTransport:
     def abandon(self) -> None:
         """Let nobody wait for a broker that is away any longer: who waits gets a TransportError.
 
-        It may be called from a signal handler. While there is a connection it changes nothing.
+        It may be called from a signal handler. With a connection an answer has ABANDON_S left.
         """
         self._abandoned = True
 
@@ -397,6 +399,7 @@ class MqttTransport:
         """
         left, last = timeout_s, self.connection + CONNECTIONS_LIMIT
         while not happened():
+            left = min(left, ABANDON_S) if self._abandoned else left
             given_up = self.connection >= last or (self._abandoned and not self._connected)
             if left <= 0 or given_up:
                 raise TransportError(f"{self.address} did not answer to {what} in time")

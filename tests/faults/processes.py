@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ PATIENCE_S = 90.0
 class Program:
     """Run `python -m module …` in a session of its own and keep the events that it prints.
 
-    Another `runner` runs something else: `["node"]` a program of Node.
+    Another `runner` runs something else: `["node"]` a program of Node. `environment` is added to
+    this process's own; `on_event` is called, on another thread, with each event.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class Program:
         name: str,
         *,
         runner: Sequence[str] = (sys.executable, "-m"),
+        environment: Mapping[str, str] | None = None,
+        on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self.name = name
+        self._on_event = on_event
         self.events: list[Event] = []
         self._news = threading.Condition()
         self._ended = False
@@ -53,7 +57,7 @@ class Program:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 start_new_session=True,
             )
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -121,6 +125,7 @@ class Program:
                 event = (
                     json.loads(line) if line.startswith("{") else {"event": "said", "text": line}
                 )
+                self._on_event(event)
                 with self._news:
                     self.events.append(event)
                     self._news.notify_all()
