@@ -1,7 +1,7 @@
 """The aggregator at work: start up, serve until the job is done or somebody says stop, shut down.
 
-One thread: a message is received, dealt with, committed, answered, acknowledged; between messages
-the state machine of aggregator.rounds is asked what is due.
+One thread: what has come is dealt with, committed, acknowledged, answered; then the state machine
+of aggregator.rounds is asked what is due.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
-from protocol.transport import BrokerAddress, MqttTransport
+from protocol.transport import BrokerAddress, Incoming, MqttTransport
 
 TICK_S = 0.2
+BATCH = 32
+"""Messages that are committed together."""
 
 
 class Daemon:
@@ -71,7 +73,7 @@ class Daemon:
         self._intake = Intake(
             job, store, self._versions, self._key, events, policy=policy, registry=self._registry
         )
-        self._publisher = Publisher(job, store, self._key, self._link)
+        self._publisher = Publisher(job, store, self._key, self._link, self._take_in_next)
 
     def run(self) -> None:
         """Serve; returns after SIGTERM, SIGINT, or the end of the job if so asked.
@@ -83,7 +85,7 @@ class Daemon:
             try:
                 self._start()
                 while not self._stopping:
-                    self._serve_one()
+                    self._serve()
                     self._step()
             except TransportError:
                 # Asked to stop while the broker is away: what is unsaid is said at the next start.
@@ -152,22 +154,37 @@ class Daemon:
 
     # -- serve -----------------------------------------------------------------------------------
 
-    def _serve_one(self) -> None:
+    def _serve(self) -> None:
+        """Take in what has come, waiting a moment for it."""
         if self._link.connected and self._link.connection != self._said_on:
             self._events.emit("reconnected", connection=self._link.connection)
             self._say_everything()
-        incoming = self._link.receive(TICK_S)
-        if incoming is None:
-            return
-        answers = self._intake.handle(incoming.topic, incoming.payload)
-        fault_point("aggregator.message.handled")
-        self._link.ack(incoming)
-        fault_point("aggregator.message.acked")
+        if (first := self._link.receive(TICK_S)) is not None:
+            self._take_in(first)
+        for delivery in self._link.refused():
+            self._events.emit("undelivered", topic=delivery.topic, reason=delivery.refused)
+
+    def _take_in(self, first: Incoming) -> None:
+        """Deal with a message and those behind it: all committed at once, then acknowledged."""
+        batch, answers = [first], []
+        with self._events.held(), self._store.transaction():
+            answers += self._intake.handle(first.topic, first.payload)
+            while len(batch) < BATCH and (incoming := self._link.receive(0)) is not None:
+                answers += self._intake.handle(incoming.topic, incoming.payload)
+                batch.append(incoming)
+            fault_point("aggregator.messages.handled")
+        fault_point("aggregator.messages.committed")
+        for incoming in batch:
+            self._link.ack(incoming)
+        fault_point("aggregator.messages.acked")
         for topic, payload in answers:
-            delivery = self._link.publish(topic, payload)
-            if delivery.refused:
-                self._events.emit("undelivered", topic=topic, reason=delivery.refused)
+            self._link.post(topic, payload)
             fault_point("aggregator.message.answered")
+
+    def _take_in_next(self) -> None:
+        """Take in what comes while something else is being said."""
+        if (incoming := self._link.receive(0)) is not None:
+            self._take_in(incoming)
 
     def _step(self) -> None:
         state = self._store.round()

@@ -68,7 +68,7 @@ class Intake:
         """Chunks of this round that came broken and were asked for again: upload, index."""
 
     def handle(self, topic: str, payload: bytes) -> Outgoing:
-        """Deal with one message; when this returns, what it asked for is committed."""
+        """Deal with one message; what it asked for is committed with the transaction around."""
         device = ""
         try:
             found = topics.match(topic)
@@ -146,7 +146,7 @@ class Intake:
             return [self._answer(manifest, "wait", reason=why)]
         fault_point("aggregator.manifest.received")
         self._store.expect_upload(manifest)
-        fault_point("aggregator.manifest.committed")
+        fault_point("aggregator.manifest.expected")
         return self._go_on(manifest)
 
     def _chunk(self, device: str, topic: str, payload: bytes) -> Outgoing:
@@ -169,9 +169,9 @@ class Intake:
             return self._reject(manifest, why, at_fault=False)
         fault_point("aggregator.chunk.received")
         self._store.add_chunk(upload, number, payload)
-        fault_point("aggregator.chunk.committed")
-        missing = self._store.missing_chunks(manifest)
-        return self._ask_more(manifest, number) if missing else self._complete(manifest)
+        if self._store.is_complete(manifest):
+            return self._complete(manifest)
+        return self._ask_more(manifest, number)
 
     # -- what follows ----------------------------------------------------------------------------
 
@@ -217,7 +217,6 @@ class Intake:
             )
         fault_point("aggregator.upload.verified")
         self._store.count_upload(manifest, data)
-        fault_point("aggregator.upload.counted")
         self._store.forgive(manifest.device)
         self._events.emit(
             "counted",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aggregator.errors import StoreError
 from aggregator.rounds import RoundState
 from aggregator.store import Store
@@ -19,13 +21,21 @@ PUBLISH_TIMEOUT_S = 120.0
 
 
 class Publisher:
-    """Publish what the aggregator says to everybody."""
+    """Publish what the aggregator says to everybody; `meanwhile` takes in what comes."""
 
-    def __init__(self, job: Job, store: Store, key: SigningKey, link: MqttTransport) -> None:
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        key: SigningKey,
+        link: MqttTransport,
+        meanwhile: Callable[[], None],
+    ) -> None:
         self._job = job
         self._store = store
         self._key = key
         self._link = link
+        self._meanwhile = meanwhile
 
     def job(self) -> None:
         topic = topics.topic("job", job=self._job.job)
@@ -95,5 +105,7 @@ class Publisher:
         )
 
     def _send(self, messages: list[tuple[str, bytes]]) -> None:
-        for delivery in self._link.publish_all(messages, retain=True, timeout_s=PUBLISH_TIMEOUT_S):
+        for delivery in self._link.publish_all(
+            messages, retain=True, timeout_s=PUBLISH_TIMEOUT_S, meanwhile=self._meanwhile
+        ):
             delivery.check()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,15 @@ class Store:
             ) from None
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Commit what the block does as one, or none of it; inside another it is a part of that.
+
+        Raises:
+            StoreError: the disk is full, or not in order.
+        """
+        if self._db.in_transaction:
+            yield self._db
+            return
         with self.on_disk():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -163,7 +172,7 @@ class Store:
 
         Uploads that were not whole by then come too late, and go.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO versions VALUES (?, ?)",
                 (manifest.version, manifest.model_dump_json()),
@@ -179,7 +188,7 @@ class Store:
             fault_point("aggregator.round.settling")
 
     def add_version(self, manifest: GlobalManifest) -> None:
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO versions VALUES (?, ?)",
                 (manifest.version, manifest.model_dump_json()),
@@ -194,7 +203,7 @@ class Store:
 
     def forget_versions(self, keep: int) -> None:
         """Forget all versions but the newest `keep`; their files stay."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             newest = "(SELECT max(version) FROM versions)"
             db.execute(f"DELETE FROM versions WHERE version <= {newest} - ?", (keep,))
 
@@ -220,7 +229,7 @@ class Store:
         same = self.device_key(status.device) == public_key
         if known is not None and same and known.boot > status.boot:
             return False
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT INTO devices VALUES (?, ?, ?) "
                 "ON CONFLICT (name) DO UPDATE SET "
@@ -235,13 +244,17 @@ class Store:
 
     def ready_devices(self) -> set[str]:
         """Return the devices that are online and can train."""
-        rows = self._rows("SELECT status FROM devices")
-        every = [Status.model_validate_json(row[0]) for row in rows]
-        return {s.device for s in every if s.online and s.state not in NOT_READY}
+        state = "json_extract(status, '$.state')"
+        rows = self._rows(
+            "SELECT name FROM devices WHERE json_extract(status, '$.online') "
+            f"AND {state} NOT IN ({', '.join('?' * len(NOT_READY))})",
+            *NOT_READY,
+        )
+        return {row[0] for row in rows}
 
     def strike(self, device: str, limit: int, until: float) -> bool:
         """Note a refused update; after `limit` in a row quarantine begins and True is returned."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT INTO conduct VALUES (?, 1, 0) "
                 "ON CONFLICT (device) DO UPDATE SET strikes = strikes + 1",
@@ -255,7 +268,7 @@ class Store:
 
     def forgive(self, device: str) -> None:
         """Forget what was refused before: an update of the device has been counted."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("DELETE FROM conduct WHERE device = ?", (device,))
 
     def quarantine(self, device: str) -> float:
@@ -271,7 +284,7 @@ class Store:
 
     def upload(self, upload: str) -> Upload | None:
         row = self._one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
-        return Upload(UploadManifest.model_validate_json(row[0]), row[1], row[2]) if row else None
+        return Upload(_manifest(row[0]), row[1], row[2]) if row else None
 
     def has_counted(self, device: str, round_number: int) -> bool:
         """Say whether an update of a device counts in a round, of whichever attempt."""
@@ -286,7 +299,7 @@ class Store:
         known = self.upload(manifest.upload)
         if known is not None and known.manifest == manifest:
             return
-        with self._transaction() as db:
+        with self.transaction() as db:
             others = "device = ? AND (upload = ? OR state = 'receiving')"
             whose = (manifest.device, manifest.upload)
             db.execute(
@@ -306,9 +319,14 @@ class Store:
             )
 
     def add_chunk(self, upload: str, number: int, data: bytes) -> None:
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", (upload, number, data))
             fault_point("aggregator.chunk.inserted")
+
+    def is_complete(self, manifest: UploadManifest) -> bool:
+        """Say whether all chunks of an upload are here."""
+        row = self._one("SELECT count(*) FROM chunks WHERE upload = ?", manifest.upload)
+        return row is not None and row[0] >= len(manifest.file.chunks)
 
     def missing_chunks(self, manifest: UploadManifest) -> list[int]:
         rows = self._rows("SELECT number FROM chunks WHERE upload = ?", manifest.upload)
@@ -337,7 +355,7 @@ class Store:
         self._settle_upload(manifest.upload, "rejected", reason)
 
     def _settle_upload(self, upload: str, state: str, reason: str) -> None:
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("DELETE FROM chunks WHERE upload = ?", (upload,))
             db.execute(
                 "UPDATE uploads SET state = ?, reason = ?, changed = ? WHERE upload = ?",
@@ -357,15 +375,14 @@ class Store:
         """Return the files of updates that count in the last merged round, or in a later one."""
         merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
         query = f"SELECT manifest FROM uploads WHERE state = 'counted' AND round >= {merged}"
-        manifests = (UploadManifest.model_validate_json(row[0]) for row in self._rows(query))
-        return {self.update_file(manifest) for manifest in manifests}
+        return {self.update_file(_manifest(row[0])) for row in self._rows(query)}
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
         """Return the uploads of a round in these states, in the order of their devices' names."""
         marks = ", ".join("?" * len(states))
         query = f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks})"
         rows = self._rows(f"{query} ORDER BY device", round_number, *states)
-        return [UploadManifest.model_validate_json(row[0]) for row in rows]
+        return [_manifest(row[0]) for row in rows]
 
     # -- private ---------------------------------------------------------------------------------
 
@@ -381,8 +398,14 @@ class Store:
         return row[0] if row else None
 
     def _set_meta(self, key: str, value: str) -> None:
-        with self._transaction() as db:
+        with self.transaction() as db:
             _put(db, key, value)
+
+
+@lru_cache(maxsize=256)
+def _manifest(text: str) -> UploadManifest:
+    """Read a manifest, whose hashes are many and which is asked for with each of its chunks."""
+    return UploadManifest.model_validate_json(text)
 
 
 def _put(db: sqlite3.Connection, key: str, value: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 
@@ -15,6 +17,7 @@ class EventLog:
         self._as_json = as_json
         self._stream = stream or sys.stdout
         self._always = always
+        self._held: list[str] | None = None
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event; a reader that has gone away is no error."""
@@ -24,8 +27,26 @@ class EventLog:
         else:
             shown = (f"{k}={_short(v)}" for k, v in record.items() if k not in ("event", "time"))
             line = f"{time.strftime('%H:%M:%S')} {event:<12} {' '.join(shown)}"
+        if self._held is not None:
+            self._held.append(line)
+        else:
+            self._write(line)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Write what is emitted in the block when it has ended well, and nothing if it fails."""
+        self._held = []
         try:
-            print(line, file=self._stream, flush=True)
+            yield
+            lines = self._held
+        finally:
+            self._held = None
+        if lines:
+            self._write("\n".join(lines))
+
+    def _write(self, text: str) -> None:
+        try:
+            print(text, file=self._stream, flush=True)
         except (BrokenPipeError, ValueError):
             return
 

@@ -22,19 +22,18 @@ POINTS: Mapping[str, str] = {
     "aggregator.start.said": "version, job and round are published",
     # ... a message from a device
     "aggregator.manifest.received": "a manifest is read and found good",
-    "aggregator.manifest.committed": "the upload is expected",
+    "aggregator.manifest.expected": "the upload is expected, in a transaction",
     "aggregator.chunk.received": "a chunk is checked",
     "aggregator.chunk.inserted": "a chunk is in a transaction that is not committed",
-    "aggregator.chunk.committed": "a chunk is committed",
-    "aggregator.message.handled": "a message is dealt with, not acknowledged",
-    "aggregator.message.acked": "a message is acknowledged, not answered",
+    "aggregator.messages.handled": "what has come is dealt with, not committed",
+    "aggregator.messages.committed": "what has come is committed, not acknowledged",
+    "aggregator.messages.acked": "what has come is acknowledged, not answered",
     "aggregator.message.answered": "`need`, `done` or `reject` is published",
     # ... an upload that is complete
     "aggregator.upload.assembled": "all chunks are in and make the announced file",
     "aggregator.upload.verified": "its tensors are read and within bounds",
     "aggregator.upload.kept": "its file is kept, the upload is not counted",
     "aggregator.upload.settling": "the upload is counted in a transaction that is not committed",
-    "aggregator.upload.counted": "the upload is counted, `done` is not said",
     # ... a round
     "aggregator.merge.before": "the round is ready to be merged",
     "aggregator.merge.after": "the round is merged in memory",

@@ -94,11 +94,10 @@ class Aggregator:
 
     def deliver(self, manifest: UploadManifest, data: bytes) -> list[Control]:
         """Offer an update and send what is asked for; return the last answers."""
-        answers = self.offer(manifest)
-        if answers and answers[0].kind == "need":
-            chunks = split(data)
-            for index in answers[0].chunks:
-                answers = self.chunk(manifest, index, chunks[index])
+        answers, chunks = self.offer(manifest), split(data)
+        while answers and answers[0].kind == "need":
+            needed = answers.pop(0).chunks
+            answers += [a for index in needed for a in self.chunk(manifest, index, chunks[index])]
         return answers
 
     def read(self, outgoing: list[tuple[str, bytes]]) -> list[Control]:

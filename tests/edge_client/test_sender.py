@@ -9,6 +9,7 @@ import pytest
 
 from edge_client.outbox import Outbox
 from edge_client.sender import Sender
+from protocol.events import EventLog
 from protocol.messages import UploadManifest, describe_file, upload_id
 from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, MqttTransport
@@ -49,7 +50,9 @@ def test_chunks_asked_for_before_a_restart_do_not_take_the_place_of_the_offer(
     outbox.put(manifest, data, rank=2)
     pending = outbox.get(manifest.upload)
     assert pending is not None
-    sender = Sender(link, SigningKey.load_or_create(tmp_path / "key"), outbox)
+    sender = Sender(
+        link, SigningKey.load_or_create(tmp_path / "key"), outbox, EventLog(as_json=True)
+    )
     sender.send_chunks(pending, [2])
     sender.offer(manifest.upload)
     sender.send_chunks(pending, [0])
