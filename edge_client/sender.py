@@ -36,9 +36,7 @@ class Sender:
         Raises:
             TransportError: the broker does not answer, or refuses the manifest.
         """
-        before, connection, then = self._offered
-        again = before != upload or connection != self._link.connection
-        if not again and time.monotonic() - then < RESEND_S:
+        if self._is_offered(upload) and time.monotonic() - self._offered[2] < RESEND_S:
             return
         pending = self._outbox.get(upload)
         if pending is None:
@@ -82,14 +80,16 @@ class Sender:
     def send_chunks(self, pending: Pending, wanted: Sequence[int]) -> None:
         """Send the chunks that the aggregator says are missing.
 
-        What was asked for on a connection before may not be all that is missing now: an offer that
-        is due is still made.
+        Nothing is sent before it has been offered on this connection: what was asked for before may
+        be in by now, or may leave out what was lost since, and the answer to the offer knows.
 
         Raises:
             TransportError: the broker does not answer, or refuses a chunk.
         """
         fault_point("device.chunks.asked")
         manifest = pending.manifest
+        if not self._is_offered(manifest.upload):
+            return
         chunks = split(pending.data, manifest.file.chunk_bytes)
         place = {"job": manifest.job, "device": manifest.device, "upload": manifest.upload}
 
@@ -102,9 +102,11 @@ class Sender:
         for delivery in self._link.publish_all(messages()):
             delivery.check()
         fault_point("device.chunks.sent")
-        offered, connection, _ = self._offered
-        if (offered, connection) == (manifest.upload, self._link.connection):
+        if self._is_offered(manifest.upload):
             self._note(manifest.upload)
+
+    def _is_offered(self, upload: str) -> bool:
+        return self._offered[:2] == (upload, self._link.connection)
 
     def _note(self, upload: str) -> None:
         self._offered = (upload, self._link.connection, time.monotonic())

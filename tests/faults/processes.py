@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from protocol import topics
+from protocol.faults import VARIABLE
 from protocol.messages import Status
 from protocol.signing import open_message
 from protocol.transport import BrokerAddress, Incoming, MqttTransport
@@ -213,10 +214,12 @@ class SmallFleet:
         updates = [(e["round"], e["device"]) for one in aggregators for e in one.of("counted")]
         assert sorted(updates) == [(1, "desk"), (1, "kitchen"), (2, "desk"), (2, "kitchen")]
 
-    def device(self, name: str, *more: object) -> Program:
-        """Start a device on the state it always has."""
+    def device(self, name: str, *more: object, fault: str = "") -> Program:
+        """Start a device on the state it always has; a fault point ends it."""
         arguments = ["run", "--json", "--exit-when-done", "--name", name, "--threads", "1"]
         arguments += ["--job", "small", "--broker", self.broker]
         arguments += ["--data", self._folder / f"{name}.txt", "--state", self._folder / name]
         arguments += ["--cache", self._calibrations, "--profile", "laptop-16gb", *more]
-        return self._start(Program("edge_client", arguments, self._folder, name))
+        environment = {VARIABLE: fault} if fault else {}
+        device = Program("edge_client", arguments, self._folder, name, environment=environment)
+        return self._start(device)

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ DEVICES = ("attic", "barn", "cellar")
 PROGRESS = ("counted", "merged")
 PAUSE_S = 0.2
 """Between the end of a process by itself and its next start, as a service manager leaves."""
+STOP_S = 30.0
+"""Whoever is asked to stop has ended by then."""
 STALLED_S = 150.0
 """Nothing makes progress for this long: the fleet has not recovered."""
 
@@ -53,6 +56,7 @@ class Service:
         self.started_at = 0.0
         self.environment: dict[str, str] = {}
         """For every life to come, say another clock."""
+        self.problems: list[str] = []
         self.ends: list[str] = []
         """How lives ended that nobody took."""
         self.lives: list[Program] = []
@@ -76,7 +80,12 @@ class Service:
         """End this life with a signal."""
         if self.alive:
             self.program.process.send_signal(number)
-        self.program.wait(30)
+        try:
+            self.program.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"{self.name} did not end in {STOP_S:.0f} s on signal {number}")
+            self.program.process.kill()
+        self.program.wait()
 
     def revive(self) -> None:
         """Start again, after a pause, what ended by itself."""
@@ -90,11 +99,13 @@ class Service:
             self._ended_at = 0.0
             self.start()
 
-    @property
-    def tracebacks(self) -> list[str]:
-        """Return what lives said that no user should ever see."""
+    def complaints(self) -> list[str]:
+        """Return what went wrong in its lives since the last call: no user should ever see it."""
         said = (life.stderr for life in self.lives)
-        return [f"{self.name}: {text[-2000:]}" for text in said if "Traceback" in text]
+        found = [f"{self.name}: {text[-2000:]}" for text in said if "Traceback" in text]
+        found += self.problems
+        self.lives, self.problems = self.lives[-1:], []
+        return found
 
 
 class Killer:
@@ -192,8 +203,12 @@ class Rig:
     def services(self) -> list[Service]:
         return [self.broker, self.aggregator, *self.devices.values()]
 
-    def begin(self, point: str = "") -> None:
-        """Begin a new fleet; with a point, its aggregator is killed there on its first start."""
+    def begin(self, point: str = "") -> float:
+        """Begin a new fleet; return the seconds until its first round was merged.
+
+        With a point its aggregator is killed there on its first start, and time counts from the
+        second.
+        """
         for service in self.services:
             if service.lives:
                 service.end(signal.SIGKILL)
@@ -211,7 +226,9 @@ class Rig:
             status = self.aggregator.program.wait()
             assert status == -signal.SIGKILL, f"ended with {status}, not at {point}"
             self.aggregator.start()
+        began = time.monotonic()
         self.wait_for_rounds(1)
+        return time.monotonic() - began
 
     def progress_at(self, name: str) -> float:
         """Return when a device's update was last counted, or anything for another service."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protocol.faults import POINTS
+from tests.faults.audit import Found
 from tests.faults.rig import Blow, Killer, NotRecovered, Rig, Service
 
 AT_FIRST = (
@@ -41,9 +42,11 @@ class Row:
     problems: list[str] = field(default_factory=list)
     note: str = ""
 
-    @property
-    def good(self) -> bool:
-        return not (self.problems or self.twice or self.lost or self.sent != self.once)
+    def add(self, found: Found) -> None:
+        """Add what an audit came to."""
+        self.sent, self.once = self.sent + found.sent, self.once + found.once
+        self.twice, self.lost = self.twice + found.twice, self.lost + found.lost
+        self.problems += found.problems
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,9 @@ class Fault:
             rig.wait_for_rounds(1)
         except NotRecovered as error:
             row.problems.append(f"the fleet stands still: {error}")
-        found = rig.auditor.audit()
-        row.sent, row.once, row.twice, row.lost = found.sent, found.once, found.twice, found.lost
-        row.problems += found.problems
+        row.add(rig.auditor.audit())
         for service in rig.services:
-            row.problems += service.tracebacks
-            service.lives = service.lives[-1:]
+            row.problems += service.complaints()
         return row
 
 
@@ -108,7 +108,8 @@ def before_anybody(point: str) -> Callable[[Rig, Row, int], None]:
     def strike(rig: Rig, row: Row, times: int) -> None:
         for _ in range(times):
             row.tried, row.kills = row.tried + 1, row.kills + 1
-            rig.begin(point)
+            row.add(rig.auditor.audit())  # of the fleet that ends here
+            row.worst_s = max(row.worst_s, rig.begin(point))
 
     return strike
 

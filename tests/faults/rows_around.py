@@ -138,7 +138,7 @@ def two_of_a_name(rig: Rig, row: Row, times: int) -> None:
             link.connect()
             where = topic("status", job=JOB, device=name)
             status = Status(job=JOB, device=name, online=True, boot=1 << 40, rank=64)
-            link.publish(where, key.seal(status, where), retain=True)
+            link.publish(where, key.seal(status, where))
             link.close()
 
         timed(rig, row, usurp)

@@ -40,7 +40,8 @@ def test_nothing_is_lost_or_counted_twice_wherever_anybody_is_killed(tmp_path: P
     here = [p for p in POINTS if p not in AT_FIRST and not p.startswith("device.")]
     there = [p for p in POINTS if p.startswith("device.")]
     with running(tmp_path / "fleet", seed=0) as rig:
-        rig.begin(AT_FIRST[0])
+        for point in AT_FIRST:
+            rig.begin(point)
         killers = [
             Killer(rig, rig.aggregator, [Blow(f"{point}:1") for point in here]),
             Killer(rig, rig.broker, [Blow(after_s=3.0, number=n) for n in (signal.SIGKILL,) * 3]),
@@ -51,7 +52,7 @@ def test_nothing_is_lost_or_counted_twice_wherever_anybody_is_killed(tmp_path: P
         rig.run(killers)
         rig.wait_for_rounds(2)
         found = rig.auditor.audit()
-        said = [text for service in rig.services for text in service.tracebacks]
+        said = [text for service in rig.services for text in service.complaints()]
     assert not found.problems and not said
     assert found.sent == found.once >= 3
     assert (found.twice, found.lost) == (0, 0)
