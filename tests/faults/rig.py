@@ -314,7 +314,7 @@ class Rig:
             "encoding_up": "f32",
             "encoding_down": "f32",
             "pruning": {"enabled": False},
-            "policy": {"min_devices": devices, "quorum": devices},
+            "policy": {"min_devices": devices, "quorum": devices, "keep_versions": 0},
         }
         (self.folder / "job.json").write_text(json.dumps(job))
 

@@ -19,7 +19,7 @@ AT_FIRST = (
 ONCE_A_LIFE = "aggregator.start."
 OFTEN = (
     "aggregator.chunk.",
-    "aggregator.message.",
+    "aggregator.message",
     "device.chunk.",
     "aggregator.version.publishing",
 )
