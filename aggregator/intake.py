@@ -168,7 +168,7 @@ class Intake:
         if why := self._late(manifest):
             return self._reject(manifest, why, at_fault=False)
         fault_point("aggregator.chunk.received")
-        self._store.add_chunk(upload, number, payload)
+        self._store.add_chunk(manifest, number, payload)
         if self._store.is_complete(manifest):
             return self._complete(manifest)
         return self._ask_more(manifest, number)
@@ -216,7 +216,7 @@ class Intake:
                 manifest, f"its norm {largest:.3g} is over {self._job.limits.update_norm:.3g}"
             )
         fault_point("aggregator.upload.verified")
-        self._store.count_upload(manifest, data)
+        self._store.count_upload(manifest)
         self._store.forgive(manifest.device)
         self._events.emit(
             "counted",

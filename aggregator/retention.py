@@ -23,7 +23,11 @@ def tidy(store: Store, keep_versions: int) -> None:
     if keep_versions:
         store.forget_versions(keep_versions)
     updates, versions = store.needed_updates(), store.version_numbers()
+    parts = store.needed_parts()
     with store.on_disk():
+        for file in store.parts_folder.glob("*"):
+            if file not in parts:
+                file.unlink(missing_ok=True)
         for file in store.updates_folder.glob("*"):
             if file not in updates:
                 file.unlink(missing_ok=True)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aggregator.errors import StoreError
+from aggregator.parts import Parts
 from aggregator.rounds import RoundState
-from protocol.chunks import assemble
+from protocol.chunks import check_file
 from protocol.faults import fault_point
-from protocol.files import write_durably
 from protocol.messages import GlobalManifest, Status, UploadManifest
 
 RESERVE_BYTES = 64 << 20
@@ -40,9 +40,8 @@ CREATE TABLE IF NOT EXISTS uploads (
   reason TEXT NOT NULL DEFAULT '', changed REAL NOT NULL) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_of_a_device_counts ON uploads (device, round)
   WHERE state = 'counted';
-CREATE TABLE IF NOT EXISTS chunks (
-  upload TEXT NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL,
-  PRIMARY KEY (upload, number)) STRICT;
+CREATE TABLE IF NOT EXISTS arrived (
+  upload TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (upload, number)) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
   number INTEGER PRIMARY KEY, version INTEGER NOT NULL, seconds REAL NOT NULL,
   weights TEXT NOT NULL, residual REAL NOT NULL) STRICT;
@@ -64,6 +63,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._parts = Parts(folder / "uploads")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(folder / "store.sqlite", isolation_level=None)
@@ -109,7 +109,9 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._parts.sync()
                 self._db.execute("COMMIT")
+                self._parts.clear()
             except BaseException:
                 if self._db.in_transaction:  # a full disk can have ended it
                     self._db.execute("ROLLBACK")
@@ -181,9 +183,8 @@ class Store:
                 "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?)",
                 (number, manifest.version, seconds, json.dumps(weights), residual),
             )
-            late = "SELECT upload FROM uploads WHERE state = 'receiving' AND round <= ?"
-            db.execute(f"DELETE FROM chunks WHERE upload IN ({late})", (number,))
-            db.execute("DELETE FROM uploads WHERE state = 'receiving' AND round <= ?", (number,))
+            for late in _forget(db, "state = 'receiving' AND round <= ?", number):
+                self._parts.drop(late)
             _put(db, "round", _round_json(after))
             fault_point("aggregator.round.settling")
 
@@ -301,12 +302,8 @@ class Store:
             return
         with self.transaction() as db:
             others = "device = ? AND (upload = ? OR state = 'receiving')"
-            whose = (manifest.device, manifest.upload)
-            db.execute(
-                f"DELETE FROM chunks WHERE upload IN (SELECT upload FROM uploads WHERE {others})",
-                whose,
-            )
-            db.execute(f"DELETE FROM uploads WHERE {others}", whose)
+            for forgotten in _forget(db, others, manifest.device, manifest.upload):
+                self._parts.drop(forgotten)
             db.execute(
                 "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, 'receiving', '', ?)",
                 (
@@ -318,18 +315,19 @@ class Store:
                 ),
             )
 
-    def add_chunk(self, upload: str, number: int, data: bytes) -> None:
+    def add_chunk(self, manifest: UploadManifest, number: int, data: bytes) -> None:
         with self.transaction() as db:
-            db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", (upload, number, data))
+            self._parts.write(manifest, number, data)
+            db.execute("INSERT OR IGNORE INTO arrived VALUES (?, ?)", (manifest.upload, number))
             fault_point("aggregator.chunk.inserted")
 
     def is_complete(self, manifest: UploadManifest) -> bool:
         """Say whether all chunks of an upload are here."""
-        row = self._one("SELECT count(*) FROM chunks WHERE upload = ?", manifest.upload)
+        row = self._one("SELECT count(*) FROM arrived WHERE upload = ?", manifest.upload)
         return row is not None and row[0] >= len(manifest.file.chunks)
 
     def missing_chunks(self, manifest: UploadManifest) -> list[int]:
-        rows = self._rows("SELECT number FROM chunks WHERE upload = ?", manifest.upload)
+        rows = self._rows("SELECT number FROM arrived WHERE upload = ?", manifest.upload)
         have = {row[0] for row in rows}
         return [n for n in range(len(manifest.file.chunks)) if n not in have]
 
@@ -339,29 +337,44 @@ class Store:
         Raises:
             BadChunk: the whole is not what was announced.
         """
-        query = "SELECT data FROM chunks WHERE upload = ? ORDER BY number"
-        rows = self._rows(query, manifest.upload)
-        return assemble((row[0] for row in rows), manifest.file.bytes, manifest.file.sha256)
+        part = self._parts.file(manifest)
+        with self.on_disk():
+            # It has its final name already after a crash just before it was counted.
+            data = (part if part.exists() else self.update_file(manifest)).read_bytes()
+        check_file(data, manifest.file.bytes, manifest.file.sha256)
+        return data
 
-    def count_upload(self, manifest: UploadManifest, data: bytes) -> None:
+    def count_upload(self, manifest: UploadManifest) -> None:
         """Keep a verified update and count it to its round: once, whatever happens."""
         with self.on_disk():
-            write_durably(self.update_file(manifest), data)
+            if self._parts.file(manifest).exists():
+                self._parts.keep(manifest, self.update_file(manifest))
         fault_point("aggregator.upload.kept")
-        self._settle_upload(manifest.upload, "counted", "")
+        self._settle_upload(manifest, "counted", "")
 
     def reject_upload(self, manifest: UploadManifest, reason: str) -> None:
         self.expect_upload(manifest)
-        self._settle_upload(manifest.upload, "rejected", reason)
+        self._settle_upload(manifest, "rejected", reason)
 
-    def _settle_upload(self, upload: str, state: str, reason: str) -> None:
+    def _settle_upload(self, manifest: UploadManifest, state: str, reason: str) -> None:
+        upload = manifest.upload
         with self.transaction() as db:
-            db.execute("DELETE FROM chunks WHERE upload = ?", (upload,))
+            self._parts.drop(manifest)
+            db.execute("DELETE FROM arrived WHERE upload = ?", (upload,))
             db.execute(
                 "UPDATE uploads SET state = ?, reason = ?, changed = ? WHERE upload = ?",
                 (state, reason, time.time(), upload),
             )
             fault_point("aggregator.upload.settling")
+
+    @property
+    def parts_folder(self) -> Path:
+        return self._parts.folder
+
+    def needed_parts(self) -> set[Path]:
+        """Return the files of uploads that are not whole yet."""
+        rows = self._rows("SELECT manifest FROM uploads WHERE state = 'receiving'")
+        return {self._parts.file(_manifest(row[0])) for row in rows}
 
     @property
     def updates_folder(self) -> Path:
@@ -372,9 +385,9 @@ class Store:
         return self.updates_folder / f"{manifest.file.sha256}.safetensors"
 
     def needed_updates(self) -> set[Path]:
-        """Return the files of updates that count in the last merged round, or in a later one."""
+        """Return the files of updates that count, or will, in the last merged round or later."""
         merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
-        query = f"SELECT manifest FROM uploads WHERE state = 'counted' AND round >= {merged}"
+        query = f"SELECT manifest FROM uploads WHERE state <> 'rejected' AND round >= {merged}"
         return {self.update_file(_manifest(row[0])) for row in self._rows(query)}
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
@@ -406,6 +419,15 @@ class Store:
 def _manifest(text: str) -> UploadManifest:
     """Read a manifest, whose hashes are many and which is asked for with each of its chunks."""
     return UploadManifest.model_validate_json(text)
+
+
+def _forget(db: sqlite3.Connection, which: str, *values: object) -> list[UploadManifest]:
+    """Delete the uploads of which an SQL condition holds; return their manifests."""
+    rows = db.execute(f"SELECT manifest FROM uploads WHERE {which}", values).fetchall()
+    found = [_manifest(row[0]) for row in rows]
+    for table in ("arrived", "uploads"):
+        db.executemany(f"DELETE FROM {table} WHERE upload = ?", [(m.upload,) for m in found])
+    return found
 
 
 def _put(db: sqlite3.Connection, key: str, value: str) -> None:

@@ -66,6 +66,15 @@ def assemble(chunks: Iterable[bytes], total: int, sha256: str) -> bytes:
         BadChunk: the whole does not have the announced length and hash.
     """
     data = b"".join(chunks)
+    check_file(data, total, sha256)
+    return data
+
+
+def check_file(data: bytes, total: int, sha256: str) -> None:
+    """Refuse a file that is not what its manifest says.
+
+    Raises:
+        BadChunk: it does not have the announced length and hash.
+    """
     if len(data) != total or file_hash(data) != sha256:
         raise BadChunk("the assembled file does not have the announced length and hash")
-    return data

@@ -151,7 +151,7 @@ def test_two_of_a_device_never_count_in_a_round(aggregator: Aggregator, first: i
     assert aggregator.counted() == [one]
     aggregator.store.expect_upload(other)
     with pytest.raises(sqlite3.IntegrityError):
-        aggregator.store.count_upload(other, data)
+        aggregator.store.count_upload(other)
 
 
 def test_an_attempt_has_bytes_of_its_own(aggregator: Aggregator) -> None:
