@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """A row to be made: what it is called, and what does it; `kills` at the full length."""
+    """A row to be made: what it is called, and what does it."""
 
     name: str
     strike: Callable[[Rig, Row, int], None]
