@@ -115,7 +115,7 @@ class Killer:
     """
 
     def __init__(self, rig: Rig, service: Service, blows: Sequence[Blow]) -> None:
-        self._rig, self._service, self._blows = rig, service, list(blows)
+        self._rig, self.service, self._blows = rig, service, list(blows)
         self._blow: Blow | None = None
         self._restarted_at = 0.0
         self._in_a_row = 0
@@ -128,30 +128,28 @@ class Killer:
         return not self._blows and self._blow is None and not self._restarted_at
 
     def step(self) -> None:
-        progress_at = self._rig.progress_at(self._service.name)
+        progress_at = self._rig.progress_at(self.service.name)
         if self._restarted_at and progress_at > self._restarted_at:
             self.recoveries.append(progress_at - self._restarted_at)
             self._restarted_at, self._in_a_row = 0.0, 0
         if self._blow is None:
             if self._blows and not self._restarted_at:
                 self._again(restart=True)
-        elif not self._service.alive:
-            status = self._service.program.wait()
+        elif not self.service.alive:
+            status = self.service.program.wait()
             if status == -signal.SIGKILL or not self._blow.point:
                 self._struck()
             else:
-                said = self._service.program.stderr.strip()
-                self._service.ends.append(
-                    f"{self._service.name} ended with {status}: {said[-500:]}"
-                )
+                said = self.service.program.stderr.strip()
+                self.service.ends.append(f"{self.service.name} ended with {status}: {said[-500:]}")
                 time.sleep(PAUSE_S)
-                self._service.start(self._blow.point)
-        elif self._blow.point and time.monotonic() - self._service.started_at > STALLED_S:
-            raise NotRecovered(f"{self._service.name} never came to {self._blow.point}")
+                self.service.start(self._blow.point)
+        elif self._blow.point and time.monotonic() - self.service.started_at > STALLED_S:
+            raise NotRecovered(f"{self.service.name} never came to {self._blow.point}")
         elif self._blow.after_s and (
-            time.monotonic() - self._service.started_at > self._blow.after_s
+            time.monotonic() - self.service.started_at > self._blow.after_s
         ):
-            self._service.end(self._blow.number)
+            self.service.end(self._blow.number)
             self._struck()
 
     def _struck(self) -> None:
@@ -161,18 +159,18 @@ class Killer:
             self._again(restart=False)
         else:
             self._blow = None
-            self._service.start()
+            self.service.start()
         self._restarted_at = time.monotonic()
 
     def _again(self, *, restart: bool) -> None:
         """Go on with the next blow, or without one when all have been dealt."""
         self._blow = self._blows.pop(0) if self._blows else None
         if restart and self._blow is not None and not self._blow.point:
-            self._service.started_at = time.monotonic()  # the blow falls on the life there is
+            self.service.started_at = time.monotonic()  # the blow falls on the life there is
             return
-        if restart and self._service.alive:
-            self._service.end(signal.SIGTERM)
-        self._service.start(self._blow.point if self._blow else "")
+        if restart and self.service.alive:
+            self.service.end(signal.SIGTERM)
+        self.service.start(self._blow.point if self._blow else "")
 
 
 class Rig:
@@ -186,6 +184,8 @@ class Rig:
         self.folder = folder
         self.random = random.Random(seed)
         self.port = free_port()
+        self.merged = 0
+        """Rounds merged since this rig is there."""
         self._progress: dict[str, float] = {}
         self._write_settings(len(devices), modules)
         self.broker = Service("broker", self._start_broker)
@@ -247,8 +247,6 @@ class Rig:
         wanted = self.merged + count
         self._keep_up(lambda: self.merged >= wanted)
 
-    merged = 0
-
     def restart(self, *services: Service) -> float:
         """Have services ended in good order and started again; return seconds until progress."""
         for service in services:
@@ -260,13 +258,12 @@ class Rig:
         return time.monotonic() - began
 
     def _keep_up(self, done: Callable[[], bool], killers: Sequence[Killer] = ()) -> None:
-        theirs = {killer._service.name for killer in killers if not killer.finished}
         began = time.monotonic()
         while not done():
             for killer in killers:
                 if not killer.finished:
                     killer.step()
-            theirs = {k._service.name for k in killers if not k.finished}
+            theirs = {k.service.name for k in killers if not k.finished}
             for service in self.services:
                 if service.name not in theirs:
                     service.revive()

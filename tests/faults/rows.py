@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """A row to be made: what it is called, and what does it; `kills` at the full length."""
+    """A row to be made: what it is called, and what does it."""
 
     name: str
     strike: Callable[[Rig, Row, int], None]
@@ -59,9 +59,14 @@ class Fault:
     """How often, in the long form."""
 
     def run(self, rig: Rig, times: int) -> Row:
-        """Strike, let a round pass, audit."""
+        """Strike, let a round pass, audit.
+
+        The aggregator starts anew first: rounds of a second use up the messages that it allows a
+        device on and on, and what it then drops a device offers again 30 s later.
+        """
         row = Row(self.name)
         try:
+            rig.restart(rig.aggregator)
             self.strike(rig, row, times)
             rig.wait_for_rounds(1)
         except NotRecovered as error:
