@@ -80,7 +80,7 @@ class Intake:
             if found.kind == "upload_chunk":
                 return self._chunk(device, topic, payload)
             if not self._messages.take(device, self._clock()):
-                return []
+                raise ProtocolError("too many messages of the device at once: this one is dropped")
             if found.kind == "status":
                 return self._status(device, topic, payload)
             if found.kind == "upload_manifest":
