@@ -303,7 +303,7 @@ class IntakeUnderFire:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
-        self.store._db.execute("PRAGMA synchronous = OFF")  # nobody pulls the plug here
+        self.store._db.run("PRAGMA synchronous = OFF")  # nobody pulls the plug here
         self.store.bind_job(corpus.JOB.model_dump_json())
         versions = Versions(corpus.JOB, self.store)
         self.store.add_version(versions.write(first_version(corpus.JOB), version=1, parent=None))
@@ -323,8 +323,8 @@ class IntakeUnderFire:
     def begin_anew(self) -> None:
         """Forget all but the device's key, and let quarantine and quotas run out."""
         self.time += 10_000
-        for table in ("devices", "conduct", "uploads", "chunks"):
-            self.store._db.execute(f"DELETE FROM {table}")
+        for table in ("devices", "conduct", "uploads", "arrived"):
+            self.store._db.run(f"DELETE FROM {table}")
         self.events.seek(0)
         self.events.truncate()
         status = Status(job="notes", device=corpus.DEVICE, online=True, boot=1)
