@@ -329,13 +329,13 @@ class IntakeUnderFire:
         self.events.truncate()
         status = Status(job="notes", device=corpus.DEVICE, online=True, boot=1)
         self.intake.handle(self.status_topic, self.device.seal(status, self.status_topic))
-        assert self.store.device_key(corpus.DEVICE) == self.device.public
+        assert self.store.devices.key(corpus.DEVICE) == self.device.public
 
     def send(self, topic: str, payload: bytes) -> list[Control]:
         """Let the intake handle a message, and return its answers once it is well afterwards."""
         answers = self.intake.handle(topic, payload)
         assert self.store.round() == OPEN
-        assert self.store.ready_devices() <= {corpus.DEVICE, "x", "phone"}
+        assert self.store.devices.ready() <= {corpus.DEVICE, "x", "phone"}
         self.store.uploads_of(corpus.ROUND, "receiving", "counted", "rejected")
         assert all(line.isprintable() for line in self.events.getvalue().splitlines())
         return [open_message(p, t, Control, trusted=self.key.public)[0] for t, p in answers]
