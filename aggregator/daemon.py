@@ -213,7 +213,7 @@ class Daemon:
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
-        found = self._store.ready_devices() - self._store.quarantined(time.time())
+        found = self._store.devices.ready() - self._store.devices.quarantined(time.time())
         if self._registry is not None:
             found &= self._registry.devices()
         return found

@@ -98,7 +98,7 @@ class Intake:
         """Return the key that a device signs with: pinned at enrolment, or else at first sight."""
         if self._registry is not None:
             return self._registry.signing_key(device)
-        return self._store.device_key(device)
+        return self._store.devices.key(device)
 
     # -- the kinds -------------------------------------------------------------------------------
 
@@ -108,8 +108,8 @@ class Intake:
         status, key = open_message(payload, topic, Status, trusted=self._device_key(device))
         if status.device != device or status.job != self._job.job:
             raise MalformedMessage(topic, "it speaks of another device or job")
-        before = self._store.status(device)
-        if self._store.set_status(status, key) and before != status:
+        before = self._store.devices.status(device)
+        if self._store.devices.set_status(status, key) and before != status:
             self._events.emit(
                 "device",
                 device=device,
@@ -217,7 +217,7 @@ class Intake:
             )
         fault_point("aggregator.upload.verified")
         self._store.count_upload(manifest)
-        self._store.forgive(manifest.device)
+        self._store.devices.forgive(manifest.device)
         self._events.emit(
             "counted",
             device=manifest.device,
@@ -242,7 +242,7 @@ class Intake:
 
     def _kept_out(self, device: str) -> str:
         """Say until when a device is in quarantine; empty if it is not."""
-        until = self._store.quarantine(device)
+        until = self._store.devices.quarantine(device)
         if self._clock() >= until:
             return ""
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(until))
@@ -294,7 +294,7 @@ class Intake:
         self._events.emit("rejected", device=device, round=manifest.round, reason=reason)
         if at_fault:
             until = self._clock() + self._policy.quarantine_s
-            if self._store.strike(device, self._policy.quarantine_after, until):
+            if self._store.devices.strike(device, self._policy.quarantine_after, until):
                 self._events.emit("quarantined", device=device, until=until)
         return [self._answer(manifest, "reject", reason=reason)]
 

@@ -8,32 +8,28 @@ from __future__ import annotations
 
 import json
 import shutil
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from aggregator.devices import SCHEMA as DEVICES_SCHEMA
+from aggregator.devices import Devices
 from aggregator.errors import StoreError
 from aggregator.parts import Parts
 from aggregator.rounds import RoundState
 from protocol.chunks import check_file
+from protocol.database import Database
 from protocol.faults import fault_point
-from protocol.messages import GlobalManifest, Status, UploadManifest
+from protocol.messages import GlobalManifest, UploadManifest
 
 RESERVE_BYTES = 64 << 20
 """Left free of uploads, for versions, the database, and what else is on that disk."""
-NOT_READY = ("planning", "unfit", "stopped")
-"""States of a device that no round waits for, nor is opened for."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS devices (
-  name TEXT PRIMARY KEY, public_key TEXT NOT NULL, status TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS conduct (
-  device TEXT PRIMARY KEY, strikes INTEGER NOT NULL, quarantine REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS uploads (
   upload TEXT PRIMARY KEY, device TEXT NOT NULL, round INTEGER NOT NULL, manifest TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('receiving', 'counted', 'rejected')),
@@ -65,16 +61,19 @@ class Store:
         self.folder = folder
         self._parts = Parts(folder / "uploads")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / "store.sqlite", isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+            self._db = Database(
+                folder / "store.sqlite",
+                SCHEMA + DEVICES_SCHEMA,
+                self.on_disk,
+                before_commit=self._parts.sync,
+                after_commit=self._parts.clear,
+            )
+        except OSError as error:
             raise StoreError(
                 f"can't keep the aggregator's state in {folder}: {error}; name a folder that can "
                 "be written to with --state"
             ) from None
+        self.devices = Devices(self._db)
 
     def close(self) -> None:
         self._db.close()
@@ -88,34 +87,20 @@ class Store:
         """
         try:
             yield
-        except (OSError, sqlite3.OperationalError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
+        except OSError as error:
             raise StoreError(
-                f"can't use the aggregator's state in {self.folder}: {why}; make room there, or "
-                "mend that disk, and start it again: nothing that a device has been told is lost"
+                f"can't use the aggregator's state in {self.folder}: {error.strerror}; make room "
+                "there, or mend that disk, and start it again: nothing that a device has been "
+                "told is lost"
             ) from None
 
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> AbstractContextManager[None]:
         """Commit what the block does as one, or none of it; inside another it is a part of that.
 
         Raises:
             StoreError: the disk is full, or not in order.
         """
-        if self._db.in_transaction:
-            yield self._db
-            return
-        with self.on_disk():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._parts.sync()
-                self._db.execute("COMMIT")
-                self._parts.clear()
-            except BaseException:
-                if self._db.in_transaction:  # a full disk can have ended it
-                    self._db.execute("ROLLBACK")
-                raise
+        return self._db.transaction()
 
     def has_room(self, size: int) -> bool:
         """Say whether a file of this size, in bytes, leaves the reserve of the disk free."""
@@ -158,7 +143,7 @@ class Store:
         return RoundState(**json.loads(known))
 
     def set_round(self, state: RoundState) -> None:
-        self._set_meta("round", _round_json(state))
+        self._set_meta("round", json.dumps(asdict(state)))
 
     def finish_round(
         self,
@@ -174,39 +159,38 @@ class Store:
 
         Uploads that were not whole by then come too late, and go.
         """
-        with self.transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO versions VALUES (?, ?)",
-                (manifest.version, manifest.model_dump_json()),
-            )
-            db.execute(
+        with self.transaction():
+            self.add_version(manifest)
+            self._db.run(
                 "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?)",
-                (number, manifest.version, seconds, json.dumps(weights), residual),
+                number,
+                manifest.version,
+                seconds,
+                json.dumps(weights),
+                residual,
             )
-            for late in _forget(db, "state = 'receiving' AND round <= ?", number):
-                self._parts.drop(late)
-            _put(db, "round", _round_json(after))
+            self._forget("state = 'receiving' AND round <= ?", number)
+            self.set_round(after)
             fault_point("aggregator.round.settling")
 
     def add_version(self, manifest: GlobalManifest) -> None:
-        with self.transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO versions VALUES (?, ?)",
-                (manifest.version, manifest.model_dump_json()),
-            )
+        self._db.run(
+            "INSERT OR REPLACE INTO versions VALUES (?, ?)",
+            manifest.version,
+            manifest.model_dump_json(),
+        )
 
     def version(self, number: int) -> GlobalManifest | None:
-        row = self._one("SELECT manifest FROM versions WHERE version = ?", number)
+        row = self._db.one("SELECT manifest FROM versions WHERE version = ?", number)
         return GlobalManifest.model_validate_json(row[0]) if row else None
 
     def version_numbers(self) -> set[str]:
-        return {str(row[0]) for row in self._rows("SELECT version FROM versions")}
+        return {str(row[0]) for row in self._db.rows("SELECT version FROM versions")}
 
     def forget_versions(self, keep: int) -> None:
         """Forget all versions but the newest `keep`; their files stay."""
-        with self.transaction() as db:
-            newest = "(SELECT max(version) FROM versions)"
-            db.execute(f"DELETE FROM versions WHERE version <= {newest} - ?", (keep,))
+        newest = "(SELECT max(version) FROM versions)"
+        self._db.run(f"DELETE FROM versions WHERE version <= {newest} - ?", keep)
 
     @property
     def versions_folder(self) -> Path:
@@ -215,82 +199,16 @@ class Store:
     def band_file(self, version: int, band: str) -> Path:
         return self.versions_folder / str(version) / f"{band}.safetensors"
 
-    # -- devices ---------------------------------------------------------------------------------
-
-    def device_key(self, device: str) -> str | None:
-        row = self._one("SELECT public_key FROM devices WHERE name = ?", device)
-        return row[0] if row else None
-
-    def set_status(self, status: Status, public_key: str) -> bool:
-        """Remember how a device is; return False for a status older than the one known.
-
-        Whose key has changed (which the caller has allowed) counts its starts anew.
-        """
-        known = self.status(status.device)
-        same = self.device_key(status.device) == public_key
-        if known is not None and same and known.boot > status.boot:
-            return False
-        with self.transaction() as db:
-            db.execute(
-                "INSERT INTO devices VALUES (?, ?, ?) "
-                "ON CONFLICT (name) DO UPDATE SET "
-                "status = excluded.status, public_key = excluded.public_key",
-                (status.device, public_key, status.model_dump_json()),
-            )
-        return True
-
-    def status(self, device: str) -> Status | None:
-        row = self._one("SELECT status FROM devices WHERE name = ?", device)
-        return Status.model_validate_json(row[0]) if row else None
-
-    def ready_devices(self) -> set[str]:
-        """Return the devices that are online and can train."""
-        state = "json_extract(status, '$.state')"
-        rows = self._rows(
-            "SELECT name FROM devices WHERE json_extract(status, '$.online') "
-            f"AND {state} NOT IN ({', '.join('?' * len(NOT_READY))})",
-            *NOT_READY,
-        )
-        return {row[0] for row in rows}
-
-    def strike(self, device: str, limit: int, until: float) -> bool:
-        """Note a refused update; after `limit` in a row quarantine begins and True is returned."""
-        with self.transaction() as db:
-            db.execute(
-                "INSERT INTO conduct VALUES (?, 1, 0) "
-                "ON CONFLICT (device) DO UPDATE SET strikes = strikes + 1",
-                (device,),
-            )
-            begun = db.execute(
-                "UPDATE conduct SET strikes = 0, quarantine = ? WHERE device = ? AND strikes >= ?",
-                (until, device, limit),
-            )
-            return begun.rowcount > 0
-
-    def forgive(self, device: str) -> None:
-        """Forget what was refused before: an update of the device has been counted."""
-        with self.transaction() as db:
-            db.execute("DELETE FROM conduct WHERE device = ?", (device,))
-
-    def quarantine(self, device: str) -> float:
-        """Return until when a device is kept out, in seconds since 1970; 0 if it never was."""
-        row = self._one("SELECT quarantine FROM conduct WHERE device = ?", device)
-        return row[0] if row else 0.0
-
-    def quarantined(self, now: float) -> set[str]:
-        rows = self._rows("SELECT device FROM conduct WHERE quarantine > ?", now)
-        return {row[0] for row in rows}
-
     # -- uploads ---------------------------------------------------------------------------------
 
     def upload(self, upload: str) -> Upload | None:
-        row = self._one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
+        row = self._db.one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
         return Upload(_manifest(row[0]), row[1], row[2]) if row else None
 
     def has_counted(self, device: str, round_number: int) -> bool:
         """Say whether an update of a device counts in a round, of whichever attempt."""
         query = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
-        return self._one(query, device, round_number) is not None
+        return self._db.one(query, device, round_number) is not None
 
     def expect_upload(self, manifest: UploadManifest) -> None:
         """Begin an upload, or begin it again when the device now offers other bytes.
@@ -300,34 +218,31 @@ class Store:
         known = self.upload(manifest.upload)
         if known is not None and known.manifest == manifest:
             return
-        with self.transaction() as db:
+        with self.transaction():
             others = "device = ? AND (upload = ? OR state = 'receiving')"
-            for forgotten in _forget(db, others, manifest.device, manifest.upload):
-                self._parts.drop(forgotten)
-            db.execute(
+            self._forget(others, manifest.device, manifest.upload)
+            self._db.run(
                 "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, 'receiving', '', ?)",
-                (
-                    manifest.upload,
-                    manifest.device,
-                    manifest.round,
-                    manifest.model_dump_json(),
-                    time.time(),
-                ),
+                manifest.upload,
+                manifest.device,
+                manifest.round,
+                manifest.model_dump_json(),
+                time.time(),
             )
 
     def add_chunk(self, manifest: UploadManifest, number: int, data: bytes) -> None:
-        with self.transaction() as db:
+        with self.transaction():
             self._parts.write(manifest, number, data)
-            db.execute("INSERT OR IGNORE INTO arrived VALUES (?, ?)", (manifest.upload, number))
+            self._db.run("INSERT OR IGNORE INTO arrived VALUES (?, ?)", manifest.upload, number)
             fault_point("aggregator.chunk.inserted")
 
     def is_complete(self, manifest: UploadManifest) -> bool:
         """Say whether all chunks of an upload are here."""
-        row = self._one("SELECT count(*) FROM arrived WHERE upload = ?", manifest.upload)
+        row = self._db.one("SELECT count(*) FROM arrived WHERE upload = ?", manifest.upload)
         return row is not None and row[0] >= len(manifest.file.chunks)
 
     def missing_chunks(self, manifest: UploadManifest) -> list[int]:
-        rows = self._rows("SELECT number FROM arrived WHERE upload = ?", manifest.upload)
+        rows = self._db.rows("SELECT number FROM arrived WHERE upload = ?", manifest.upload)
         have = {row[0] for row in rows}
         return [n for n in range(len(manifest.file.chunks)) if n not in have]
 
@@ -357,13 +272,15 @@ class Store:
         self._settle_upload(manifest, "rejected", reason)
 
     def _settle_upload(self, manifest: UploadManifest, state: str, reason: str) -> None:
-        upload = manifest.upload
-        with self.transaction() as db:
+        with self.transaction():
             self._parts.drop(manifest)
-            db.execute("DELETE FROM arrived WHERE upload = ?", (upload,))
-            db.execute(
+            self._db.run("DELETE FROM arrived WHERE upload = ?", manifest.upload)
+            self._db.run(
                 "UPDATE uploads SET state = ?, reason = ?, changed = ? WHERE upload = ?",
-                (state, reason, time.time(), upload),
+                state,
+                reason,
+                time.time(),
+                manifest.upload,
             )
             fault_point("aggregator.upload.settling")
 
@@ -373,7 +290,7 @@ class Store:
 
     def needed_parts(self) -> set[Path]:
         """Return the files of uploads that are not whole yet."""
-        rows = self._rows("SELECT manifest FROM uploads WHERE state = 'receiving'")
+        rows = self._db.rows("SELECT manifest FROM uploads WHERE state = 'receiving'")
         return {self._parts.file(_manifest(row[0])) for row in rows}
 
     @property
@@ -388,51 +305,34 @@ class Store:
         """Return the files of updates that count, or will, in the last merged round or later."""
         merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
         query = f"SELECT manifest FROM uploads WHERE state <> 'rejected' AND round >= {merged}"
-        return {self.update_file(_manifest(row[0])) for row in self._rows(query)}
+        return {self.update_file(_manifest(row[0])) for row in self._db.rows(query)}
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
         """Return the uploads of a round in these states, in the order of their devices' names."""
         marks = ", ".join("?" * len(states))
         query = f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks})"
-        rows = self._rows(f"{query} ORDER BY device", round_number, *states)
+        rows = self._db.rows(f"{query} ORDER BY device", round_number, *states)
         return [_manifest(row[0]) for row in rows]
 
     # -- private ---------------------------------------------------------------------------------
 
-    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        with self.on_disk():
-            return self._db.execute(query, values).fetchall()
-
-    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
-        return next(iter(self._rows(query, *values)), None)
-
     def _meta(self, key: str) -> str | None:
-        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        row = self._db.one("SELECT value FROM meta WHERE key = ?", key)
         return row[0] if row else None
 
     def _set_meta(self, key: str, value: str) -> None:
-        with self.transaction() as db:
-            _put(db, key, value)
+        self._db.run("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
+
+    def _forget(self, which: str, *values: object) -> None:
+        """Delete the uploads of which an SQL condition holds, their parts after the commit."""
+        for row in self._db.rows(f"SELECT manifest FROM uploads WHERE {which}", *values):
+            manifest = _manifest(row[0])
+            for table in ("arrived", "uploads"):
+                self._db.run(f"DELETE FROM {table} WHERE upload = ?", manifest.upload)
+            self._parts.drop(manifest)
 
 
 @lru_cache(maxsize=256)
 def _manifest(text: str) -> UploadManifest:
     """Read a manifest, whose hashes are many and which is asked for with each of its chunks."""
     return UploadManifest.model_validate_json(text)
-
-
-def _forget(db: sqlite3.Connection, which: str, *values: object) -> list[UploadManifest]:
-    """Delete the uploads of which an SQL condition holds; return their manifests."""
-    rows = db.execute(f"SELECT manifest FROM uploads WHERE {which}", values).fetchall()
-    found = [_manifest(row[0]) for row in rows]
-    for table in ("arrived", "uploads"):
-        db.executemany(f"DELETE FROM {table} WHERE upload = ?", [(m.upload,) for m in found])
-    return found
-
-
-def _put(db: sqlite3.Connection, key: str, value: str) -> None:
-    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
-
-def _round_json(state: RoundState) -> str:
-    return json.dumps(asdict(state))

@@ -6,14 +6,13 @@ only when the aggregator has said `done` or `reject`.
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edge_client.storage import keeping
+from protocol.database import Database
 from protocol.errors import Replayed
 from protocol.faults import fault_point
 from protocol.messages import Job, Round, UploadManifest
@@ -43,23 +42,22 @@ class Outbox:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with keeping(FILE, folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / FILE, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(SCHEMA)
+        guard = partial(keeping, FILE, folder)
+        with guard():
+            self._db = Database(folder / FILE, SCHEMA, guard)
 
     def close(self) -> None:
         self._db.close()
 
     def put(self, manifest: UploadManifest, data: bytes, *, rank: int) -> None:
         """Keep a finished update, and the rank the device goes on with, in one transaction."""
-        with self._transaction():
-            self._run(
+        with self._db.transaction():
+            self._db.run(
                 "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?)",
-                (manifest.upload, manifest.round, manifest.model_dump_json(), data),
+                manifest.upload,
+                manifest.round,
+                manifest.model_dump_json(),
+                data,
             )
             self._set(f"rank of {manifest.job}", rank)
             self._set(f"round of {manifest.job}", manifest.round)
@@ -69,24 +67,22 @@ class Outbox:
         fault_point("device.outbox.put")
 
     def get(self, upload: str) -> Pending | None:
-        rows = self._run("SELECT manifest, data FROM updates WHERE upload = ?", (upload,))
-        return next(
-            (Pending(UploadManifest.model_validate_json(m), data) for m, data in rows), None
-        )
+        row = self._db.one("SELECT manifest, data FROM updates WHERE upload = ?", upload)
+        return Pending(UploadManifest.model_validate_json(row[0]), row[1]) if row else None
 
     def pending(self) -> list[str]:
         """Return the ids of the updates that wait, oldest round first."""
-        return [row[0] for row in self._run("SELECT upload FROM updates ORDER BY round")]
+        return [row[0] for row in self._db.rows("SELECT upload FROM updates ORDER BY round")]
 
     def drop(self, upload: str) -> None:
         """Forget an update: it has been counted, or refused for good."""
         fault_point("device.outbox.dropping")
-        self._run("DELETE FROM updates WHERE upload = ?", (upload,))
+        self._db.run("DELETE FROM updates WHERE upload = ?", upload)
         fault_point("device.outbox.dropped")
 
     def refuse(self, manifest: UploadManifest) -> None:
         """Forget an update that was refused; its round may be trained for once more."""
-        with self._transaction():
+        with self._db.transaction():
             self.drop(manifest.upload)
             if manifest.round == self.trained_round(manifest.job):
                 self._set(f"refused in {manifest.job}", 1)
@@ -123,10 +119,10 @@ class Outbox:
         Raises:
             Replayed: they are other ones than before.
         """
-        rows = self._run("SELECT settings FROM jobs WHERE job = ?", (job.job,))
-        if not rows:
-            self._run("INSERT INTO jobs VALUES (?, ?)", (job.job, job.model_dump_json()))
-        elif Job.model_validate_json(rows[0][0]) != job:
+        row = self._db.one("SELECT settings FROM jobs WHERE job = ?", job.job)
+        if row is None:
+            self._db.run("INSERT INTO jobs VALUES (?, ?)", job.job, job.model_dump_json())
+        elif Job.model_validate_json(row[0]) != job:
             raise Replayed(
                 f"job {job.job!r} has other settings than this device has begun it with; new "
                 "settings need another job name"
@@ -148,13 +144,13 @@ class Outbox:
                     f"{kind} {number} of job {now.job!r} is older than {kind} {seen[kind]}"
                 )
         if told != seen:
-            with self._transaction():
+            with self._db.transaction():
                 for kind, number in told.items():
                     self._set(f"seen {kind} of {now.job}", number)
 
     def _number(self, key: str, default: int) -> int:
-        rows = self._run("SELECT value FROM numbers WHERE key = ?", (key,))
-        return rows[0][0] if rows else default
+        row = self._db.one("SELECT value FROM numbers WHERE key = ?", key)
+        return row[0] if row else default
 
     def next_boot(self) -> int:
         """Count this start of the agent and return its number."""
@@ -163,19 +159,4 @@ class Outbox:
         return boot
 
     def _set(self, key: str, value: int) -> None:
-        self._run("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (key, value))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._run("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._run("COMMIT")
-        finally:
-            if self._db.in_transaction:
-                self._run("ROLLBACK")
-
-    def _run(self, statement: str, values: tuple[object, ...] = ()) -> list[Any]:
-        """Execute a statement and return its rows."""
-        with keeping(FILE, self._folder):
-            return self._db.execute(statement, values).fetchall()
+        self._db.run("INSERT OR REPLACE INTO numbers VALUES (?, ?)", key, value)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edge_client.errors import StorageError
 from protocol.adapter import Adapter
+from protocol.database import DatabaseDamaged, DatabaseRefused
 from protocol.files import write_peft
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,7 +27,7 @@ def keeping(what: str, folder: Path, option: str = "--state") -> Iterator[None]:
     """
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except OSError as error:
         raise StorageError(_words(error, what, folder, option)) from None
 
 
@@ -41,29 +41,29 @@ def keep_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
         write_peft(adapter, folder, base_model=base_model)
 
 
-def _words(error: sqlite3.Error | OSError, what: str, folder: Path, option: str) -> str:
+def _words(error: OSError, what: str, folder: Path, option: str) -> str:
     if _is_full(error, folder):
         return (
             f"the disk is full: {what} can't be kept in {folder}; free some space and start again: "
             "nothing that was kept is lost"
         )
-    if type(error) is sqlite3.DatabaseError:  # its subclasses are other things than damage
+    if isinstance(error, DatabaseDamaged):
         return (
             f"{what} in {folder} can't be read: the file is damaged ({error}); bring it back from "
             f"a backup, or begin anew with another {option} folder and another --name"
         )
-    why = (error.strerror if isinstance(error, OSError) else "") or error
     return (
-        f"{what} can't be kept in {folder} ({why}); name a folder that can be written to with "
-        f"{option}"
+        f"{what} can't be kept in {folder} ({error.strerror or error}); name a folder that can be "
+        f"written to with {option}"
     )
 
 
-def _is_full(error: sqlite3.Error | OSError, folder: Path) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _FULL
+def _is_full(error: OSError, folder: Path) -> bool:
+    if error.errno in _FULL:
+        return True
+    if not isinstance(error, DatabaseRefused) or isinstance(error, DatabaseDamaged):
+        return False
     try:
-        no_room = shutil.disk_usage(folder).free < _NO_ROOM_BYTES
+        return shutil.disk_usage(folder).free < _NO_ROOM_BYTES
     except OSError:
-        no_room = False
-    return isinstance(error, sqlite3.OperationalError) and (no_room or "full" in str(error))
+        return False

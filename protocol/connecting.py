@@ -15,18 +15,31 @@ from protocol.link import BrokerAddress
 from protocol.tls import explain, socket_words
 
 VERSIONS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
+QOS = 1
 WINDOW = 32
 """Messages in flight either way before somebody waits."""
 SESSION_EXPIRY_S = 7 * 24 * 3600
 KEEPALIVE_S = 30
 RECONNECT_S = 30
 """The longest pause between two attempts to get a lost connection back."""
+RECONNECT_REFUSED_S = 300
+"""The same, when the other side does not take the certificate: that seldom heals."""
 _HANG_UPS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)
 """How a server ends a connection without a word."""
 
 
-def new_client(version: int, client_id: str, *, temporary: bool) -> paho.Client:
-    """Return a client that acknowledges nothing by itself; a `temporary` one leaves no session."""
+def new_client(
+    version: int,
+    client_id: str,
+    *,
+    temporary: bool,
+    context: ssl.SSLContext | None,
+    will: tuple[str, bytes] | None,
+) -> paho.Client:
+    """Return a client that acknowledges nothing by itself; a `temporary` one leaves no session.
+
+    `context` is for TLS; `will` is a retained message, topic and payload.
+    """
     client = paho.Client(
         CallbackAPIVersion.VERSION2,
         client_id=client_id,
@@ -36,6 +49,10 @@ def new_client(version: int, client_id: str, *, temporary: bool) -> paho.Client:
     )
     client.max_inflight_messages_set(WINDOW)
     client.reconnect_delay_set(1, RECONNECT_S)
+    if context is not None:
+        client.tls_set_context(context)
+    if will:
+        client.will_set(*will, qos=QOS, retain=True)
     return client
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +12,17 @@ from typing import Any
 Guard = Callable[[], AbstractContextManager[None]]
 
 
+class DatabaseRefused(OSError):
+    """A database can't be used: no room (ENOSPC), locked, not writable, damaged; says which."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class DatabaseDamaged(DatabaseRefused):
+    """A file is not a database, or not a whole one."""
+
+
 def _nothing() -> None:
     return None
 
@@ -18,9 +30,12 @@ def _nothing() -> None:
 class Database:
     """Open a database, making it if need be: write-ahead log, synchronous FULL, one thread.
 
-    `guard` makes the context in which every statement runs: it turns what the disk refuses
-    (sqlite3.Error, OSError) into words. `before_commit` and `after_commit` belong to files that
-    change with the rows.
+    `guard` makes the context in which every statement and transaction runs, once it is open: it
+    turns what the disk refuses (OSError) into words. `before_commit` and `after_commit` belong to
+    files that change with the rows.
+
+    Raises:
+        OSError: the folder can't be made, or the database can't be opened (DatabaseRefused).
     """
 
     def __init__(
@@ -35,8 +50,8 @@ class Database:
     ) -> None:
         self._guard = guard
         self._before_commit, self._after_commit = before_commit, after_commit
-        with guard():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _refusals():
             self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_s)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -50,12 +65,12 @@ class Database:
 
         Returns the number of rows that it changed.
         """
-        with self._guard():
+        with self._guard(), _refusals():
             return self._db.execute(statement, values).rowcount
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
-        with self._guard():
+        with self._guard(), _refusals():
             return self._db.execute(query, values).fetchall()
 
     def one(self, query: str, *values: object) -> tuple[Any, ...] | None:
@@ -68,7 +83,7 @@ class Database:
         if self._db.in_transaction:
             yield
             return
-        with self._guard():
+        with self._guard(), _refusals():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -79,3 +94,17 @@ class Database:
                     self._db.execute("ROLLBACK")
                 raise
             self._after_commit()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise what the disk is to blame for as DatabaseRefused; sqlite3's other errors are bugs."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        number = errno.ENOSPC if "full" in str(error) else errno.EIO
+        raise DatabaseRefused(number, str(error)) from None
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:  # its subclasses are other things than damage
+            raise
+        raise DatabaseDamaged(errno.EIO, str(error)) from None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 import ssl
 
+from protocol.errors import TransportError
 from protocol.link import BrokerAddress
 from protocol.tls import PATIENCE_S, refusal, socket_words
 
+SESSION_TAKEN_OVER = 0x8E
+"""MQTT 5's reason for hanging up on a client whose id another one connects with."""
 FIRST_S, THEN_S = 5.0, 60.0
 """How long a connection is away before somebody asks why, and from then on between two askings."""
 SHORT_S = 10.0
@@ -47,6 +50,18 @@ class Outages:
         if self._taken >= TAKEOVERS:
             return _TAKEN_OVER
         return _HANGS_UP if self._short >= SHORT_ONES else ""
+
+    def check(self, broker: BrokerAddress, client_id: str) -> None:
+        """Go on unless coming back is of no use.
+
+        Raises:
+            TransportError: the connection is contested.
+        """
+        if why := self.contested:
+            raise TransportError(
+                f"{why.format(broker=broker, client=repr(client_id))}; only one may connect by a "
+                "name: end the other, or give one of them another name"
+            )
 
     def due(self, now: float) -> bool:
         """Say whether it is time to ask why there is no connection; asked once, it is not."""

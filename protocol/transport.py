@@ -19,37 +19,25 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
-from protocol.connecting import RECONNECT_S, VERSIONS, WINDOW, knock, new_client
-from protocol.errors import (
-    BrokerRefused,
-    BrokerUnreachable,
-    DeliveryRefused,
-    TlsRefused,
-    TransportError,
-)
+from protocol.connecting import QOS, RECONNECT_REFUSED_S, RECONNECT_S, VERSIONS, knock, new_client
+from protocol.errors import BrokerRefused, BrokerUnreachable, TlsRefused, TransportError
 from protocol.inbox import Inbox
+from protocol.limits import BrokerLimits
 from protocol.link import REFUSED_FOR_GOOD, BrokerAddress, Delivery, Incoming, Transport, in_words
-from protocol.outage import Outages, why_away
+from protocol.outage import SESSION_TAKEN_OVER, Outages, why_away
+from protocol.subscriptions import Subscriptions, send
 from protocol.tls import TlsFiles, refusal
 from protocol.verdicts import Verdicts
 
 __all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles", "Transport"]
 
-QOS = 1
 CONNECTIONS_LIMIT = 4
 """Connections that a message may be sent on again without an answer."""
 RETRIES = 2
 ABANDON_S = 5.0
 """How long who was told to stop waits on a connection, whose other end may be gone unseen."""
-SESSION_TAKEN_OVER = 0x8E
-"""MQTT 5's reason for hanging up on a client whose id another one connects with."""
 MQTT5_PATIENCE_S = 2.5
 """How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
-RECONNECT_REFUSED_S = 300
-"""As `RECONNECT_S`, when the other side does not take the certificate: that seldom heals."""
-
-_PACKET_OVERHEAD_BYTES = 16
-"""More than a PUBLISH has around topic and payload."""
 
 
 class MqttTransport:
@@ -84,12 +72,9 @@ class MqttTransport:
         self._versions = [VERSIONS[version]] if version else list(VERSIONS.values())
         self._state = threading.Condition()
         self._inbox = Inbox(self._state)
-        self._filters: list[str] = []
         self._verdicts = Verdicts()
-        self._granted: dict[int, str] = {}
-        """Answered SUBSCRIBEs → why the broker refuses, or empty."""
-        self._resubscription: int | None = None
-        self._resubscribed = 0
+        self._subscriptions = Subscriptions()
+        self._limits = BrokerLimits()
         self._connected = False
         self._refused = ""
         self._refused_for_good = False
@@ -97,9 +82,6 @@ class MqttTransport:
         self._on_outage = on_outage
         self._abandoned = False
         self._announcement: tuple[str, bytes] | None = None
-        self._packet_limit: int | None = None
-        self._window = WINDOW
-        """Messages in flight: fewer if the broker takes fewer at once."""
         self._context: ssl.SSLContext | None = None
         if address.tls:
             self._context = tls.context() if tls else ssl.create_default_context()
@@ -160,20 +142,15 @@ class MqttTransport:
             TransportError: the broker did not answer in time.
             DeliveryRefused: it refuses one of them.
         """
-        new = [f for f in filters if f not in self._filters]
-        self._filters += new
+        new = self._subscriptions.add(filters)
         if not new:
             return
         before = self.connection
-        _, message_id = self._live().subscribe([(f, QOS) for f in new])
+        message_id = send(self._live(), new)
         self._expect(
-            # ... or a later connection, on which everything is subscribed to again
-            lambda: message_id in self._granted or self._resubscribed > before,
-            timeout_s,
-            "SUBSCRIBE",
+            lambda: self._subscriptions.answered(message_id, before), timeout_s, "SUBSCRIBE"
         )
-        if why := self._granted.get(message_id or 0):
-            raise DeliveryRefused(", ".join(new), why)
+        self._subscriptions.check(message_id, new)
 
     def announce(self, topic: str, payload: bytes) -> None:
         """Publish a retained message, now and after every reconnection, until the next one.
@@ -198,7 +175,7 @@ class MqttTransport:
 
     def unsubscribe(self, filters: list[str]) -> None:
         """Stop receiving what `filters` named."""
-        self._filters = [f for f in self._filters if f not in filters]
+        self._subscriptions.drop(filters)
         if filters:
             self._live().unsubscribe(filters)
 
@@ -232,7 +209,7 @@ class MqttTransport:
         deliveries: list[Delivery] = []
         flying: deque[tuple[str, int | Delivery]] = deque()
         for topic, payload in messages:
-            if len(flying) >= self._window:
+            if len(flying) >= self._limits.window:
                 deliveries.append(self._land(*flying.popleft(), timeout_s, meanwhile))
             flying.append((topic, self._send(topic, payload, retain)))
         return deliveries + [self._land(*one, timeout_s, meanwhile) for one in flying]
@@ -286,11 +263,10 @@ class MqttTransport:
                 self._connected, self._refused = True, ""
                 self._outages.made(time.monotonic())
                 client.reconnect_delay_set(1, RECONNECT_S)
-                self._packet_limit = getattr(properties, "MaximumPacketSize", None)
-                self._window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
+                self._limits = BrokerLimits(properties)
             self._state.notify_all()
-        if not code.is_failure and self._filters:
-            _, self._resubscription = client.subscribe([(f, QOS) for f in self._filters])
+        if not code.is_failure:
+            self._subscriptions.renew(client)
         if not code.is_failure and self._announcement:
             client.publish(*self._announcement, qos=QOS, retain=True)
 
@@ -330,19 +306,19 @@ class MqttTransport:
         self, _: Any, __: Any, message_id: int, codes: list[ReasonCode], ___: Any
     ) -> None:
         with self._state:
-            self._granted[message_id] = next((in_words(c) for c in codes if c.is_failure), "")
-            if message_id == self._resubscription:
-                self._resubscribed = self.connection
+            self._subscriptions.hear(message_id, codes, self.connection)
             self._state.notify_all()
 
     # -- private ---------------------------------------------------------------------------------
 
     def _new_client(self, version: int) -> paho.Client:
-        client = new_client(version, self.client_id, temporary=self._temporary)
-        if self._context is not None:
-            client.tls_set_context(self._context)
-        if self._will:
-            client.will_set(self._will[0], self._will[1], qos=QOS, retain=True)
+        client = new_client(
+            version,
+            self.client_id,
+            temporary=self._temporary,
+            context=self._context,
+            will=self._will,
+        )
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_socket_close = self._on_socket_close
@@ -353,21 +329,15 @@ class MqttTransport:
 
     def _live(self) -> paho.Client:
         client = self._client
-        if why := self._outages.contested:
-            raise TransportError(
-                f"{why.format(broker=self.address, client=repr(self.client_id))}; only one may "
-                "connect by a name: end the other, or give one of them another name"
-            )
+        self._outages.check(self.address, self.client_id)
         if client is None or client._thread is None or not client._thread.is_alive():
             raise TransportError(f"the connection to {self.address} has ended")
         return client
 
     def _send(self, topic: str, payload: bytes, retain: bool) -> int | Delivery:
         """Hand a message to paho; return its id, or why the broker would not take it."""
-        limit = self._packet_limit
-        if limit is not None and len(payload) + len(topic) + _PACKET_OVERHEAD_BYTES > limit:
-            # paho would retry it for ever
-            return Delivery(topic, f"larger than the broker's packet limit ({limit})", limit)
+        if too_large := self._limits.refusal(topic, payload):
+            return too_large
         info = self._live().publish(topic, payload, qos=QOS, retain=retain)
         self.bytes_sent += len(payload)
         return info.mid

@@ -8,13 +8,13 @@ thread; each thread opens its own.
 from __future__ import annotations
 
 import hmac
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from aggregator.errors import EnrolmentRefused, FolderError
+from protocol.database import Database, DatabaseDamaged
 from protocol.files import PRIVATE
 
 SCHEMA = """
@@ -37,40 +37,43 @@ class TokenUse(NamedTuple):
 
 
 class Registry:
-    """Open the registry in a fleet's folder, making it if need be."""
+    """Open the registry in a fleet's folder, making it if need be.
+
+    Raises, as every method does:
+        FolderError: the file is damaged, in use for too long, can't be written, or the disk is
+            full.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
+        self._path = path
+        with self._in_words():
             path.touch(PRIVATE)
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_S)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise FolderError(f"can't open the list of devices {path}: {error}") from None
+            self._db = Database(path, SCHEMA, self._in_words, busy_s=BUSY_S)
 
     def close(self) -> None:
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _in_words(self) -> Iterator[None]:
         try:
-            yield self._db
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            yield
+        except OSError as error:
+            remedy = "; bring it back from a backup" if isinstance(error, DatabaseDamaged) else ""
+            raise FolderError(
+                f"can't use the list of devices {self._path}: {error.strerror or error}{remedy}"
+            ) from None
 
     # -- tokens ----------------------------------------------------------------------------------
 
     def add_token(self, digest: str, device: str, *, expires: float) -> None:
         """Remember a token by its hash; earlier unused ones of the device are worth nothing now."""
-        with self._transaction() as db:
-            db.execute("DELETE FROM tokens WHERE device = ? AND used_by = ''", (device,))
-            db.execute(
+        with self._db.transaction():
+            self._db.run("DELETE FROM tokens WHERE device = ? AND used_by = ''", device)
+            self._db.run(
                 "INSERT INTO tokens (digest, device, expires) VALUES (?, ?, ?)",
-                (digest, device, expires),
+                digest,
+                device,
+                expires,
             )
 
     def check_token(self, digest: str, keys: str, *, now: float) -> TokenUse:
@@ -82,9 +85,9 @@ class Registry:
         Raises:
             EnrolmentRefused: unknown, expired, or used with other keys.
         """
-        row = self._db.execute(
-            "SELECT device, expires, used_by, certificate FROM tokens WHERE digest = ?", (digest,)
-        ).fetchone()
+        row = self._db.one(
+            "SELECT device, expires, used_by, certificate FROM tokens WHERE digest = ?", digest
+        )
         if row is None:
             raise EnrolmentRefused("there is no such token here, or a newer one has replaced it")
         device, expires, used_by, certificate = row
@@ -116,60 +119,61 @@ class Registry:
             EnrolmentRefused: the token went to somebody else meanwhile, or the device is known with
                 another signing key and has not been revoked.
         """
-        with self._transaction() as db:
-            taken = db.execute(
+        with self._db.transaction():
+            taken = self._db.run(
                 "UPDATE tokens SET used_by = ?, certificate = ? WHERE digest = ? AND used_by = ''",
-                (keys, certificate, digest),
+                keys,
+                certificate,
+                digest,
             )
-            if taken.rowcount != 1:
+            if taken != 1:
                 raise EnrolmentRefused(f"the token for {device} has been used already")
-            known = db.execute(
-                "SELECT signing_key, revoked FROM devices WHERE name = ?", (device,)
-            ).fetchone()
+            known = self._db.one("SELECT signing_key, revoked FROM devices WHERE name = ?", device)
             if known is not None and known[1] is None and known[0] != signing_key:
                 raise EnrolmentRefused(
                     f"{device} is known with another signing key; if it was set up anew, the "
                     f"operator revokes it first (aggregator revoke {device})"
                 )
-            db.execute("INSERT OR REPLACE INTO devices VALUES (?, ?, NULL)", (device, signing_key))
-            db.execute(
-                "INSERT INTO certificates VALUES (?, ?, ?, NULL)", (str(serial), device, expires)
+            self._db.run("INSERT OR REPLACE INTO devices VALUES (?, ?, NULL)", device, signing_key)
+            self._db.run(
+                "INSERT INTO certificates VALUES (?, ?, ?, NULL)", str(serial), device, expires
             )
 
     # -- devices ---------------------------------------------------------------------------------
 
     def signing_key(self, device: str) -> str | None:
         """Return the pinned key of a device that belongs to the fleet now; None for any other."""
-        row = self._db.execute(
-            "SELECT signing_key FROM devices WHERE name = ? AND revoked IS NULL", (device,)
-        ).fetchone()
+        row = self._db.one(
+            "SELECT signing_key FROM devices WHERE name = ? AND revoked IS NULL", device
+        )
         return row[0] if row else None
 
     def devices(self) -> set[str]:
         """Return all that belong to the fleet now."""
-        rows = self._db.execute("SELECT name FROM devices WHERE revoked IS NULL")
+        rows = self._db.rows("SELECT name FROM devices WHERE revoked IS NULL")
         return {row[0] for row in rows}
 
     def known(self, device: str) -> bool:
         """Say whether a device has ever been enrolled, or has a token."""
         query = "SELECT 1 FROM devices WHERE name = ? UNION SELECT 1 FROM tokens WHERE device = ?"
-        return self._db.execute(query, (device, device)).fetchone() is not None
+        return self._db.one(query, device, device) is not None
 
     def revoke(self, device: str, *, now: float) -> None:
         """Put a device out: its key, its certificates and its tokens count for nothing."""
-        with self._transaction() as db:
-            db.execute("DELETE FROM tokens WHERE device = ?", (device,))
-            db.execute(
-                "UPDATE devices SET revoked = ? WHERE name = ? AND revoked IS NULL", (now, device)
+        with self._db.transaction():
+            self._db.run("DELETE FROM tokens WHERE device = ?", device)
+            self._db.run(
+                "UPDATE devices SET revoked = ? WHERE name = ? AND revoked IS NULL", now, device
             )
-            db.execute(
+            self._db.run(
                 "UPDATE certificates SET revoked = ? WHERE device = ? AND revoked IS NULL",
-                (now, device),
+                now,
+                device,
             )
 
     def revoked_serials(self) -> list[tuple[int, float]]:
         """Return all revoked certificates and when each was revoked."""
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT serial, revoked FROM certificates WHERE revoked IS NOT NULL ORDER BY serial"
         )
         return [(int(serial), revoked) for serial, revoked in rows]

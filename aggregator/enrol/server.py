@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 
 from aggregator.enrol import ca
 from aggregator.enrol.folder import FleetFolder
-from aggregator.errors import ConfigError, EnrolmentRefused
+from aggregator.errors import ConfigError, EnrolmentRefused, FolderError
 from protocol.enrolment import (
     ANSWER_TOPIC,
     BODY_LIMIT_BYTES,
@@ -108,6 +108,9 @@ def build_app(folder: FleetFolder, events: EventLog, clock: Clock = utc_now) -> 
         except (EnrolmentRefused, ProtocolError) as error:
             events.emit("enrolment refused", address=who, reason=str(error))
             return say(403 if isinstance(error, EnrolmentRefused) else 400, str(error))
+        except FolderError as error:
+            events.emit("enrolment refused", address=who, reason=str(error))
+            return say(503, "nobody can be let in now; the aggregator's log says why")
         events.emit("enrolled", device=device, address=who)
         return Response(answer, media_type="application/json")
 

@@ -260,7 +260,7 @@ def test_a_foreign_signature_is_refused(aggregator: Aggregator) -> None:
     assert aggregator.offer(manifest, thief) == []
     aggregator.greet(key=thief, boot=9)  # the first key that spoke is the device's
     assert aggregator.heard() == ["device", "refused", "refused"]
-    status = aggregator.store.status(DEVICE)
+    status = aggregator.store.devices.status(DEVICE)
     assert status is not None
     assert status.boot == 1
     assert aggregator.store.upload(manifest.upload) is None
@@ -309,15 +309,15 @@ def test_a_topic_of_no_device_is_refused_in_a_sentence(aggregator: Aggregator) -
 
 
 def test_a_device_that_plans_is_known_and_not_waited_for(aggregator: Aggregator) -> None:
-    before = aggregator.store.status("phone-1")
-    assert before is not None and aggregator.store.ready_devices() == {"phone-1"}
+    before = aggregator.store.devices.status("phone-1")
+    assert before is not None and aggregator.store.devices.ready() == {"phone-1"}
     topic = topics.topic("status", job="notes", device="phone-1")
     for state, ready in (("planning", set()), ("idle", {"phone-1"})):
         status = before.model_copy(update={"state": state, "rank": 0})
         aggregator.intake.handle(topic, aggregator.device_key.seal(status, topic))
-        known = aggregator.store.status("phone-1")
+        known = aggregator.store.devices.status("phone-1")
         assert known is not None and known.state == state
-        assert aggregator.store.ready_devices() == ready
+        assert aggregator.store.devices.ready() == ready
 
 
 def test_a_store_belongs_to_one_job(aggregator: Aggregator) -> None:

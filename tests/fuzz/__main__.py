@@ -8,7 +8,8 @@ import time
 import warnings
 from pathlib import Path
 
-from tests.fuzz.parsers import Fault, all_parsers, traced
+from tests.fuzz.feeding import Fault, traced
+from tests.fuzz.parsers import all_parsers
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from protocol.messages import (
     describe_file,
     upload_id,
 )
+from protocol.signing import SigningKey
 from protocol.tensors import Encoding, encode
 
 DEVICE, ROUND = "phone-1", 1
@@ -149,3 +150,13 @@ def requests() -> list[bytes]:
     found += [builder.sign(rsa.generate_private_key(65537, 2048), hashes.SHA512())]
     found += [builder.sign(dsa.generate_private_key(1024), hashes.SHA256())]
     return [request.public_bytes(serialization.Encoding.DER) for request in found]
+
+
+def seal(key: SigningKey, body: bytes, topic: str) -> bytes:
+    """Sign any text as a body, as only a device of the fleet can."""
+
+    class Raw(BaseModel):
+        def model_dump_json(self, **_: object) -> str:
+            return body.decode("utf-8", "replace")
+
+    return key.seal(Raw(), topic)

@@ -19,7 +19,8 @@ from protocol.signing import SigningKey, open_message
 from protocol.tensors import encode
 from tests.aggregator.uploading import Aggregator, make_job, update
 from tests.fuzz import corpus
-from tests.fuzz.parsers import Parser, as_pem, seal, traced
+from tests.fuzz.feeding import Parser, traced
+from tests.fuzz.parsers import as_pem
 
 
 def test_a_dtype_that_is_no_unicode_is_refused_and_the_intake_goes_on(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_thousands_of_bad_metrics_are_refused_at_once() -> None:
     body = json.loads(corpus.manifest(b"x").model_dump_json())
     body["metrics"] = {f"{i:x}": [] for i in range(35_000)}
     key = SigningKey.generate()
-    sealed = seal(key, json.dumps(body, separators=(",", ":")).encode(), "t")
+    sealed = corpus.seal(key, json.dumps(body, separators=(",", ":")).encode(), "t")
 
     def opened(data: bytes) -> None:
         open_message(data, "t", UploadManifest)

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.parsers import Fault, Parser, all_parsers, traced
+from tests.fuzz.feeding import Fault, Parser, traced
+from tests.fuzz.parsers import all_parsers
 
 INPUTS = 25
 json_values = st.recursive(

@@ -18,6 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from aggregator.enrol.ca import key_pem, pem
 from aggregator.enrol.server import EnrolmentServer
+from aggregator.errors import FolderError
 from edge_client.errors import ConfigError, JoinRefused
 from edge_client.join import join
 from edge_client.membership import identity, read_membership
@@ -68,6 +69,16 @@ def refused(fleet: Fleet, token: str, why: str, state: str = "other") -> None:
         join(fleet.url, token, fleet.devices / state)
     assert read_membership(fleet.devices / state) is None
     assert fleet.events()[-1]["event"] == "enrolment refused"
+
+
+def test_a_damaged_list_of_devices_is_named_to_the_operator_alone(fleet: Fleet) -> None:
+    token, path = fleet.token("kitchen"), fleet.folder.path / "state" / "devices.sqlite"
+    path.write_bytes(b"no database" * 100)
+    words = f"can't use the list of devices {path}: file is not a database"
+    with pytest.raises(FolderError, match=words):
+        fleet.token("desk")
+    refused(fleet, token, "nobody can be let in now")
+    assert fleet.events()[-1]["reason"].startswith(words)
 
 
 def test_a_token_is_good_once(fleet: Fleet) -> None:

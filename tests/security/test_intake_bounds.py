@@ -60,7 +60,7 @@ def test_bad_updates_in_a_row_lead_to_quarantine_and_it_ends(aggregator: Aggrega
         (answer,) = aggregator.deliver(aggregator.manifest(bad, round=number), bad)
         assert answer.kind == "reject" and "quarantine" not in answer.reason
     assert aggregator.heard().count("quarantined") == 1
-    assert aggregator.store.quarantined(clock.now) == {DEVICE}
+    assert aggregator.store.devices.quarantined(clock.now) == {DEVICE}
 
     in_round(aggregator, 4)
     (answer,) = aggregator.deliver(aggregator.manifest(good, round=4), good)
@@ -75,7 +75,7 @@ def test_bad_updates_in_a_row_lead_to_quarantine_and_it_ends(aggregator: Aggrega
     in_round(aggregator, 6)
     (answer,) = aggregator.deliver(aggregator.manifest(good, round=6), good)
     assert answer.kind == "done"
-    assert aggregator.store.quarantined(clock.now) == set()
+    assert aggregator.store.devices.quarantined(clock.now) == set()
 
 
 def test_a_good_update_in_between_and_being_late_are_no_faults(aggregator: Aggregator) -> None:

@@ -116,7 +116,7 @@ def test_the_aggregator_hears_the_enrolled_alone_and_only_with_their_key(
         topic = topics.topic("status", job="notes", device=device)
         status = Status(job="notes", device=device, online=True, boot=boot)
         intake.handle(topic, signer.seal(status, topic))
-        known = made.store.status(device)
+        known = made.store.devices.status(device)
         return known is not None and known.boot == boot
 
     assert not greet("phone-1", SigningKey.generate(), 1)

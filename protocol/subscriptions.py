@@ -1,0 +1,66 @@
+"""What is subscribed to, now and after every reconnection, and what the broker says to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import paho.mqtt.client as paho
+from paho.mqtt.reasoncodes import ReasonCode
+
+from protocol.connecting import QOS
+from protocol.errors import DeliveryRefused
+from protocol.link import in_words
+
+
+class Subscriptions:
+    """Hold topic filters, and the answers to SUBSCRIBEs by message id.
+
+    `renew` and `hear` are called on the network's thread.
+    """
+
+    def __init__(self) -> None:
+        self._filters: list[str] = []
+        self._answers: dict[int, str] = {}
+        """Answered SUBSCRIBEs → why the broker refuses, or empty."""
+        self._renewal: int | None = None
+        self._renewed = 0
+        """The last connection on which everything has been subscribed to again."""
+
+    def add(self, filters: Iterable[str]) -> list[str]:
+        """Remember filters; return those that are new."""
+        new = [f for f in filters if f not in self._filters]
+        self._filters += new
+        return new
+
+    def drop(self, filters: Iterable[str]) -> None:
+        """Forget filters."""
+        self._filters = [f for f in self._filters if f not in filters]
+
+    def renew(self, client: paho.Client) -> None:
+        """Subscribe to everything on a new connection."""
+        if self._filters:
+            self._renewal = send(client, self._filters)
+
+    def hear(self, message_id: int, codes: list[ReasonCode], connection: int) -> None:
+        """Note an answer that came on the connection of this number."""
+        self._answers[message_id] = next((in_words(c) for c in codes if c.is_failure), "")
+        if message_id == self._renewal:
+            self._renewed = connection
+
+    def answered(self, message_id: int | None, connection: int) -> bool:
+        """Say whether a SUBSCRIBE has been answered, on its connection or by a later one's."""
+        return message_id in self._answers or self._renewed > connection
+
+    def check(self, message_id: int | None, filters: list[str]) -> None:
+        """Look at the answer to a SUBSCRIBE of these filters.
+
+        Raises:
+            DeliveryRefused: the broker refuses one of them.
+        """
+        if why := self._answers.get(message_id or 0):
+            raise DeliveryRefused(", ".join(filters), why)
+
+
+def send(client: paho.Client, filters: list[str]) -> int | None:
+    """Send a SUBSCRIBE; return its message id."""
+    return client.subscribe([(f, QOS) for f in filters])[1]
