@@ -2,7 +2,8 @@
 
 A chunk is written once, where it stays: when the file is whole it gets its final name. Rows say
 what has come, and are committed in between: what has been written is on the disk after `sync`,
-which is called before that; what is not needed any more goes with `clear`, which is called after.
+which is called before that; files are renamed and removed by `settle`, which is called after. So
+rows never say more than the files have, whenever a crash comes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from protocol.faults import fault_point
 from protocol.messages import UploadManifest
 
 
@@ -19,6 +21,7 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._written: set[Path] = set()
+        self._kept: dict[Path, Path] = {}
         self._dropped: set[Path] = set()
 
     def file(self, manifest: UploadManifest) -> Path:
@@ -60,30 +63,32 @@ class Parts:
         self._written.clear()
 
     def keep(self, manifest: UploadManifest, path: Path) -> None:
-        """Give a whole file its final name, in another folder of the same disk, durably.
-
-        Raises:
-            OSError: the disk refuses.
-        """
-        part = self.file(manifest)
-        _sync(part)
-        self._written.discard(part)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.replace(path)
-        _sync(path.parent)
+        """Let a whole file have its final name, on the same disk, with the next `settle`."""
+        if self.file(manifest).exists():
+            self._kept[self.file(manifest)] = path
 
     def drop(self, manifest: UploadManifest) -> None:
-        """Let an upload's part go with the next `clear`, if there is one."""
+        """Let an upload's part go with the next `settle`, if there is one."""
         self._dropped.add(self.file(manifest))
 
-    def clear(self) -> None:
-        """Remove what has been dropped.
+    def settle(self) -> None:
+        """Rename and remove as asked: the rows that want it are committed.
 
         Raises:
             OSError: the disk refuses.
         """
-        for path in self._dropped:
-            path.unlink(missing_ok=True)
+        for part, path in self._kept.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(path)
+            _sync(path.parent)
+            fault_point("aggregator.upload.kept")
+        for part in self._dropped:
+            part.unlink(missing_ok=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Rename and remove nothing: the rows that wanted it are not committed."""
+        self._kept.clear()
         self._dropped.clear()
 
 

@@ -66,7 +66,8 @@ class Store:
                 SCHEMA + DEVICES_SCHEMA,
                 self.on_disk,
                 before_commit=self._parts.sync,
-                after_commit=self._parts.clear,
+                after_commit=self._parts.settle,
+                after_rollback=self._parts.forget,
             )
         except OSError as error:
             raise StoreError(
@@ -74,6 +75,7 @@ class Store:
                 "be written to with --state"
             ) from None
         self.devices = Devices(self._db)
+        self._finish_keeping()
 
     def close(self) -> None:
         self._db.close()
@@ -252,20 +254,16 @@ class Store:
         Raises:
             BadChunk: the whole is not what was announced.
         """
-        part = self._parts.file(manifest)
         with self.on_disk():
-            # It has its final name already after a crash just before it was counted.
-            data = (part if part.exists() else self.update_file(manifest)).read_bytes()
+            data = self._parts.file(manifest).read_bytes()
         check_file(data, manifest.file.bytes, manifest.file.sha256)
         return data
 
     def count_upload(self, manifest: UploadManifest) -> None:
         """Keep a verified update and count it to its round: once, whatever happens."""
-        with self.on_disk():
-            if self._parts.file(manifest).exists():
-                self._parts.keep(manifest, self.update_file(manifest))
-        fault_point("aggregator.upload.kept")
-        self._settle_upload(manifest, "counted", "")
+        with self.transaction():
+            self._parts.keep(manifest, self.update_file(manifest))
+            self._settle_upload(manifest, "counted", "")
 
     def reject_upload(self, manifest: UploadManifest, reason: str) -> None:
         self.expect_upload(manifest)
@@ -283,6 +281,12 @@ class Store:
                 manifest.upload,
             )
             fault_point("aggregator.upload.settling")
+
+    def _finish_keeping(self) -> None:
+        """Give those updates their names that were counted just before a crash."""
+        with self.transaction():
+            for manifest in self._needed():
+                self._parts.keep(manifest, self.update_file(manifest))
 
     @property
     def parts_folder(self) -> Path:
@@ -302,10 +306,13 @@ class Store:
         return self.updates_folder / f"{manifest.file.sha256}.safetensors"
 
     def needed_updates(self) -> set[Path]:
-        """Return the files of updates that count, or will, in the last merged round or later."""
+        """Return the files of updates that count in the last merged round, or in a later one."""
+        return {self.update_file(manifest) for manifest in self._needed()}
+
+    def _needed(self) -> list[UploadManifest]:
         merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
-        query = f"SELECT manifest FROM uploads WHERE state <> 'rejected' AND round >= {merged}"
-        return {self.update_file(_manifest(row[0])) for row in self._db.rows(query)}
+        query = f"SELECT manifest FROM uploads WHERE state = 'counted' AND round >= {merged}"
+        return [_manifest(row[0]) for row in self._db.rows(query)]
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
         """Return the uploads of a round in these states, in the order of their devices' names."""

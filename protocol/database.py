@@ -47,9 +47,11 @@ class Database:
         busy_s: float = 5.0,
         before_commit: Callable[[], None] = _nothing,
         after_commit: Callable[[], None] = _nothing,
+        after_rollback: Callable[[], None] = _nothing,
     ) -> None:
         self._guard = guard
         self._before_commit, self._after_commit = before_commit, after_commit
+        self._after_rollback = after_rollback
         path.parent.mkdir(parents=True, exist_ok=True)
         with _refusals():
             self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_s)
@@ -92,6 +94,7 @@ class Database:
             except BaseException:
                 if self._db.in_transaction:  # a full disk can have ended it
                     self._db.execute("ROLLBACK")
+                self._after_rollback()
                 raise
             self._after_commit()
 

@@ -32,8 +32,8 @@ POINTS: Mapping[str, str] = {
     # ... an upload that is complete
     "aggregator.upload.assembled": "all chunks are in and make the announced file",
     "aggregator.upload.verified": "its tensors are read and within bounds",
-    "aggregator.upload.kept": "its file is kept, the upload is not counted",
     "aggregator.upload.settling": "the upload is counted in a transaction that is not committed",
+    "aggregator.upload.kept": "the upload is counted, its file has its final name",
     # ... a round
     "aggregator.merge.before": "the round is ready to be merged",
     "aggregator.merge.after": "the round is merged in memory",
