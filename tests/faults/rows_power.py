@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.chunks import CHUNK_BYTES
-from protocol.transport import WINDOW
+from protocol.connecting import WINDOW
 from tests.faults.link import BadLink
 from tests.faults.rig import Rig, running
 
