@@ -35,6 +35,7 @@ test: $(VENV) mosquitto
 FAULTS_FLAGS ?=
 faults: $(VENV) mosquitto
 	$(BIN)/python -m tests.faults $(FAULTS_FLAGS)
+	$(BIN)/python -m tests.fuzz --inputs 100000
 
 lint: $(VENV)
 	$(BIN)/ruff check .
