@@ -252,9 +252,10 @@ def _figure(chart: Chart) -> str:
 
 
 HEADINGS = (
-    *("Device", "Rank", "Predicted MiB", "Measured MiB", "Budget MiB"),
-    *("Up", "Down", "Base", "Alone", "Merged", "At its rank"),
+    *("Device", "Base", "Alone", "Merged", "At its rank"),
+    *("Rank", "Predicted MiB", "Measured MiB", "Budget MiB", "Up", "Down"),
 )
+"""Losses first: they are what a narrow screen shows without scrolling."""
 
 
 def _table(summary: Summary) -> str:
@@ -265,7 +266,7 @@ def _table(summary: Summary) -> str:
     down = human_bytes(sum(device.bytes_down for device in summary.devices))
     foot = (
         '<th scope="row">Mean<small>bytes: all together</small></th>'
-        f"{'<td></td>' * 4}<td>{up}</td><td>{down}</td>{_loss_cells(summary.mean_loss)}"
+        f"{_loss_cells(summary.mean_loss)}{'<td></td>' * 4}<td>{up}</td><td>{down}</td>"
     )
     return (
         f"<table><thead><tr>{head}</tr></thead>\n{bodies}\n<tfoot><tr>{foot}</tr></tfoot></table>"
@@ -279,9 +280,8 @@ def _table_rows(index: int, device: DeviceSummary) -> str:
     return (
         f'<tbody><tr><th scope="row" rowspan="2"><i style="background:var(--d{index % COLOURS})">'
         f"</i>{html.escape(device.name)}<small>{profile}</small></th>"
-        f"<td>{rank_path(device)}</td>{_memory_cells(device)}"
-        f"<td>{human_bytes(device.bytes_up)}</td><td>{human_bytes(device.bytes_down)}</td>"
-        f"{_loss_cells(device.loss)}</tr>\n"
+        f"{_loss_cells(device.loss)}<td>{rank_path(device)}</td>{_memory_cells(device)}"
+        f"<td>{human_bytes(device.bytes_up)}</td><td>{human_bytes(device.bytes_down)}</td></tr>\n"
         f'<tr><td class="words" colspan="{len(HEADINGS) - 1}"><p>{words}</p></td></tr></tbody>'
     )
 
