@@ -61,7 +61,7 @@ def run(
     name: Annotated[
         str, typer.Option(help="This device's name (default: as joined, or its host name).")
     ] = "",
-    job: Annotated[str, typer.Option(help="Job (default: the first that is not finished).")] = "",
+    job: Annotated[str, typer.Option(help="Job (default: the only unfinished one).")] = "",
     model: Annotated[
         str, typer.Option(help="Folder of the base model, where the job's name is not found here.")
     ] = "",
@@ -80,7 +80,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the data's split and order.")] = 0,
     exit_when_done: Annotated[bool, typer.Option(help="End when the job is finished.")] = False,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
+        bool, typer.Option("--no-wait", help="End at once if the broker or the job is not there.")
     ] = False,
     compare_alone: Annotated[
         bool, typer.Option(help="At the end, train as much alone and report both.")
