@@ -82,7 +82,7 @@ def check_paths(paths: Sequence[Path]) -> None:
             raise _unreadable(file, error) from error
     if not any(sizes):
         where = ", ".join(map(str, paths))
-        bad = "each of its files is empty" if sizes else "no such file"
+        bad = "each of its files is empty" if sizes else "no file of a kind that is read"
         raise DataError(f"nothing to learn from in {where} ({bad}); what is read: {ACCEPTED}")
 
 

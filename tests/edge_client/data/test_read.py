@@ -227,7 +227,7 @@ def test_a_glance_tells_whether_there_is_something_to_read(tmp_path: Path) -> No
     for name, why in (("a.png", r"\.png files are not"), ("Makefile", "files with no ending are")):
         with pytest.raises(DataError, match=why):
             check_paths([written(tmp_path / "other" / name, "x")])
-    with pytest.raises(DataError, match=r"nothing to learn from in .*other \(no such file\)"):
+    with pytest.raises(DataError, match=r"in .*other \(no file of a kind that is read\)"):
         check_paths([tmp_path / "other"])
     with pytest.raises(DataError, match="no file or folder"):
         check_paths([tmp_path / "none"])
