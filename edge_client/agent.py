@@ -116,6 +116,7 @@ class Agent:
         if not job:
             return
         self._job_name = job
+        self._events.emit("job", name=job)
         self._standing = Standing(settings, job, self._boot, self._key)
         self._link = link_of(settings, self._standing.will, self._waiting)
         self._sender = Sender(self._link, self._key, self._outbox, self._events)

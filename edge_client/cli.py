@@ -61,7 +61,7 @@ def run(
     name: Annotated[
         str, typer.Option(help="This device's name (default: as joined, or its host name).")
     ] = "",
-    job: Annotated[str, typer.Option(help="Job (default: the first that is not finished).")] = "",
+    job: Annotated[str, typer.Option(help="Job (default: the only unfinished one).")] = "",
     model: Annotated[
         str, typer.Option(help="Folder of the base model, where the job's name is not found here.")
     ] = "",
@@ -80,7 +80,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the data's split and order.")] = 0,
     exit_when_done: Annotated[bool, typer.Option(help="End when the job is finished.")] = False,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
+        bool, typer.Option("--no-wait", help="End at once if the broker or the job is not there.")
     ] = False,
     compare_alone: Annotated[
         bool, typer.Option(help="At the end, train as much alone and report both.")
@@ -92,7 +92,7 @@ def run(
     from edge_client.agent import Agent
     from edge_client.calibrate import cache_folder
     from edge_client.config import Settings, check_cache, check_name, default_threads
-    from edge_client.errors import DataError
+    from edge_client.data.read import check_paths
     from edge_client.membership import identity, state_folder
     from edge_client.profile import measure_profile
     from protocol.events import EventLog
@@ -102,9 +102,7 @@ def run(
     folder = state or state_folder(name, _host_name())
     device, address, tls = identity(folder, name=name, broker=broker, default_name=_host_name())
     found = load_profile(profile) if profile else measure_profile()
-    for path in data:  # found out later only after minutes of measuring
-        if not path.exists():
-            raise DataError(f"there is no file or folder {path}; check --data")
+    check_paths(data)  # found out later only after minutes of measuring
     _require_training()
     settings = Settings(
         name=device,

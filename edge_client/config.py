@@ -30,7 +30,7 @@ class Settings:
     tls: TlsFiles | None = None
     """Who this device is at the broker, if it has joined a fleet."""
     job: str = ""
-    """The job to take part in; empty: the first that the broker shows and that is not finished."""
+    """The job to take part in; empty: the only one shown that is not finished."""
     model: str = ""
     """Where the base model is; empty: what the job calls it."""
     memory_cap_mib: float | None = None

@@ -7,6 +7,7 @@ TunefleetError
     ├── DataError              the owner's text is missing, unreadable or too short
     ├── ConfigError            a setting is missing, unknown or out of bounds
     ├── NameTaken              another device takes part by this one's name
+    ├── OtherAggregator        the job's aggregator is not the one that this device trusts
     ├── StorageError           what must be kept can't be: the disk is full, or a file is damaged
     ├── JoinRefused            a fleet does not let this device in, or is not the token's
     └── WorkerError            the training process died or broke its protocol
@@ -45,6 +46,17 @@ class NameTaken(EdgeError):
         super().__init__(
             f"another device, or this one with another --state, takes part in job {job!r} as "
             f"{device!r}; choose another --name, or go on with that state"
+        )
+
+
+class OtherAggregator(EdgeError):
+    """The job that the owner names is signed by another aggregator than this device trusts."""
+
+    def __init__(self, job: str, trusted: object) -> None:
+        super().__init__(
+            f"job {job!r} is signed by another aggregator than the one that this device trusts; if "
+            f"that is right (the aggregator was set up anew), remove {trusted} or use another "
+            "--state"
         )
 
 

@@ -50,7 +50,8 @@ def evaluate_peft(
     tokenizer = load_tokenizer(folder)
     rows: dict[Path, list[PackedRow]] = {}
     for path in data:
-        splits = split_examples(read_examples([path]).examples, seed=seed)
+        reading = read_examples([path])
+        splits = split_examples(reading.examples, seed=seed, problems=reading.problems)
         sequences = tokenize(splits.held_out, tokenizer, max_tokens=max_tokens)
         rows[path] = list(islice(pack(sequences, max_tokens, seed=0), max_rows))
     losses = []

@@ -20,6 +20,8 @@ from cryptography.x509.oid import NameOID
 
 from edge_client.errors import ConfigError, JoinRefused
 from edge_client.membership import FILE, Membership, tls_files
+from edge_client.trust import FILE as TRUST_FILE
+from edge_client.trust import trusted_key
 from protocol.enrolment import (
     ANSWER_TOPIC,
     BODY_LIMIT_BYTES,
@@ -46,6 +48,7 @@ def join(url: str, token_text: str, state: Path) -> Membership:
         ConfigError: the address can't be right, or the folder can't be written.
         MalformedMessage: the token is not one.
         JoinRefused: nobody answers there, it is another fleet, or it lets this device not in.
+        StorageError: the key of the aggregator known before is damaged.
     """
     token = Token.parse(token_text)
     host, port = _address(url)
@@ -82,7 +85,7 @@ def join(url: str, token_text: str, state: Path) -> Membership:
     try:
         write_durably(files.ca, ca_pem.encode())
         write_durably(files.certificate, answer.certificate.encode())
-        write_durably(state / "aggregator.pub", aggregator_key.encode())
+        write_durably(state / TRUST_FILE, aggregator_key.encode())
         write_durably(state / FILE, membership.model_dump_json(indent=1).encode())
     except OSError as error:
         raise ConfigError(f"can't write to {state}: {error}; join again") from None
@@ -177,8 +180,7 @@ def _check_certificate(url: str, answer: EnrolAnswer, key: ec.EllipticCurvePriva
 
 def _refuse_other_fleet(url: str, state: Path, aggregator_key: str) -> None:
     """Keep a device that trusts one aggregator from being handed to another unnoticed."""
-    path = state / "aggregator.pub"
-    if path.exists() and path.read_text() != aggregator_key:
+    if trusted_key(state) not in (None, aggregator_key):
         raise JoinRefused(
             url, f"{state} belongs to another aggregator; name another --state for this fleet"
         )

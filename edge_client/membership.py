@@ -38,8 +38,17 @@ def read_membership(state: Path) -> Membership | None:
         return Membership.model_validate_json((state / FILE).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as error:
-        raise ConfigError(f"can't read {state / FILE}: {error}; join the fleet again") from None
+    except NotADirectoryError:
+        raise ConfigError(f"--state {state} is a file; name a folder") from None
+    except OSError as error:
+        raise ConfigError(f"can't read {state / FILE}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise ConfigError(
+            f"{state / FILE} is damaged ({where}{first['msg']}); bring it back from a backup, or "
+            "join the fleet again with a new token"
+        ) from None
 
 
 def state_folder(name: str, host_name: str) -> Path:

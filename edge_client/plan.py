@@ -74,10 +74,12 @@ def memory_budget(
 ) -> float:
     """Return what a training process may take in all, its floor included.
 
-    min(available, cgroup limit, the owner's cap) less a reserve of the device's memory.
+    min(available, cgroup limit) less a reserve of the device's memory, and no more than the owner's
+    cap, of which nothing is taken off.
     """
-    bounds = [available_mib, *(b for b in (limit_mib, cap_mib) if b is not None)]
-    return min(bounds) - RESERVE_SHARE * min(total_mib, limit_mib or total_mib)
+    has_mib = min(total_mib, inf if limit_mib is None else limit_mib)
+    gives_mib = max(0.0, min(available_mib, has_mib) - RESERVE_SHARE * has_mib)
+    return gives_mib if cap_mib is None else min(gives_mib, cap_mib)
 
 
 def budget_above_floor(
@@ -219,8 +221,9 @@ def _why_none(
             f"a plan of {below_mib:.0f} MiB above the floor was too much for this device, and no "
             "smaller one is left; free memory, or take a smaller base model"
         )
+    there = f"{budget_mib:.0f} MiB there" if budget_mib > 0 else "nothing there"
     return (
         f"the smallest plan needs {least_mib:.0f} MiB above a floor of "
-        f"{calibration.floor_mib:.0f} MiB, this device has {budget_mib:.0f} MiB there; free "
-        "memory, raise the cap, or take a smaller base model"
+        f"{calibration.floor_mib:.0f} MiB, this device has {there}; free memory, raise "
+        "--memory-cap if it is given, or take a smaller base model"
     )

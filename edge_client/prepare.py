@@ -109,11 +109,15 @@ def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = i
 def total_budget_mib(profile: DeviceProfile, cap_mib: float | None) -> float:
     """Return what the training process may take in all.
 
+    Where the device's memory is unknown the owner's cap is all there is to go by.
+
     Raises:
-        ConfigError: the profile does not know the device's memory.
+        ConfigError: the profile does not know the device's memory, and there is no cap.
     """
     memory = profile.memory
     if memory.total_mib is None or memory.available_mib is None:
+        if cap_mib is not None:
+            return min(cap_mib, inf if memory.limit_mib is None else memory.limit_mib)
         raise ConfigError("this device's memory is unknown; say how much to use with --memory-cap")
     return memory_budget(
         total_mib=memory.total_mib,

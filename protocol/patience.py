@@ -18,7 +18,7 @@ class Waiting:
     """Say what is waited for: at first, when the reason is another one, and then seldom."""
 
     def __init__(self, events: EventLog) -> None:
-        self._events = events
+        self.events = events
         self._said: tuple[str, str] = ("", "")
         self._next = 0.0
 
@@ -26,7 +26,7 @@ class Waiting:
         """Emit that `what` is waited for, unless that was said a short time ago."""
         now = time.monotonic()
         if (what, why) != self._said or now >= self._next:
-            self._events.emit("waiting", what=what, why=why)
+            self.events.emit("waiting", what=what, why=why)
             self._said, self._next = (what, why), now + SELDOM_S
 
 

@@ -15,7 +15,7 @@ from protocol.link import in_words
 class Subscriptions:
     """Hold topic filters, and the answers to SUBSCRIBEs by message id.
 
-    `renew` and `hear` are called on the network's thread.
+    `unasked`, `renew` and `hear` are called on the network's thread.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,15 @@ class Subscriptions:
     def drop(self, filters: Iterable[str]) -> None:
         """Forget filters."""
         self._filters = [f for f in self._filters if f not in filters]
+
+    def unasked(self, message: paho.MQTTMessage) -> bool:
+        """Say whether a retained message matches no filter: amqtt shows a new session all of them.
+
+        What is not retained may have waited in our session since before a restart: it is asked for.
+        """
+        return message.retain and not any(
+            paho.topic_matches_sub(f, message.topic) for f in tuple(self._filters)
+        )
 
     def renew(self, client: paho.Client) -> None:
         """Subscribe to everything on a new connection."""

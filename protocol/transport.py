@@ -68,8 +68,7 @@ class MqttTransport:
         self.connection = 0
         """Connections made so far: a rise tells that one was lost in between."""
         self._will = will
-        version = address.version
-        self._versions = [VERSIONS[version]] if version else list(VERSIONS.values())
+        self._versions = [VERSIONS[v]] if (v := address.version) else list(VERSIONS.values())
         self._state = threading.Condition()
         self._inbox = Inbox(self._state)
         self._verdicts = Verdicts()
@@ -290,11 +289,13 @@ class MqttTransport:
                 self._refused = self._refused or "it closed the connection"
             self._state.notify_all()
 
-    def _on_message(self, _: Any, __: Any, message: paho.MQTTMessage) -> None:
-        self.bytes_received += len(message.payload)
-        one = Incoming(
-            message.topic, bytes(message.payload), message.retain, message.mid, self.connection
-        )
+    def _on_message(self, client: paho.Client, _: Any, message: paho.MQTTMessage) -> None:
+        if self._subscriptions.unasked(message):
+            client.ack(message.mid, message.qos)
+            return
+        payload = bytes(message.payload)
+        self.bytes_received += len(payload)
+        one = Incoming(message.topic, payload, message.retain, message.mid, self.connection)
         self._inbox.put(one)
 
     def _on_publish(self, _: Any, __: Any, message_id: int, code: ReasonCode, ___: Any) -> None:

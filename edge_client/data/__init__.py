@@ -20,7 +20,7 @@ from edge_client.data.pack import (
     pack,
     packing_efficiency,
 )
-from edge_client.data.read import Problem, Reading, read_examples
+from edge_client.data.read import Problem, Reading, check_paths, read_examples
 from edge_client.data.split import SHARES, Splits, split_examples
 from edge_client.data.tokenize import IGNORED, TokenSequence, tokenize
 
@@ -40,6 +40,7 @@ __all__ = [
     "TokenSequence",
     "Turn",
     "block_causal_mask",
+    "check_paths",
     "evaluation_batches",
     "pack",
     "packing_efficiency",

@@ -114,7 +114,10 @@ def _string(name: str, value: object) -> str:
 def _turns(value: object) -> tuple[Turn, ...]:
     """Return the turns of a conversation, which a .csv file holds as JSON text."""
     if isinstance(value, str):
-        value = parse_json(value)
+        try:
+            value = parse_json(value)
+        except BadRow:
+            raise BadRow("'messages' is a string, not a list (nor a list's JSON)") from None
     if not isinstance(value, list):
         raise BadRow(f"'messages' is {_kind_of_json(value)}, not a list")
     turns = []

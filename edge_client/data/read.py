@@ -66,6 +66,26 @@ def read_examples(paths: Sequence[Path]) -> Reading:
     return reading
 
 
+def check_paths(paths: Sequence[Path]) -> None:
+    """Look whether there is something to read at all, without reading it.
+
+    Raises:
+        DataError: a path is missing or unreadable, a file named is of a kind that isn't read, or
+            there is no file, or no byte in any.
+    """
+    sizes = []
+    for file in _files(paths):
+        try:
+            with file.open("rb") as stream:
+                sizes.append(len(stream.read(1)))
+        except OSError as error:
+            raise _unreadable(file, error) from error
+    if not any(sizes):
+        where = ", ".join(map(str, paths))
+        bad = "each of its files is empty" if sizes else "no file of a kind that is read"
+        raise DataError(f"nothing to learn from in {where} ({bad}); what is read: {ACCEPTED}")
+
+
 def _nothing_in(paths: Sequence[Path], problems: Sequence[Problem]) -> str:
     """Return the message for paths that hold no example."""
     where = ", ".join(map(str, paths)) or "no path at all"
@@ -90,8 +110,8 @@ def _files(paths: Sequence[Path]) -> list[Path]:
         elif not path.exists():
             raise DataError(f"there is no file or folder {path}; check the path")
         elif path.suffix.lower() not in _READERS:
-            kind = path.suffix or "with no ending"
-            raise DataError(f"cannot read {path}: not a {kind} file; what is read: {ACCEPTED}")
+            kind = f"{path.suffix} files" if path.suffix else "files with no ending"
+            raise DataError(f"cannot read {path}: {kind} are not read; what is read: {ACCEPTED}")
         else:
             found = [path]
         for file in found:

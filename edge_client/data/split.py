@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from edge_client.data.example import Example
+from edge_client.data.read import Problem
 from edge_client.errors import DataError
 
 SHARES = (0.8, 0.08, 0.12)
@@ -42,12 +43,17 @@ class Splits:
 
 
 def split_examples(
-    examples: Sequence[Example], *, shares: tuple[float, float, float] = SHARES, seed: int
+    examples: Sequence[Example],
+    *,
+    shares: tuple[float, float, float] = SHARES,
+    seed: int,
+    problems: Sequence[Problem] = (),
 ) -> Splits:
     """Split the examples by the shares of their characters: train, trust, held_out.
 
     With fewer than 20 examples every longer text is cut at its blank lines first, otherwise only
-    a text that holds more than 6% of all characters.
+    a text that holds more than 6% of all characters. `problems` are rows that were left out, to be
+    named where there are too few others.
 
     Raises:
         DataError: there are fewer than three different pieces.
@@ -62,7 +68,7 @@ def split_examples(
         raise DataError(
             "at least 3 different texts are needed, to train on some and hold others out, and "
             f"here {'is' if len(groups) == 1 else 'are'} {len(groups)}; give more, or a longer "
-            "text (it is cut at its blank lines)"
+            f"text (it is cut at its blank lines){_left_out(problems)}"
         )
     line = [groups[place] for place in sorted(groups)]
     # The first cut leaves at least two groups after it, the second at least one on each side.
@@ -70,6 +76,15 @@ def split_examples(
     first = _nearest(ends, shares[0] * ends[-1], range(1, len(line) - 1))
     second = _nearest(ends, (shares[0] + shares[1]) * ends[-1], range(first + 1, len(line)))
     return Splits(_flat(line[:first]), _flat(line[first:second]), _flat(line[second:]))
+
+
+def _left_out(problems: Sequence[Problem]) -> str:
+    """Return how many rows were left out and why the first was; nothing if none was."""
+    if not problems:
+        return ""
+    if len(problems) == 1:
+        return f"; 1 row was left out: {problems[0]}"
+    return f"; {len(problems)} rows were left out, the first: {problems[0]}"
 
 
 def _nearest(ends: Sequence[int], wanted: float, cuts: range) -> int:

@@ -173,7 +173,7 @@ class Worker:
         from edge_client.data import pack, read_examples, split_examples, tokenize
 
         reading = read_examples(text.paths)
-        splits = split_examples(reading.examples, seed=text.seed)
+        splits = split_examples(reading.examples, seed=text.seed, problems=reading.problems)
         for name in ("train", "trust", "held_out"):
             sequences = tokenize(getattr(splits, name), tokenizer, max_tokens=seq_len)
             self._rows[name] = pack(sequences, seq_len, seed=text.seed)

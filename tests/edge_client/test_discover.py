@@ -15,7 +15,7 @@ import pytest
 from device_profiles.schema import load_profile
 from edge_client.config import Settings
 from edge_client.discover import discover_job, enter_job, link_of
-from edge_client.errors import NameTaken
+from edge_client.errors import ConfigError, NameTaken, OtherAggregator, StorageError
 from edge_client.standing import Standing
 from protocol import topics
 from protocol.events import EventLog
@@ -23,6 +23,7 @@ from protocol.messages import Round, Status
 from protocol.patience import Waiting
 from protocol.signing import SigningKey, open_message
 from protocol.transport import BrokerAddress, MqttTransport
+from tests.aggregator.uploading import make_job
 
 pytestmark = pytest.mark.timeout(60)
 AGGREGATOR = SigningKey.generate()
@@ -56,12 +57,13 @@ def connect(mosquitto: BrokerAddress) -> Iterator[Callable[[str], MqttTransport]
 # -- which job -------------------------------------------------------------------------------------
 
 
-def show(link: MqttTransport, job: str, state: str = "") -> None:
-    link.publish(topics.topic("job", job=job), b"{}", retain=True).check()
+def show(link: MqttTransport, job: str, state: str = "", key: SigningKey = AGGREGATOR) -> None:
+    topic = topics.topic("job", job=job)
+    link.publish(topic, key.seal(make_job(job=job), topic), retain=True).check()
     if state:
         topic = topics.topic("round", job=job)
         now = Round.model_validate({"job": job, "number": 1, "state": state, "version": 1})
-        link.publish(topic, AGGREGATOR.seal(now, topic), retain=True).check()
+        link.publish(topic, key.seal(now, topic), retain=True).check()
 
 
 @pytest.mark.parametrize(
@@ -71,10 +73,9 @@ def show(link: MqttTransport, job: str, state: str = "") -> None:
         ({"a": "open", "b": "finished"}, "a"),
         ({"a": "finished", "b": "waiting", "c": "finished"}, "b"),
         ({"a": "finished", "b": ""}, "b"),  # its aggregator is just starting
-        ({"a": "", "b": "open"}, "b"),
     ],
 )
-def test_a_job_that_is_not_finished_is_taken(
+def test_the_job_that_is_not_finished_is_taken(
     tmp_path: Path,
     mosquitto: BrokerAddress,
     connect: Callable[[str], MqttTransport],
@@ -109,6 +110,91 @@ def test_with_finished_jobs_alone_a_device_says_so_once_and_waits(
     assert discover_job(settings(mosquitto, tmp_path), "", stopping, waiting) == "c"
     (said,) = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert (said["what"], said["why"]) == ("another job", "finished: a, b")
+
+
+@pytest.mark.parametrize("abandoned", ["open", "waiting", ""])
+def test_of_several_unfinished_jobs_the_owner_chooses(
+    tmp_path: Path,
+    mosquitto: BrokerAddress,
+    connect: Callable[[str], MqttTransport],
+    abandoned: str,
+) -> None:
+    aggregator, stream = connect("aggregator"), io.StringIO()
+    show(aggregator, "a", abandoned)
+    show(aggregator, "b", "open")
+    asked = settings(mosquitto, tmp_path)
+    hasty = replace(asked, wait_for_broker=False)
+    with pytest.raises(ConfigError, match="There are a, b: say --job"):
+        discover_job(hasty, "", lambda: False, Waiting(LOG))
+    assert discover_job(replace(hasty, job="a"), "", lambda: False, Waiting(LOG)) == "a"
+
+    told: list[bool] = []
+
+    def stopping() -> bool:
+        """End one of the two once it has been said that there are two."""
+        if stream.getvalue() and not told:
+            told.append(True)
+            show(aggregator, "a", "finished")
+        return False
+
+    waiting = Waiting(EventLog(as_json=True, stream=stream))
+    assert discover_job(asked, "", stopping, waiting) == "b"
+    (said,) = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (said["what"], said["why"]) == ("one job", "there are a, b: say which with --job")
+
+
+def test_a_job_that_is_not_there_for_who_does_not_wait(
+    tmp_path: Path, mosquitto: BrokerAddress, connect: Callable[[str], MqttTransport]
+) -> None:
+    aggregator = connect("aggregator")
+    asked = replace(settings(mosquitto, tmp_path), job="nosuch", wait_for_broker=False)
+    with pytest.raises(ConfigError, match=r"no job 'nosuch' at mqtt://.* \(there is none at all\)"):
+        discover_job(asked, "", lambda: False, Waiting(LOG))
+    show(aggregator, "a", "open")
+    show(aggregator, "b", "finished")
+    with pytest.raises(ConfigError, match=r"\(there are: a, b\); check --job"):
+        discover_job(asked, "", lambda: False, Waiting(LOG))
+
+
+def test_another_aggregators_job_is_passed_over_and_said_so_once(
+    tmp_path: Path, mosquitto: BrokerAddress, connect: Callable[[str], MqttTransport]
+) -> None:
+    aggregator, stream = connect("aggregator"), io.StringIO()
+    (tmp_path / "aggregator.pub").write_text(AGGREGATOR.public)
+    show(aggregator, "a", "open", key=SigningKey.generate())
+
+    told: list[bool] = []
+
+    def stopping() -> bool:
+        """Show a job of the trusted aggregator once it has been said that there is none."""
+        if "waiting" in stream.getvalue() and not told:
+            told.append(True)
+            show(aggregator, "b", "open")
+        return False
+
+    waiting = Waiting(EventLog(as_json=True, stream=stream))
+    assert discover_job(settings(mosquitto, tmp_path), "", stopping, waiting) == "b"
+    refused, said = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert refused["topic"] == "tunefleet/1/a/job" and "passed over" in refused["reason"]
+    assert said["why"].startswith("signed by another: a; if that is right")
+    assert str(tmp_path / "aggregator.pub") in said["why"]
+
+
+def test_the_named_job_of_another_aggregator_ends_the_device(
+    tmp_path: Path, mosquitto: BrokerAddress, connect: Callable[[str], MqttTransport]
+) -> None:
+    show(connect("aggregator"), "a", "open", key=SigningKey.generate())
+    asked = replace(settings(mosquitto, tmp_path), job="a")
+    pub = tmp_path / "aggregator.pub"
+    pub.write_text(AGGREGATOR.public)
+    with pytest.raises(OtherAggregator, match=f"remove {pub} or use another --state"):
+        discover_job(asked, "", lambda: False, Waiting(LOG))
+    for damaged in (b"", b"oops", b"\xff\x00", AGGREGATOR.public.encode()[:20]):
+        pub.write_bytes(damaged)
+        with pytest.raises(StorageError, match=r"aggregator\.pub is damaged: it holds no key"):
+            discover_job(asked, "", lambda: False, Waiting(LOG))
+    pub.unlink()
+    assert discover_job(asked, "", lambda: False, Waiting(LOG)) == "a"
 
 
 # -- two of one name -------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.errors import NoPlanFits
+from device_profiles.schema import load_profile
+from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
 from edge_client.plan import (
     HEAP_MIB,
@@ -20,6 +21,7 @@ from edge_client.plan import (
     headroom_mib,
     memory_budget,
 )
+from edge_client.prepare import total_budget_mib
 from protocol.messages import Training
 
 SHAPES = {
@@ -229,8 +231,11 @@ def test_a_small_model_on_a_scaled_budget_gets_the_rank_of_a_large_one() -> None
     [
         (3000, None, None, 3000 - 200),
         (3000, 1000, None, 1000 - 50),
-        (3000, 1000, 800, 800 - 50),
-        (3000, None, 800, 800 - 200),
+        (3000, 1000, 800, 800),
+        (3000, None, 800, 800),
+        (3000, None, 50, 50),
+        (3000, 1000, 980, 1000 - 50),
+        (150, None, None, 0),
         (500, 1000, 800, 500 - 50),
         (3000, 8000, None, 3000 - 200),
     ],
@@ -240,3 +245,18 @@ def test_memory_budget_table(
 ) -> None:
     found = memory_budget(total_mib=4000, available_mib=available, limit_mib=limit, cap_mib=cap)
     assert found == pytest.approx(expected)
+
+
+def test_a_cap_below_the_floor_is_said_without_negative_sizes() -> None:
+    with pytest.raises(NoPlanFits, match=r"this device has nothing there; .*raise --memory-cap"):
+        choose(100)
+
+
+def test_where_memory_is_unknown_the_cap_is_the_budget() -> None:
+    known = load_profile("laptop-16gb")
+    for unknown in ({"total_mib": None}, {"available_mib": None}):
+        profile = known.model_copy(update={"memory": known.memory.model_copy(update=unknown)})
+        assert total_budget_mib(profile, 1200) == 1200
+        with pytest.raises(ConfigError, match="say how much to use with --memory-cap"):
+            total_budget_mib(profile, None)
+    assert total_budget_mib(known, 1200) == 1200

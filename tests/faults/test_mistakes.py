@@ -28,6 +28,7 @@ from device_profiles.schema import load_profile
 from edge_client import config as edge_config
 from edge_client import errors as edge_errors
 from edge_client.discover import discover_job
+from edge_client.membership import read_membership
 from protocol import topics
 from protocol.broker import EmbeddedBroker, free_port
 from protocol.errors import StateError, TransportError
@@ -184,6 +185,20 @@ def test_missing_data_is_said_before_anything_is_measured(tmp_path: Path) -> Non
     result = RUNNER.invoke(app, ["run", "--data", str(tmp_path / "nothing")])
     assert isinstance(result.exception, edge_errors.DataError)
     assert "there is no file or folder" in str(result.exception)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "oops", '{"device": "A b", "broker": "x"}'])
+def test_a_damaged_membership_is_one_line(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "fleet.json").write_text(damage)
+    with pytest.raises(edge_errors.ConfigError, match=r"fleet\.json is damaged \(.*\); ") as caught:
+        read_membership(tmp_path)
+    assert "\n" not in str(caught.value) and "http" not in str(caught.value)
+
+
+def test_a_state_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(edge_errors.ConfigError, match="file is a file; name a folder"):
+        read_membership(tmp_path / "file")
 
 
 def publish_status(broker: BrokerAddress, key: SigningKey, *, online: bool) -> None:

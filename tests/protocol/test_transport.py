@@ -65,6 +65,22 @@ def hang_up(link: MqttTransport) -> None:
     raw.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
 
 
+def test_what_others_subscribed_to_is_not_received(broker: BrokerAddress, connect: Connect) -> None:
+    """The embedded broker shows it to each new session, unasked."""
+    one = connect(broker, "one")
+    one.subscribe(["d/+"])
+    for topic in ("d/a", "d/b"):
+        one.publish(topic, b"x", retain=True).check()
+    taken(one, 2)
+    other = connect(broker, "other")
+    other.subscribe(["d/a"])
+    one.publish("d/b", b"y", retain=True).check()
+    found = {other.receive(5)}
+    while (incoming := other.receive(0.5)) is not None:
+        found.add(incoming)
+    assert {incoming.topic for incoming in found if incoming} == {"d/a"}
+
+
 def test_round_trip(broker: BrokerAddress, connect: Connect) -> None:
     one, other = connect(broker, "one"), connect(broker, "other")
     other.subscribe(["t/+"])

@@ -36,7 +36,16 @@ class Device:
     """A real `edge-client run` that hears rounds and no job, so that it never trains."""
 
     def __init__(self, fleet: Fleet, folder: Path, stack: ExitStack) -> None:
-        self.arguments = ["run", "--data", folder, "--job", "notes", "--json", "--state"]
+        (folder / "notes.txt").write_text("some text")
+        self.arguments = [
+            "run",
+            "--data",
+            folder / "notes.txt",
+            "--job",
+            "notes",
+            "--json",
+            "--state",
+        ]
         self.arguments += [str(fleet.devices / "kitchen")]
         self.folder, self.stack = folder, stack
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_client.data.example import Completion, Turn
-from edge_client.data.read import Reading, read_examples
+from edge_client.data.read import Reading, check_paths, read_examples
 from edge_client.errors import DataError
 
 SHARED_FOLDER = settings(
@@ -73,7 +73,8 @@ def test_each_kind_of_row_is_read_from_jsonl(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user"}]}', "'role' and 'content'"),
         ('{"messages": [{"role": "user", "content": null}]}', "'content' is null"),
         ('{"messages": [{"role": 1, "content": "x"}]}', "'role' is"),
-        ('{"messages": "[not"}', "not JSON"),
+        ('{"messages": "[not"}', "'messages' is a string, not a list"),
+        ('{"messages": "oops"}', "'messages' is a string, not a list"),
     ],
 )
 def test_a_bad_row_is_named_and_its_neighbours_are_read(tmp_path: Path, row: str, why: str) -> None:
@@ -216,10 +217,25 @@ def test_nothing_to_learn_names_paths_count_and_first_problem(tmp_path: Path) ->
 def test_a_missing_path_an_unknown_ending_and_no_path_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file or folder"):
         read_examples([tmp_path / "none"])
-    with pytest.raises(DataError, match=r"not a \.png file"):
+    with pytest.raises(DataError, match=r"\.png files are not read; what is read: \.txt"):
         read_examples([written(tmp_path / "a.png", "x")])
     with pytest.raises(DataError, match="nothing to learn"):
         read_examples([])
+
+
+def test_a_glance_tells_whether_there_is_something_to_read(tmp_path: Path) -> None:
+    for name, why in (("a.png", r"\.png files are not"), ("Makefile", "files with no ending are")):
+        with pytest.raises(DataError, match=why):
+            check_paths([written(tmp_path / "other" / name, "x")])
+    with pytest.raises(DataError, match=r"in .*other \(no file of a kind that is read\)"):
+        check_paths([tmp_path / "other"])
+    with pytest.raises(DataError, match="no file or folder"):
+        check_paths([tmp_path / "none"])
+    written(tmp_path / "text" / "empty.txt", "")
+    with pytest.raises(DataError, match=r"\(each of its files is empty\)"):
+        check_paths([tmp_path / "text"])
+    written(tmp_path / "text" / "full.txt", "x")
+    check_paths([tmp_path / "text"])
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may read every file")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.data.example import Completion, Example, Turn
+from edge_client.data.read import Problem
 from edge_client.data.split import Splits, cut_text, split_examples
 from edge_client.errors import DataError
 
@@ -155,3 +156,12 @@ def test_cutting_prefers_blank_lines_then_line_ends_then_spaces() -> None:
     assert cut_text("aaaa aaaa\nbbbb bbbb", 12) == ["aaaa aaaa", "bbbb bbbb"]
     assert cut_text("aaaa bbbb cccc", 10) == ["aaaa bbbb ", "cccc"]
     assert cut_text("abcdef", 4) == ["abcd", "ef"]
+
+
+def test_rows_left_out_are_named_where_there_are_too_few(tmp_path: Path) -> None:
+    problems = [Problem(tmp_path / "a.jsonl", line, "'text' is empty") for line in (4, 7)]
+    few = [text("one", 1), text("two", 2)]
+    with pytest.raises(DataError, match=r"; 2 rows .* first: .*a\.jsonl:4: 'text' is empty$"):
+        split_examples(few, seed=0, problems=problems)
+    with pytest.raises(DataError, match=r"; 1 row was left out: .*a\.jsonl:4: 'text' is empty$"):
+        split_examples(few, seed=0, problems=problems[:1])
