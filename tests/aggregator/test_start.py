@@ -82,6 +82,21 @@ def test_a_device_takes_two_jobs_in_a_row(
         trusted_job(mosquitto, "third", tmp_path / "device")
 
 
+def test_a_job_that_is_done_is_not_served_on(
+    tmp_path: Path, mosquitto: BrokerAddress, serve: Serve
+) -> None:
+    first = serve("notes", mosquitto)
+    first.wait_for("serving")
+    assert first.end(signal.SIGTERM) == 0
+    store = Store(tmp_path / "state of notes")
+    store.set_round(RoundState(6, "finished", 1, None))
+    store.close()
+    again = serve("notes", mosquitto, "--exit-when-done")
+    assert again.wait() == 0
+    (serving,) = again.of("serving")
+    assert (serving["round"], serving["state"]) == (6, "finished")
+
+
 def test_which_key(tmp_path: Path) -> None:
     state = tmp_path / "state"
     usual = signing_key(state)
