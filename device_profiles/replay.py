@@ -10,8 +10,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,13 +20,16 @@ from typing import Any
 
 import psutil
 
-from device_profiles.clear import clear_job
+from aggregator.errors import JobInUse
+from aggregator.withdraw import withdraw
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
 from device_profiles.processes import Event, Processes
 from device_profiles.report import write_report
+from protocol.errors import TransportError
 from protocol.lifeline import lifeline, tied_environment
+from protocol.transport import BrokerAddress
 
 REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
@@ -74,9 +78,13 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     )
     job = _write_job(fleet, options, out)
     history = History()
+    names = [device.name for device in fleet.devices]
     if options.broker:
-        clear_job(options.broker, job["job"], [device.name for device in fleet.devices])
-    with Processes(out / "events.jsonl", out / "logs") as processes:
+        clear_broker(options.broker, job["job"], names)
+    with (
+        _leaving_broker(options.broker, job["job"], names),
+        Processes(out / "events.jsonl", out / "logs") as processes,
+    ):
         _start_aggregator(processes, options, out)
         for event in processes.events(TIMEOUT_S):
             if event["event"] == "exit":
@@ -99,6 +107,35 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     write_report(summary, out / "report.html")
     return summary
+
+
+def clear_broker(broker: str, job: str, devices: Sequence[str]) -> None:
+    """Take the replay before off a broker of one's own: every replay's job has the same name.
+
+    That name is part of the draws of directions and cohort, so that equal seeds give equal runs.
+
+    Raises:
+        TransportError: the broker can't be reached, or refuses.
+        ReplayError: a device of the job is online: another replay uses the broker.
+    """
+    try:
+        withdraw(BrokerAddress.parse(broker), job, devices=devices)
+    except JobInUse as error:
+        raise ReplayError(
+            f"another replay is running on {broker} (its device {error.devices[0]!r} is online); "
+            "wait for its end, or name another broker with --broker"
+        ) from None
+
+
+@contextmanager
+def _leaving_broker(broker: str, job: str, devices: Sequence[str]) -> Iterator[None]:
+    """Take this replay off a broker of one's own when the block ends."""
+    try:
+        yield
+    finally:
+        if broker:
+            with suppress(TransportError):  # the result, or what went wrong before, counts for more
+                withdraw(BrokerAddress.parse(broker), job, devices=devices, force=True)
 
 
 def new_run_folder(root: Path) -> Path:
