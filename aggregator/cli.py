@@ -185,6 +185,44 @@ def serve(
 
 
 @app.command()
+def withdraw(
+    job: Annotated[str, typer.Argument(help="The job's name.")],
+    broker: Annotated[
+        str, typer.Option(help="mqtt://host:port (default: that of the fleet, with --dir).")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="The fleet's folder: its broker, and its keys.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even while devices are online in it.")
+    ] = False,
+) -> None:
+    """Take a job off a broker, so that devices don't enter it any more; end its aggregator first.
+
+    Its state folder stays as it is: the job can be served from it again.
+    """
+    from aggregator.enrol.folder import FleetFolder
+    from aggregator.errors import ConfigError
+    from aggregator.withdraw import withdraw as take_off
+    from protocol.transport import BrokerAddress
+
+    with ExitStack() as stack:
+        address = BrokerAddress.parse(broker) if broker else None
+        fleet = FleetFolder(folder) if folder is not None else None
+        if fleet is not None:
+            stack.enter_context(fleet.served_here())
+            address = address or fleet.broker_here
+        if address is None:
+            raise ConfigError("name the broker that has the job with --broker, or --dir")
+        done = take_off(address, job, tls=fleet.tls if fleet else None, force=force)
+    if not done.cleared:
+        typer.echo(f"{address} has nothing of job {job!r}")
+        return
+    stays = f"; statuses that only their devices may clear: {done.left}" if done.left else ""
+    typer.echo(f"job {job!r} is off {address}: {done.cleared} messages cleared{stays}")
+
+
+@app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
     state: State = None,

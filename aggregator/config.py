@@ -29,17 +29,16 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from aggregator.errors import BadRuleSettings, ConfigError
+from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
 from aggregator.merge import rules
 from aggregator.mistakes import first_mistake
 from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
+from aggregator.settings_file import read_settings
 from protocol.messages import BaseModelInfo, Job
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+STAND_IN = {"name": "any", "sha256": "0" * 64, "parameters": 1, "modules": {"any": (1, 1)}}
+"""A base in the place of one that is not described yet."""
 
 
 class PolicySettings(BaseModel):
@@ -73,18 +72,25 @@ def read_job(path: Path) -> tuple[Job, Policy]:
     Raises:
         ConfigError: it is not there, not TOML, or a field is missing, unknown or wrong.
     """
-    read = json.loads if path.suffix == ".json" else tomllib.loads
-    try:
-        fields = read(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"can't read the job file {path}: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"the job file {path} is not an object with settings")
-    return build_job(fields, str(path))
+    return build_job(read_settings(path, "job file"), str(path))
 
 
-def build_job(fields: dict[str, Any], where: str) -> tuple[Job, Policy]:
-    """Return the job and the policy of a job file's fields.
+def build_job(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
+    """Return the job and the policy of a job file's fields; its model is described last.
+
+    Raises:
+        ConfigError: a field is missing, unknown or wrong.
+    """
+    job, policy = check_settings(fields, where)
+    if fields.get("model") is not None:
+        job = job.model_copy(update={"base": describe(str(fields["model"]))})
+    return job, policy
+
+
+def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
+    """Check all of a job file's fields that can be without its model, for that takes its time.
+
+    Returns the job, with a stand-in for its base where that is named by `model`, and the policy.
 
     Raises:
         ConfigError: a field is missing, unknown or wrong.
@@ -95,18 +101,20 @@ def build_job(fields: dict[str, Any], where: str) -> tuple[Job, Policy]:
         policy = PolicySettings.model_validate(fields.pop("policy", {})).policy()
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_mistake(error, 'policy')}") from None
-    if "model" in fields:
-        fields["base"] = describe(str(fields.pop("model")))
+    if fields.pop("model", None) is not None:
+        fields["base"] = STAND_IN
     try:
         job = Job.model_validate({"scale": 2.0, **fields})
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_mistake(error)}") from None
-    rule = rules.find_rule(job.rule)
-    if isinstance(rule, rules.Rule):
-        try:
+    try:
+        rule = rules.find_rule(job.rule)
+        if isinstance(rule, rules.Rule):
             rules.read_split(job.rule_settings)
-        except BadRuleSettings as error:
-            raise ConfigError(f"{where}: rule_settings: {error}") from None
+    except UnknownRule as error:
+        raise ConfigError(f"{where}: rule: {error}") from None
+    except BadRuleSettings as error:
+        raise ConfigError(f"{where}: rule_settings: {error}") from None
     return job, policy
 
 
@@ -156,9 +164,7 @@ def describe(model: str) -> BaseModelInfo:
         raise ConfigError(f"{model!a} is not the name of a model")
     if model.endswith(".json"):
         try:
-            return BaseModelInfo.model_validate_json(Path(model).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"can't read the model description {model}: {error}") from None
+            return BaseModelInfo.model_validate(read_settings(Path(model), "model description"))
         except ValidationError as error:
             raise ConfigError(
                 f"can't read the model description {model}: {first_mistake(error)}"

@@ -135,6 +135,7 @@ class Daemon:
             state=state.state,
             version=state.version,
         )
+        self._end_if_done(state)
 
     def _connect(self, link: MqttTransport) -> bool:
         """Connect, once the broker is up; return False when stopped before."""
@@ -275,6 +276,9 @@ class Daemon:
             state=state.state,
             version=state.version,
         )
+        self._end_if_done(state)
+
+    def _end_if_done(self, state: RoundState) -> None:
         if state.state == "finished" and self._exit_when_done:
             self._stopping = True
 

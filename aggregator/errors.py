@@ -7,13 +7,14 @@ TunefleetError                 anything a person is to read as one line (protoco
     ├── BadRuleSettings        a rule was given settings that it does not have
     ├── ConfigError            the job file or a flag is missing something or wrong
     ├── StoreError             the state folder can't be used
+    ├── JobInUse               a job is to be withdrawn, and devices are online in it
     ├── FolderError            a fleet's folder is missing, there already, or not in order
     └── EnrolmentRefused       somebody asked to be let in and may not; the reason is for them
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from protocol.errors import TunefleetError
 
@@ -55,6 +56,18 @@ class ConfigError(AggregatorError):
 
 class StoreError(AggregatorError):
     """The state folder can't be written, or belongs to another job."""
+
+
+class JobInUse(AggregatorError):
+    """A job is to be taken off a broker, and devices are online in it."""
+
+    def __init__(self, job: str, broker: str, devices: Sequence[str]) -> None:
+        super().__init__(
+            f"devices are online in job {job!r} on {broker}: {', '.join(devices)}; end them first, "
+            "or withdraw it all the same with --force"
+        )
+        self.broker = broker
+        self.devices = tuple(devices)
 
 
 class FolderError(AggregatorError):

@@ -19,10 +19,11 @@ from typing import NamedTuple
 from aggregator.devices import SCHEMA as DEVICES_SCHEMA
 from aggregator.devices import Devices
 from aggregator.errors import StoreError
+from aggregator.mistakes import first_difference
 from aggregator.parts import Parts
 from aggregator.rounds import RoundState
 from protocol.chunks import check_file
-from protocol.database import Database
+from protocol.database import Database, DatabaseDamaged
 from protocol.faults import fault_point
 from protocol.messages import GlobalManifest, UploadManifest
 
@@ -69,6 +70,8 @@ class Store:
                 after_commit=self._parts.settle,
                 after_rollback=self._parts.forget,
             )
+        except DatabaseDamaged as error:
+            raise StoreError(self._damaged(error)) from None
         except OSError as error:
             raise StoreError(
                 f"can't keep the aggregator's state in {folder}: {error}; name a folder that can "
@@ -89,6 +92,8 @@ class Store:
         """
         try:
             yield
+        except DatabaseDamaged as error:
+            raise StoreError(self._damaged(error)) from None
         except OSError as error:
             raise StoreError(
                 f"can't use the aggregator's state in {self.folder}: {error.strerror}; make room "
@@ -120,8 +125,8 @@ class Store:
         known = self._meta("job")
         if known is not None and known != job:
             raise StoreError(
-                f"{self.folder} belongs to a job with other settings; name another --state "
-                "folder, or go on with the settings it was begun with"
+                f"{self.folder} belongs to job {first_difference(known, job)}; name another "
+                "--state folder and another job, or go on with what it was begun with"
             )
 
     def bind_job(self, job: str) -> None:
@@ -322,6 +327,13 @@ class Store:
         return [_manifest(row[0]) for row in rows]
 
     # -- private ---------------------------------------------------------------------------------
+
+    def _damaged(self, error: DatabaseDamaged) -> str:
+        return (
+            f"the aggregator's state in {self.folder} can't be read: store.sqlite is damaged "
+            f"({error}); bring the folder back from a backup, or begin anew with another --state "
+            "folder and job name"
+        )
 
     def _meta(self, key: str) -> str | None:
         row = self._db.one("SELECT value FROM meta WHERE key = ?", key)

@@ -100,25 +100,26 @@ def run(
     """
     from dataclasses import replace
 
-    from device_profiles.fleet import demo_fleet, merge_settings, read_fleet
-    from device_profiles.replay import Options, name_latest, new_run_folder, replay
+    from device_profiles.fleet import demo_fleet, merge_settings, read_fleet, with_demo_text
+    from device_profiles.replay import Options, check_replay, name_latest, replay, run_folder
     from device_profiles.watch import Watch
-    from protocol.transport import BrokerAddress
 
-    if broker:
-        BrokerAddress.parse(broker)
     job = parse_settings(settings or [])
-    folder = new_run_folder(out)
-    found = read_fleet(fleet) if fleet else demo_fleet(folder / "text", seed=seed)
+    found = read_fleet(fleet) if fleet else demo_fleet()
     if rule:
         job["rule"] = rule
     if rounds:
         job["rounds"] = rounds
     model = str(job.pop("model", found.model))
     found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
-    options = Options(folder, seed=seed, broker=broker)
-    with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
-        summary = replay(found, options, watch.take)
+    where = f"{fleet} with the command line" if fleet else "the command line"
+    check_replay(found, seed, broker, where)
+    with run_folder(out) as folder:
+        if not fleet:
+            found = with_demo_text(found, folder / "text", seed=seed)
+        options = Options(folder, seed=seed, broker=broker)
+        with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
+            summary = replay(found, options, watch.take)
     watch.finish(summary, name_latest(folder))
 
 

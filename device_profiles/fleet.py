@@ -18,20 +18,16 @@ Everything but `model` and `device` is a setting of the job; see docs/job.md.
 from __future__ import annotations
 
 import re
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from aggregator.errors import ConfigError
+from aggregator.settings_file import read_settings
 from device_profiles.demo_text import write_demo_text
 from device_profiles.errors import FleetError
 from device_profiles.schema import DeviceProfile, load_profile
 from protocol.topics import NAME
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 DEMO_DEVICES = (
     ("pi-3b-plus", "raspberry-pi-3b-plus-1gb", "markup"),
@@ -42,6 +38,7 @@ DEMO_DEVICES = (
     ("laptop", "laptop-16gb", "topics"),
 )
 """Name, profile and part of the standard library of each device of the demo."""
+DEFAULT_MODEL = "base-tiny"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +63,27 @@ class Fleet:
     job: dict[str, Any] = field(default_factory=dict)
 
 
-def demo_fleet(folder: Path, *, seed: int, model: str = "base-tiny") -> Fleet:
-    """Return six devices with a part of the running Python's standard library each."""
-    titles = {part.name: part.title for part in write_demo_text(folder, seed=seed)}
+def demo_fleet() -> Fleet:
+    """Return the demo's six devices, which have no text yet."""
     devices = tuple(
-        FleetDevice(name, load_profile(profile), profile, (folder / part,), titles[part])
+        FleetDevice(name, load_profile(profile), profile, (), part)
         for name, profile, part in DEMO_DEVICES
     )
-    return Fleet(model, devices)
+    return Fleet(DEFAULT_MODEL, devices)
+
+
+def with_demo_text(fleet: Fleet, folder: Path, *, seed: int) -> Fleet:
+    """Give each device of the demo a part of the running Python's standard library, in a folder.
+
+    Raises:
+        DemoTextError: the library lacks a part.
+    """
+    titles = {part.name: part.title for part in write_demo_text(folder, seed=seed)}
+    devices = tuple(
+        replace(device, data=(folder / device.text,), text=titles[device.text])
+        for device in fleet.devices
+    )
+    return replace(fleet, devices=devices)
 
 
 def read_fleet(path: Path) -> Fleet:
@@ -84,9 +94,9 @@ def read_fleet(path: Path) -> Fleet:
         ProfileError: a device names a profile that is not there.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FleetError(f"can't read the fleet file {path}: {error}") from None
+        fields = read_settings(path, "fleet file")
+    except ConfigError as error:
+        raise FleetError(str(error)) from None
     rows = fields.pop("device", [])
     if not isinstance(rows, list) or not rows:
         raise FleetError(f"{path} has no [[device]]; a fleet needs at least one")
@@ -94,7 +104,7 @@ def read_fleet(path: Path) -> Fleet:
     names = [device.name for device in devices]
     if len(set(names)) != len(names):
         raise FleetError(f"{path}: two devices have one name")
-    model = str(fields.pop("model", "base-tiny"))
+    model = str(fields.pop("model", DEFAULT_MODEL))
     local = path.parent / model
     return Fleet(str(local) if local.is_dir() else model, devices, fields)
 

@@ -10,8 +10,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,13 +20,17 @@ from typing import Any
 
 import psutil
 
-from device_profiles.clear import clear_job
+from aggregator.config import check_settings
+from aggregator.errors import JobInUse
+from aggregator.withdraw import withdraw
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
 from device_profiles.processes import Event, Processes
 from device_profiles.report import write_report
+from protocol.errors import TransportError
 from protocol.lifeline import lifeline, tied_environment
+from protocol.transport import BrokerAddress
 
 REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
@@ -61,8 +66,8 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = options.out
-    (out / "logs").mkdir(parents=True)
     base = _describe(fleet.model, out)
+    (out / "logs").mkdir()
     scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / base["parameters"])
     on_event(
         {
@@ -72,11 +77,15 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             "model": base["name"],
         }
     )
-    job = _write_job(fleet, options, out)
+    job = job_fields(fleet, options.seed)
+    written = {**job, "model": str(out / "model.json")}
+    (out / "job.json").write_text(json.dumps(written, indent=1))
     history = History()
-    if options.broker:
-        clear_job(options.broker, job["job"], [device.name for device in fleet.devices])
-    with Processes(out / "events.jsonl", out / "logs") as processes:
+    names = [device.name for device in fleet.devices]
+    with (
+        _leaving_broker(options.broker, job["job"], names),
+        Processes(out / "events.jsonl", out / "logs") as processes,
+    ):
         _start_aggregator(processes, options, out)
         for event in processes.events(TIMEOUT_S):
             if event["event"] == "exit":
@@ -99,6 +108,85 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     write_report(summary, out / "report.html")
     return summary
+
+
+def job_fields(fleet: Fleet, seed: int) -> dict[str, Any]:
+    """Return the fields of a replay's job file."""
+    everybody = len(fleet.devices)
+    usual = {
+        "job": JOB,
+        "model": fleet.model,
+        "seed": seed,
+        "training": DEMO_TRAINING,
+        "policy": {"min_devices": everybody, "quorum": everybody},
+    }
+    return merge_settings(usual, fleet.job)
+
+
+def check_replay(fleet: Fleet, seed: int, broker: str, where: str) -> None:
+    """Refuse a replay that can't be run, and make its broker ready, before anything is made of it.
+
+    `where` says where its settings are from.
+
+    Raises:
+        ConfigError: a setting of its job is wrong.
+        ReplayError: it waits for more devices than there are, or another one uses the broker.
+        TransportError: the broker can't be reached, or refuses.
+    """
+    fields, everybody = job_fields(fleet, seed), len(fleet.devices)
+    _, policy = check_settings(fields, where)
+    if max(policy.quorum, policy.min_devices) > everybody:
+        raise ReplayError(
+            f"{where}: [policy] waits for more devices than the fleet's {everybody}: lower quorum "
+            f"({policy.quorum}) and min_devices ({policy.min_devices})"
+        )
+    if broker:
+        clear_broker(broker, fields["job"], [device.name for device in fleet.devices])
+
+
+def clear_broker(broker: str, job: str, devices: Sequence[str]) -> None:
+    """Take the replay before off a broker of one's own: every replay's job has the same name.
+
+    That name is part of the draws of directions and cohort, so that equal seeds give equal runs.
+
+    Raises:
+        TransportError: the broker can't be reached, or refuses.
+        ReplayError: a device of the job is online: another replay uses the broker.
+    """
+    try:
+        withdraw(BrokerAddress.parse(broker), job, devices=devices)
+    except JobInUse as error:
+        raise ReplayError(
+            f"another replay is running on {broker} (its device {error.devices[0]!r} is online); "
+            "wait for its end, or name another broker with --broker"
+        ) from None
+
+
+@contextmanager
+def _leaving_broker(broker: str, job: str, devices: Sequence[str]) -> Iterator[None]:
+    """Take this replay off a broker of one's own when the block ends."""
+    try:
+        yield
+    finally:
+        if broker:
+            with suppress(TransportError):  # the result, or what went wrong before, counts for more
+                withdraw(BrokerAddress.parse(broker), job, devices=devices, force=True)
+
+
+@contextmanager
+def run_folder(root: Path) -> Iterator[Path]:
+    """Make `root/<time>` for a run; where the block fails and has left nothing in it, it goes.
+
+    Raises:
+        ReplayError: the folder can't be written to.
+    """
+    folder = new_run_folder(root)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+        raise
 
 
 def new_run_folder(root: Path) -> Path:
@@ -160,28 +248,6 @@ def _ask(arguments: list[str]) -> str:
         why = answer.stderr.strip().splitlines() or [f"{arguments[0]} failed"]
         raise ReplayError(why[-1].removeprefix("error: "))
     return answer.stdout
-
-
-def _write_job(fleet: Fleet, options: Options, out: Path) -> dict[str, Any]:
-    """Write the job file of a replay and return its fields; one that can't be run is refused."""
-    from aggregator.config import build_job
-
-    everybody = len(fleet.devices)
-    usual = {
-        "job": JOB,
-        "seed": options.seed,
-        "training": DEMO_TRAINING,
-        "policy": {"min_devices": everybody, "quorum": everybody},
-    }
-    job = merge_settings(usual, {**fleet.job, "model": str(out / "model.json")})
-    (out / "job.json").write_text(json.dumps(job, indent=1))
-    _, policy = build_job(job, "the fleet's settings")
-    if max(policy.quorum, policy.min_devices) > everybody:
-        raise ReplayError(
-            f"[policy] waits for more devices than the fleet's {everybody}: lower quorum "
-            f"({policy.quorum}) and min_devices ({policy.min_devices})"
-        )
-    return job
 
 
 def _start_aggregator(processes: Processes, options: Options, out: Path) -> None:

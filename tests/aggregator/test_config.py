@@ -95,9 +95,9 @@ def test_what_is_wrong_is_one_line_that_names_it(
     with pytest.raises(AggregatorError) as caught:
         read_job(written(tmp_path, toml(description, more)))
     assert not any(word in str(caught.value) for word in ("Value error", "Input", "Field"))
-    if "no-such-rule" not in more:  # has an error of its own, which lists the rules
-        assert isinstance(caught.value, ConfigError)
+    assert isinstance(caught.value, ConfigError)
     assert said in str(caught.value)
+    assert "job.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -195,6 +195,32 @@ def test_on_the_wire_unknown_fields_are_still_ignored() -> None:
     assert Job.model_validate_json(json.dumps(sent)) == job
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('job = "notes"\nrounds = = 3', "line 2 (rounds = = 3) is not TOML; write name = value"),
+        ('job = "notes', 'line 1 (job = "notes) is not TOML'),
+        ("job = notes", "line 1 (job = notes) is not TOML"),
+        ("job = [", "line 1 (job = [) is not TOML"),
+        ("rounds = 3\nrounds = 4", "line 2 (rounds = 4) sets what is set already"),
+        ("[training]\n[policy]\n[training]", "line 3 ([training]) sets what is set already"),
+    ],
+)
+def test_a_file_that_is_no_toml(tmp_path: Path, text: str, said: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_job(path)
+    assert str(caught.value).startswith(f"can't read the job file {path}: {said}")
+
+
+def test_settings_are_checked_before_the_model_is_described() -> None:
+    """Describing takes seconds, or a network."""
+    with pytest.raises(ConfigError, match=r"^here: rounds: must be at least 1, not 0$"):
+        build_job({"job": "notes", "model": "nowhere/nothing", "rounds": 0}, "here")
+    with pytest.raises(ConfigError, match=r"^here: rule: there is no merge rule 'best'"):
+        build_job({"job": "notes", "model": "nowhere/nothing", "rule": "best"}, "here")
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "5", "null", '"job"', "{", "[" * 50_000])
 def test_json_that_is_no_job(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"job\.json") as caught:
@@ -203,10 +229,12 @@ def test_json_that_is_no_job(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: there is no such file$"):
         read_job(tmp_path / "nowhere.toml")
-    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"bad\.toml"):
+    with pytest.raises(ConfigError, match=r": is a directory$"):
+        read_job(tmp_path)
+    (tmp_path / "bad.toml").write_bytes(b"rounds = 3\n# \xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"bad\.toml: line 2 is not UTF-8 text"):
         read_job(tmp_path / "bad.toml")
 
 

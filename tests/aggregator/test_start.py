@@ -82,6 +82,21 @@ def test_a_device_takes_two_jobs_in_a_row(
         trusted_job(mosquitto, "third", tmp_path / "device")
 
 
+def test_a_job_that_is_done_is_not_served_on(
+    tmp_path: Path, mosquitto: BrokerAddress, serve: Serve
+) -> None:
+    first = serve("notes", mosquitto)
+    first.wait_for("serving")
+    assert first.end(signal.SIGTERM) == 0
+    store = Store(tmp_path / "state of notes")
+    store.set_round(RoundState(6, "finished", 1, None))
+    store.close()
+    again = serve("notes", mosquitto, "--exit-when-done")
+    assert again.wait() == 0
+    (serving,) = again.of("serving")
+    assert (serving["round"], serving["state"]) == (6, "finished")
+
+
 def test_which_key(tmp_path: Path) -> None:
     state = tmp_path / "state"
     usual = signing_key(state)
@@ -127,6 +142,10 @@ def test_a_start_that_fails_leaves_the_state_to_any_job(
     store = Store(state)
     assert (store.job(), store.round()) == (None, RoundState(0, "waiting", 0, None))
     store.close()
+    fresh = serve("letters", mosquitto, "--state", state)  # and with the same key
+    assert fresh.wait() == 1
+    assert "from another --state" in fresh.stderr
+    assert not running.of("reconnected"), "its session was left to it"
     serve("third", mosquitto, "--state", state).wait_for("serving")
 
 
@@ -158,6 +177,8 @@ def test_what_the_broker_has_of_a_job(mosquitto: BrokerAddress) -> None:
     check_alone(mosquitto, "notes", key.public, now)
     with pytest.raises(StoreError, match=r"from another aggregator.*another job name"):
         check_alone(mosquitto, "notes", SigningKey.generate().public, now)
+    with pytest.raises(StoreError, match=r"another --state of .*`aggregator withdraw notes`"):
+        check_alone(mosquitto, "notes", key.public, RoundState(0, "waiting", 0, None))
     with pytest.raises(StoreError, match="in round 2, attempt 0; this state is in round 1"):
         check_alone(mosquitto, "notes", key.public, RoundState(1, "open", 1, None))
     link.close()
@@ -166,7 +187,7 @@ def test_what_the_broker_has_of_a_job(mosquitto: BrokerAddress) -> None:
 def test_a_broker_that_keeps_the_echo_back(
     mosquitto_read_only: BrokerAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aggregator.alone.PATIENCE_S", 0.5)
+    monkeypatch.setattr("aggregator.kept.PATIENCE_S", 0.5)
     check_alone(mosquitto_read_only, "notes", "", RoundState(0, "waiting", 0, None))
 
 

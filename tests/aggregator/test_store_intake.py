@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from aggregator.errors import StoreError
 from aggregator.intake import upload_stacks
 from aggregator.rounds import RoundState
+from aggregator.store import Store
 from protocol import topics
 from protocol.chunks import split
 from protocol.messages import UploadManifest
@@ -322,5 +324,22 @@ def test_a_device_that_plans_is_known_and_not_waited_for(aggregator: Aggregator)
 
 def test_a_store_belongs_to_one_job(aggregator: Aggregator) -> None:
     aggregator.store.bind_job(aggregator.job.model_dump_json())
-    with pytest.raises(StoreError, match="other settings"):
-        aggregator.store.bind_job(make_job(seed=1).model_dump_json())
+    for other, said in (
+        (make_job(seed=1), "job 'notes', where seed is 0, not 1;"),
+        (make_job(training={"steps": 60}), "job 'notes', where training.steps is 12, not 60;"),
+        (make_job(rule_settings={"split": "left"}), 'rule_settings.split is unset, not "left";'),
+        (make_job(job="letters", seed=1), "job 'notes', not 'letters';"),
+    ):
+        with pytest.raises(StoreError, match=re.escape(said)):
+            aggregator.store.bind_job(other.model_dump_json())
+
+
+def test_a_damaged_store_is_not_to_be_had_in_another_folder(aggregator: Aggregator) -> None:
+    aggregator.store.close()
+    for name in ("store.sqlite", "store.sqlite-wal"):
+        if (file := aggregator.folder / name).exists():
+            file.write_bytes(b"no database" * 1000)
+    with pytest.raises(
+        StoreError, match=r"store\.sqlite is damaged .*from a backup, or begin anew"
+    ):
+        Store(aggregator.folder)

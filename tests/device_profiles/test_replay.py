@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 import base_tiny
+from aggregator.kept import kept_messages
 from device_profiles.demo_text import write_demo_text
-from device_profiles.replay import name_latest, new_run_folder
+from device_profiles.errors import ReplayError
+from device_profiles.replay import name_latest, new_run_folder, run_folder
 from edge_client.data import read_examples, split_examples
-from protocol.transport import BrokerAddress
+from protocol.transport import BrokerAddress, MqttTransport
 
 FLEET = """
 rounds = 2
@@ -38,6 +40,15 @@ data = "text/email"
 def fleet_replay(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "device_profiles.cli", *(str(a) for a in arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=570)
+
+
+def kept_on(broker: BrokerAddress) -> list[str]:
+    link = MqttTransport(broker, "test-look", temporary=True)
+    link.connect()
+    try:
+        return [m.topic for m in kept_messages(link, "replay", ["tunefleet/#"])]
+    finally:
+        link.close()
 
 
 def plain_losses(adapter: Path, text: Path, parts: Sequence[str]) -> dict[str, float]:
@@ -79,6 +90,7 @@ def test_a_fleet_learns_through_mosquitto(tmp_path: Path, mosquitto: BrokerAddre
     broker = f"mqtt://{mosquitto.host}:{mosquitto.port}"
     done = fleet_replay("run", tmp_path / "fleet.toml", "--broker", broker, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
+    assert kept_on(mosquitto) == [], "the job is off the broker again"
     events = [json.loads(line) for line in done.stdout.splitlines()]
     summary = json.loads((out / "latest" / "summary.json").read_text())
     assert {k: v for k, v in events[-1].items() if k != "event"} == summary
@@ -124,6 +136,8 @@ def test_latest_names_the_last_run_unless_something_else_goes_by_that_name(tmp_p
         (["demo", "--broker", "http://x"], "not a broker address"),
         (["demo", "--broker", "mqtt://127.0.0.1:1"], "no MQTT broker"),
         (["demo", "--rule", "nosuch"], "no merge rule 'nosuch'"),
+        (["demo", "--seed", "-1"], "the command line: seed: must be at least 0, not -1"),
+        (["demo", "--set", "policy.quorum=9"], "waits for more devices than the fleet's 6"),
         (["run", "missing.toml"], "can't read the fleet file"),
         (["demo", "--set", "nonsense"], "write name=value"),
     ],
@@ -134,3 +148,19 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path, arguments: list[str], said: 
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [], "nothing is made of what can't be run"
+
+
+def test_a_run_that_fails_leaves_no_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ReplayError), run_folder(tmp_path):
+        raise ReplayError("before anything is kept")
+    assert list(tmp_path.iterdir()) == []
+
+    def fail_late() -> None:
+        with run_folder(tmp_path) as folder:
+            (folder / "log").touch()
+            raise ReplayError("what it said is in the log")
+
+    with pytest.raises(ReplayError):
+        fail_late()
+    assert [path.name for path in tmp_path.glob("*/*")] == ["log"]

@@ -21,9 +21,9 @@ from aggregator.errors import ConfigError, StoreError
 from aggregator.export import export_adapter
 from aggregator.rounds import Policy
 from aggregator.store import Store
-from device_profiles.clear import clear_job
 from device_profiles.errors import FleetError, ReplayError
 from device_profiles.fleet import read_fleet
+from device_profiles.replay import clear_broker
 from device_profiles.schema import load_profile
 from edge_client import config as edge_config
 from edge_client import errors as edge_errors
@@ -271,9 +271,9 @@ def test_a_broker_forgets_the_replay_before(mosquitto: BrokerAddress) -> None:
     """Its keys are others, so that nobody would listen to the new aggregator and devices."""
     publish_status(mosquitto, SigningKey.generate(), online=True)
     with pytest.raises(ReplayError, match="another replay is running on"):
-        clear_job(str(mosquitto), "replay", ["kitchen"])
+        clear_broker(str(mosquitto), "replay", ["kitchen"])
     publish_status(mosquitto, SigningKey.generate(), online=False)
-    clear_job(str(mosquitto), "replay", ["kitchen"])
+    clear_broker(str(mosquitto), "replay", ["kitchen"])
     link = MqttTransport(mosquitto, "test-look", temporary=True)
     link.connect()
     link.subscribe(["tunefleet/#"])

@@ -1,0 +1,75 @@
+"""A file of settings as somebody wrote it by hand, in TOML or JSON, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from aggregator.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHOWN = 60
+"""Characters of a wrong line that are shown."""
+
+
+def read_settings(path: Path, what: str) -> dict[str, Any]:
+    """Read a file of settings: TOML, or JSON where its name ends so; `what` it is, say "job file".
+
+    Raises:
+        ConfigError: it is not there, not UTF-8, or not in its format; says in which line.
+    """
+    named = f"the {what} {path}"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"can't read {named}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"can't read {named}: {(error.strerror or str(error)).lower()}") from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"can't read {named}: line {line} is not UTF-8 text; save it as UTF-8"
+        ) from None
+    in_json = path.suffix == ".json"
+    try:
+        fields = json.loads(text) if in_json else tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"can't read {named}: it is nested too deeply") from None
+    except ValueError as error:
+        why = _in_json(error, text) if in_json else _in_toml(error, text)
+        raise ConfigError(f"can't read {named}: {why}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{named} is not an object with settings")
+    return fields
+
+
+def _in_json(error: ValueError, text: str) -> str:
+    line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+    return f"{_place(text, line)} is not JSON"
+
+
+def _in_toml(error: ValueError, text: str) -> str:
+    said = str(error)
+    found = re.search(r"\(at line (\d+), column \d+\)", said)
+    last = len(text.rstrip().splitlines())  # "at end of document"
+    where = _place(text, int(found[1]) if found else last)
+    if any(word in said for word in ("overwrite", "twice", "uplicate", "immutable")):
+        return f"{where} sets what is set already; leave one of them"
+    return f'{where} is not TOML; write name = value, text in "quotes", tables as [name]'
+
+
+def _place(text: str, line: int) -> str:
+    """Return a line's number and what stands there."""
+    lines = text.splitlines()
+    content = lines[line - 1].strip() if line <= len(lines) else ""
+    shown = content if len(content) <= SHOWN else content[: SHOWN - 1] + "…"
+    return f"line {line} ({shown})" if shown and shown.isprintable() else f"line {line}"
