@@ -43,7 +43,7 @@ class Device:
         assert membership is not None, f"{state} has joined no fleet"
         self.name, self._job = membership.device, job
         self._key = SigningKey.load(state / "device.key")
-        self._outbox = Outbox(state)
+        self._state = state
         address = BrokerAddress.parse(membership.broker)
         self._link = MqttTransport(address, f"tunefleet-{self.name}", tls=tls_files(state))
 
@@ -71,17 +71,16 @@ class Device:
             file=describe_file(data),
             examples=1000,
         )
-        self._outbox.put(manifest, data, rank=rank)
-        self._outbox.close()  # SQLite is opened anew by the thread that uploads
+        outbox = Outbox(self._state)
+        outbox.put(manifest, data, rank=rank)
+        outbox.close()  # SQLite is opened anew by the thread that uploads
 
-    def upload(self, state: Path) -> str:
+    def upload(self) -> str:
         """Send the update until the aggregator has said `done`; return the device's name."""
-        self._outbox = Outbox(state)
-        sender = Sender(
-            self._link, self._key, self._outbox, EventLog(as_json=True, stream=sys.stderr)
-        )
-        while self._outbox.pending():
-            sender.offer(self._outbox.pending()[0])
+        outbox, events = Outbox(self._state), EventLog(as_json=True, stream=sys.stderr)
+        sender = Sender(self._link, self._key, outbox, events)
+        while outbox.pending():
+            sender.offer(outbox.pending()[0])
             incoming = self._link.receive(TICK_S)
             if incoming is None:
                 continue
@@ -122,8 +121,8 @@ def main() -> None:
     options = parser.parse_args()
     base = BaseModelInfo.model_validate_json(options.model.read_bytes())
     devices = [Device(state, options.job) for state in options.states]
-    active = list(zip(devices, options.states, strict=True))[: options.uploading]
-    for seed, (device, _) in enumerate(active):
+    active = devices[: options.uploading]
+    for seed, device in enumerate(active):
         device.make_update(base, options.rank, seed)
     with ThreadPoolExecutor(CONNECTING) as pool:
         list(pool.map(Device.connect, devices))
@@ -131,12 +130,12 @@ def main() -> None:
     sys.stdin.readline()
     said = threading.Lock()
 
-    def run(device: Device, state: Path) -> None:
-        done = device.upload(state)
+    def run(device: Device) -> None:
+        done = device.upload()
         with said:
             print(json.dumps({"done": done}), flush=True)
 
-    threads = [threading.Thread(target=run, args=one, daemon=True) for one in active]
+    threads = [threading.Thread(target=run, args=(device,), daemon=True) for device in active]
     for thread in threads:
         thread.start()
     sys.stdin.readline()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -77,6 +78,13 @@ def knock(client: paho.Client, address: BrokerAddress, version: int, *, temporar
         raise BrokerUnreachable(str(address), socket_words(error, address.host)) from None
     except ValueError as error:
         raise TransportError(f"{address} can't be connected to: {error}") from None
+
+
+def end(client: paho.Client) -> None:
+    """Disconnect in good order and end the client's thread."""
+    client.disconnect()
+    with suppress(AttributeError):  # paho forgets its thread when that ends, which may be just now
+        client.loop_stop()
 
 
 def _session(version: int, *, temporary: bool) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
-from protocol.connecting import QOS, RECONNECT_REFUSED_S, RECONNECT_S, VERSIONS, knock, new_client
+from protocol.connecting import (
+    QOS,
+    RECONNECT_REFUSED_S,
+    RECONNECT_S,
+    VERSIONS,
+    end,
+    knock,
+    new_client,
+)
 from protocol.errors import BrokerRefused, BrokerUnreachable, TlsRefused, TransportError
 from protocol.inbox import Inbox
 from protocol.limits import BrokerLimits
@@ -122,8 +130,7 @@ class MqttTransport:
                 if self._connected:
                     return
                 why = self._refused or "no answer to CONNECT"
-            client.disconnect()
-            client.loop_stop()
+            end(client)
             words = self._context and refusal(self.address.host, self.address.port, self._context)
             if words:
                 raise TlsRefused(str(self.address), words)
@@ -245,8 +252,7 @@ class MqttTransport:
         # Let go of it too: its sockets are closed when nobody holds it.
         client, self._client = self._client, None
         if client is not None:
-            client.disconnect()
-            client.loop_stop()
+            end(client)
 
     # -- on paho's thread: enqueue and signal, nothing else --------------------------------------
 
