@@ -49,7 +49,7 @@ def new_client(
         manual_ack=True,
     )
     client.max_inflight_messages_set(WINDOW)
-    client.reconnect_delay_set(1, RECONNECT_S)
+    set_pauses(client, refused=False)
     if context is not None:
         client.tls_set_context(context)
     if will:
@@ -78,6 +78,11 @@ def knock(client: paho.Client, address: BrokerAddress, version: int, *, temporar
         raise BrokerUnreachable(str(address), socket_words(error, address.host)) from None
     except ValueError as error:
         raise TransportError(f"{address} can't be connected to: {error}") from None
+
+
+def set_pauses(client: paho.Client, *, refused: bool) -> None:
+    """Set the pauses between attempts to get a connection back: `refused` ones seldom heal."""
+    client.reconnect_delay_set(1, RECONNECT_REFUSED_S if refused else RECONNECT_S)
 
 
 def end(client: paho.Client) -> None:

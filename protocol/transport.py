@@ -19,15 +19,7 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
-from protocol.connecting import (
-    QOS,
-    RECONNECT_REFUSED_S,
-    RECONNECT_S,
-    VERSIONS,
-    end,
-    knock,
-    new_client,
-)
+from protocol.connecting import QOS, VERSIONS, end, knock, new_client, set_pauses
 from protocol.errors import BrokerRefused, BrokerUnreachable, TlsRefused, TransportError
 from protocol.inbox import Inbox
 from protocol.limits import BrokerLimits
@@ -267,7 +259,7 @@ class MqttTransport:
                 self.connection += 1
                 self._connected, self._refused = True, ""
                 self._outages.made(time.monotonic())
-                client.reconnect_delay_set(1, RECONNECT_S)
+                set_pauses(client, refused=False)
                 self._limits = BrokerLimits(properties)
             self._state.notify_all()
         if not code.is_failure:
@@ -400,6 +392,6 @@ class MqttTransport:
             return
         why, refused = why_away(self.address, self._context)
         if refused:
-            client.reconnect_delay_set(1, RECONNECT_REFUSED_S)
+            set_pauses(client, refused=True)
         if (why := why or self._refused) and not self._connected:
             self._on_outage(why)
