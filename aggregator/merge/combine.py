@@ -7,7 +7,7 @@ what the rank cannot hold. All three report what they lost.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,7 +48,8 @@ class Contribution:
 class LayerUpdates:
     """Hold all that a combination needs of one module of `shape` (d_out, d_in).
 
-    `rank` and `scale` are the result's; `seed` is the module's own.
+    `rank` and `scale` are the result's; `seed` is the module's own. `carried` is what earlier
+    rounds add to the sum.
     """
 
     shape: tuple[int, int]
@@ -57,11 +58,12 @@ class LayerUpdates:
     contributions: tuple[Contribution, ...]
     split: Split
     seed: int
+    carried: tuple[Term, ...] = ()
 
     @property
     def terms(self) -> list[Term]:
-        """The contributions as weighted scaled deltas."""
-        return [c.term for c in self.contributions]
+        """The contributions, and what is carried, as weighted scaled deltas."""
+        return [*(c.term for c in self.contributions), *self.carried]
 
 
 Combination = Callable[[LayerUpdates], Combined]
@@ -71,17 +73,21 @@ def factor_average(layer: LayerUpdates) -> Combined:
     """Average A and B apart, direction by direction; who lacks a direction counts as zero in it.
 
     B̄[:, h] = Σp_k B_k[:, h], Ā[h] = Σp_k A_k[h] (zero-padded to R). A foreign scale is folded
-    into B alone, and `split` has no meaning here. Source: HetLoRA, arXiv 2401.06432.
+    into B alone. What is carried is a product: with it the average becomes one too, which is where
+    alone `split` has a meaning. Source: HetLoRA, arXiv 2401.06432.
     """
     d_out, d_in = layer.shape
     a, b = np.zeros((layer.rank, d_in)), np.zeros((d_out, layer.rank))
     for c in layer.contributions:
         a[c.directions] += c.weights[:, None] * c.factors.a
         b[:, c.directions] += c.weights * c.factors.b * (c.scale / layer.scale)
-    average = Term(Factors(a, b), np.full(layer.rank, -layer.scale))
-    total = _norm(layer.terms)
-    factors = revived(Factors(a, b), layer.seed)
-    return Combined(factors, np.zeros(0), total, _norm([*layer.terms, average]))
+    average, values = revived(Factors(a, b), layer.seed), np.zeros(0)
+    if layer.carried:
+        own = Term(Factors(a, b), np.full(layer.rank, layer.scale))
+        moved = product(replace(layer, contributions=(), carried=(own, *layer.carried)))
+        average, values = moved.factors, moved.singular_values
+    lost = Term(average, np.full(layer.rank, -layer.scale))
+    return Combined(average, values, _norm(layer.terms), _norm([*layer.terms, lost]))
 
 
 def product(layer: LayerUpdates) -> Combined:

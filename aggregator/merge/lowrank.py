@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from protocol.adapter import Adapter, Factors
 
 Float64Array = npt.NDArray[np.float64]
 Split = Literal["left", "balanced"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 NULL = float(np.finfo(np.float32).eps)
 """A singular value at or below this share of the largest carries nothing a float32 can hold."""
@@ -69,19 +68,24 @@ def norm(factors: Factors) -> float:
 def gram(adapters: Sequence[Adapter]) -> Float64Array:
     """Return the Gram (K, K) of a round: ⟨ΔW_i, ΔW_j⟩ of scaled deltas, summed over modules.
 
-    The adapters have the same modules and may have any ranks. One GEMM a factor and module
-    gives all pairs at once; the trace formula of `inner` is then a sum over blocks.
+    The adapters have the same modules and may have any ranks. Two GEMMs a device and module give
+    its products with all others; the trace formula of `inner` is then a sum over blocks. Memory is
+    one module's stacks, and (r_k, Σr) twice.
     """
-    total = np.zeros((len(adapters), len(adapters)))
+    devices = len(adapters)
+    total = np.zeros((devices, devices))
     for module in adapters[0].layers if adapters else ():
         layers = [adapter.layers[module] for adapter in adapters]
         a = np.concatenate([f.a for f in layers]).astype(np.float64)  # (N, d_in)
         b = np.concatenate([f.b for f in layers], axis=1).astype(np.float64)  # (d_out, N)
-        owner = np.repeat(np.arange(len(layers)), [f.rank for f in layers])
-        member = (owner == np.arange(len(layers))[:, None]).astype(np.float64)  # (K, N)
-        total += member @ ((b.T @ b) * (a @ a.T)) @ member.T
+        owner = np.repeat(np.arange(devices), [f.rank for f in layers])  # (N,)
+        for k in range(devices):
+            start, end = np.searchsorted(owner, [k, k + 1])
+            products = (b[:, start:end].T @ b[:, start:]) * (a[start:end] @ a[start:].T)
+            total[k] += np.bincount(owner[start:], products.sum(axis=0), devices)
     scales = np.array([adapter.scale for adapter in adapters])
-    return total * np.outer(scales, scales)
+    whole = np.triu(total) + np.triu(total, 1).T
+    return np.asarray(whole * np.outer(scales, scales))
 
 
 # ---- stacks -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregator.errors import MergeError
+from aggregator.merge.lowrank import Float64Array, norm
 from protocol.adapter import Adapter, Factors, Shapes, module_rank
 
 Directions = npt.NDArray[np.intp]
@@ -22,7 +23,9 @@ class Update:
     `adapter` holds absolute factors, not changes, and only of the directions that the device
     trained: row i of A and column i of B of a module are the shared direction
     `directions[module][i]`. With `directions = top` these are 0 … r-1. Ranks may differ from
-    module to module, and a module may have rank 0.
+    module to module, and a module may have rank 0. `staleness` is how many versions the one that
+    it started from is behind `RoundView.previous`; the directions of another version are other
+    vectors, so put such an update over the version it started from first (`completed`).
     """
 
     device: str
@@ -30,6 +33,21 @@ class Update:
     directions: Mapping[str, Directions]
     examples: int
     metrics: Mapping[str, float]
+    staleness: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Hold what a rule carries from round to round: low-rank sums, None where it carries none.
+
+    `momentum` is the last change of the global, `residue` what the rank could not hold of it.
+    """
+
+    momentum: Adapter | None = None
+    residue: Adapter | None = None
+
+
+NOTHING_CARRIED = Memory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +56,7 @@ class RoundView:
 
     `previous` is the global version of rank `rank` that every update started from, `rank` also
     that of the result; a module narrower than it has the rank it can have. `seed` decides the
-    rows of A that re-seed dead directions.
+    rows of A that re-seed dead directions; `memory` is what the last round handed on.
     """
 
     previous: Adapter
@@ -46,6 +64,7 @@ class RoundView:
     shapes: Shapes
     rank: int
     seed: int
+    memory: Memory = NOTHING_CARRIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +72,15 @@ class Merged:
     """Hold the result of a round.
 
     `adapter` is float32, `weights` the share that each device had, and `residual` what the
-    combination lost: ‖weighted sum - result‖_F / ‖weighted sum‖_F over all modules.
+    combination lost: ‖weighted sum - result‖_F / ‖weighted sum‖_F over all modules. `warnings` are
+    for the operator, `memory` for the next round.
     """
 
     adapter: Adapter
     weights: dict[str, float]
     residual: float
+    warnings: tuple[str, ...] = ()
+    memory: Memory = NOTHING_CARRIED
 
 
 def completed(update: Update, held: Adapter) -> Update:
@@ -79,6 +101,36 @@ def completed(update: Update, held: Adapter) -> Update:
     return replace(update, adapter=Adapter(layers, held.scale), directions=every)
 
 
+def changed(update: Update, held: Adapter) -> Adapter:
+    """Return ΔW_k − ΔW_g restricted to the directions of k: by how much a device moved the product.
+
+    Each module has twice the device's rank: BA − B'A' = (B − B')A + B'(A − A') with the scales in
+    B. A norm or a Gram of these factors keeps its digits however small the change is, where the
+    difference of two norms would lose them. In float64, and of scale 1.
+    """
+    layers: dict[str, Factors] = {}
+    for module, whole in held.layers.items():
+        before, after = whole.take(update.directions[module]), update.adapter.layers[module]
+        b_before = held.scale * before.b.astype(np.float64)  # (d_out, r)
+        b_after = update.adapter.scale * after.b.astype(np.float64)
+        moved = after.a.astype(np.float64) - before.a  # (r, d_in)
+        layers[module] = Factors(
+            np.concatenate([after.a.astype(np.float64), moved]),
+            np.concatenate([b_after - b_before, b_before], axis=1),
+        )
+    return Adapter(layers, 1.0)
+
+
+def change_norms(view: RoundView) -> Float64Array:
+    """Return ‖ΔW_k − ΔW_g restricted to the directions of k‖_F (K,), over all modules."""
+    return np.array(
+        [
+            np.linalg.norm([norm(f) for f in changed(update, view.previous).layers.values()])
+            for update in view.updates
+        ]
+    )
+
+
 def check(view: RoundView) -> None:
     """Refuse a round that cannot be merged.
 
@@ -88,7 +140,9 @@ def check(view: RoundView) -> None:
     """
     if not view.updates:
         raise MergeError("the round has no update")
-    _check_adapter(view, view.previous, None)
+    for adapter in (view.previous, view.memory.momentum, view.memory.residue):
+        if adapter is not None:
+            _check_adapter(view, adapter, None)
     for module, shape in view.shapes.items():
         held = module_rank(shape, view.rank)
         if view.previous.layers[module].rank != held:
@@ -96,12 +150,14 @@ def check(view: RoundView) -> None:
     for update in view.updates:
         if update.examples < 0:
             raise MergeError(f"it counts {update.examples} examples", device=update.device)
+        if update.staleness < 0:
+            raise MergeError(f"it is {update.staleness} versions behind", device=update.device)
         _check_adapter(view, update.adapter, update.device)
         _check_directions(view, update)
 
 
 def _check_adapter(view: RoundView, adapter: Adapter, device: str | None) -> None:
-    """Check names, shapes and values; `device` is None for the previous global."""
+    """Check names, shapes and values; `device` is None for what is the aggregator's own."""
     if not (np.isfinite(adapter.scale) and adapter.scale > 0):
         raise MergeError(f"the scale {adapter.scale} is not a positive number", device=device)
     if strange := set(adapter.layers) ^ set(view.shapes):

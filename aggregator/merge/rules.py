@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from types import MappingProxyType
 
 import numpy as np
 
-from aggregator.errors import BadRuleSettings, MergeError, UnknownRule
+from aggregator.errors import AggregatorError, MergeError, UnknownRule
+from aggregator.merge.carried import Remembering, carried_terms
 from aggregator.merge.combine import (
     Combination,
     Contribution,
@@ -18,19 +19,21 @@ from aggregator.merge.combine import (
     product,
     stack,
 )
-from aggregator.merge.lowrank import SPLITS, Float64Array, Split, module_seed
+from aggregator.merge.lowrank import module_seed
+from aggregator.merge.robust import GEOMED, KRUM
 from aggregator.merge.round_view import Merged, RoundView, check
+from aggregator.merge.settings import NO_SETTINGS, RuleSettings, Settings, read_settings
+from aggregator.merge.votes import Votes, cast_votes, counted_columns
 from aggregator.merge.weighting import (
     Weighting,
     among_holders,
     anchored_by_previous,
+    equal_share,
     norm_share,
     sample_share,
 )
 from protocol.adapter import Adapter, Factors
 
-Settings = Mapping[str, object]
-NO_SETTINGS: Settings = MappingProxyType({})
 ENTRY_POINTS = "tunefleet.rules"
 
 MergeRule = Callable[[RoundView, Settings], Merged]
@@ -39,39 +42,54 @@ MergeRule = Callable[[RoundView, Settings], Merged]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Merge by a weighting and a combination.
-
-    Settings: `split`, how singular values are shared out between the factors of a product:
-    `left` (the default) or `balanced`, see `lowrank.split_factors`.
-    """
+    """Merge by a weighting and a combination; see `settings` for what a job may say to it."""
 
     weighting: Weighting
     combination: Combination
 
+    def read(self, settings: Settings) -> RuleSettings:
+        """Return the settings that a job gives the rule, checked.
+
+        Raises:
+            BadRuleSettings: the rule has no such setting, or cannot use its value.
+        """
+        robust = self.weighting.robust
+        return read_settings(robust.settings if robust else RuleSettings, settings)
+
     def __call__(self, view: RoundView, settings: Settings) -> Merged:
         """Merge module by module: memory is that of the largest module."""
-        split = read_split(settings)
-        shares = self.weighting.share(view)
+        wanted = self.read(settings)
+        votes = cast_votes(view, self.weighting, wanted)
+        remembering = Remembering(view, wanted)
         layers: dict[str, Factors] = {}
         norms: list[float] = []
         residuals: list[float] = []
         for module in view.shapes:
-            combined = self.combination(self._layer(view, module, shares, split))
+            layer = self._layer(view, module, votes, wanted)
+            combined = self.combination(layer)
             layers[module] = as_float32(combined.factors, module)
+            remembering.add(module, layer.terms, layers[module])
             norms.append(combined.norm)
             residuals.append(combined.residual)
         weights: dict[str, float] = {}
-        for update, share in zip(view.updates, shares, strict=True):  # a device may come twice
-            weights[update.device] = weights.get(update.device, 0.0) + float(share)
+        for update, part in zip(view.updates, votes.shares * votes.counted, strict=True):
+            weights[update.device] = weights.get(update.device, 0.0) + float(part)  # it came twice
         total = float(np.linalg.norm(norms))
-        residual = float(np.linalg.norm(residuals)) / total if total else 0.0
-        return Merged(Adapter(layers, view.previous.scale), weights, residual)
+        return Merged(
+            Adapter(layers, view.previous.scale),
+            weights,
+            float(np.linalg.norm(residuals)) / total if total else 0.0,
+            votes.warnings,
+            remembering.memory(),
+        )
 
     def _layer(
-        self, view: RoundView, module: str, shares: Float64Array, split: Split
+        self, view: RoundView, module: str, votes: Votes, settings: RuleSettings
     ) -> LayerUpdates:
         """Gather the contributions to one module; the previous global is one if it weighs."""
-        columns = self.weighting.spread(view, module, shares)
+        columns = counted_columns(
+            self.weighting.spread(view, module, votes.shares), votes.counted, view, module
+        )
         contributions = [
             Contribution(u.adapter.layers[module], u.directions[module], w, u.adapter.scale)
             for u, w in zip(view.updates, columns.devices, strict=True)
@@ -85,8 +103,9 @@ class Rule:
             previous.rank,
             scale,
             tuple(contributions),
-            split,
+            settings.split,
             module_seed(view.seed, module),
+            carried_terms(view, module, settings),
         )
 
 
@@ -98,6 +117,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "anchored": Rule(Weighting(sample_share, anchored_by_previous), product),
         "segment": Rule(Weighting(sample_share, among_holders), product),
         "flora": Rule(Weighting(sample_share), stack),
+        "geomed": Rule(Weighting(equal_share, anchored_by_previous, GEOMED), product),
+        "krum": Rule(Weighting(equal_share, anchored_by_previous, KRUM), product),
     }
 )
 
@@ -120,32 +141,50 @@ def find_rule(name: str) -> MergeRule:
 
     Raises:
         UnknownRule: there is none of that name.
-        MergeError: an entry point has the name, but what it loads cannot be called.
+        MergeError: an entry point has the name, but what it names cannot be loaded or called.
     """
     if name in RULES:
         return RULES[name]
     installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if name not in installed:
         raise UnknownRule(name, [*RULES, *sorted(installed)])
-    loaded: object = installed[name].load()
+    where = f"rule {name!r} ({installed[name].value})"
+    try:
+        loaded: object = installed[name].load()
+    except Exception as error:  # another's code: whatever it raises is said in one line
+        raise MergeError(f"{where} cannot be loaded: {told(error)}") from error
     if not callable(loaded):
-        raise MergeError(f"rule {name!r} ({installed[name].value}) is not a function")
-    return loaded
+        raise MergeError(f"{where} is not a function")
+    return loaded if isinstance(loaded, Rule) else Foreign(where, loaded)
 
 
-def read_split(settings: Settings) -> Split:
-    """Return the split that the settings name, `left` where they name none.
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Call another's rule, and say in whose name it failed or gave back what is no result."""
 
-    Raises:
-        BadRuleSettings: there is another setting, or another split.
-    """
-    if strange := sorted(set(settings) - {"split"}):
-        raise BadRuleSettings(f"the rule has no setting {strange[0]!r}; it has 'split'")
-    wanted = settings.get("split", "left")
-    for split in SPLITS:
-        if split == wanted:
-            return split
-    raise BadRuleSettings(f"split must be one of {', '.join(SPLITS)}, not {wanted!r}")
+    where: str
+    rule: MergeRule
+
+    def __call__(self, view: RoundView, settings: Settings) -> Merged:
+        """Merge by the rule."""
+        try:
+            merged = self.rule(view, settings)
+        except AggregatorError:
+            raise
+        except Exception as error:  # another's code, as above
+            raise MergeError(f"{self.where} failed: {told(error)}") from error
+        if not isinstance(merged, Merged):
+            raise MergeError(f"{self.where} returned {type(merged).__name__}, not Merged")
+        try:
+            check(replace(view, previous=merged.adapter))
+        except MergeError as error:
+            raise MergeError(f"{self.where} returned what is no result: {error}") from error
+        return merged
+
+
+def told(error: Exception) -> str:
+    """Return an error of unknown origin in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def as_float32(factors: Factors, module: str) -> Factors:

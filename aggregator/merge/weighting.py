@@ -2,9 +2,8 @@
 
 A weighting is two steps. A *share* says what part of the fleet each device is: (K,) numbers that
 sum to 1, over whole adapters. A *spread* lays the shares of one module over the columns of the
-stack, where the previous global may take part as one more contributor. Whatever multiplies a
-share (staleness, norm clipping, a cap) belongs between the two, so that it works with any rule:
-under `anchored`, what it takes from a device goes to the previous global.
+stack, where the previous global may take part as one more contributor. Whatever changes a share
+(staleness, norm clipping, a cap, a robust mean) comes between the two, in `votes`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import Float64Array, norm
+from aggregator.merge.robust import Robust
 from aggregator.merge.round_view import RoundView
 
 
@@ -52,6 +52,11 @@ def sample_share(view: RoundView) -> Float64Array:
     return np.asarray(examples / examples.sum())
 
 
+def equal_share(view: RoundView) -> Float64Array:
+    """Return p_k = 1/K: robust rules start here, for a device says itself how much it has."""
+    return np.full(len(view.updates), 1 / len(view.updates))
+
+
 def norm_share(view: RoundView) -> Float64Array:
     """Return p_k = ‖ΔW_k‖_F / Σ‖ΔW_j‖_F over whole adapters; equal shares if all are zero.
 
@@ -65,7 +70,7 @@ def norm_share(view: RoundView) -> Float64Array:
         np.float64,
     )
     if not norms.any():
-        return np.full(len(norms), 1 / len(norms))
+        return equal_share(view)
     return np.asarray(norms / norms.sum())
 
 
@@ -108,10 +113,14 @@ def anchored_by_previous(view: RoundView, module: str, shares: Float64Array) -> 
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """Say how much each device counts, and how that lies on the columns of a module."""
+    """Say how much each device counts, and how that lies on the columns of a module.
+
+    `robust` corrects the shares by how far the changes of a round lie apart.
+    """
 
     share: Share
     spread: Spread = evenly
+    robust: Robust | None = None
 
 
 def _at(view: RoundView, module: str) -> list[np.ndarray]:

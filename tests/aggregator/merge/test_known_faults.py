@@ -144,7 +144,9 @@ def test_each_name_is_a_rule_of_its_own() -> None:
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             far = np.linalg.norm(results[one] - results[other]) > 1e-2
-            assert far != ({one, other} == {"flexlora", "flora"})  # the same once compressed
+            # the same once compressed; and the same where all devices have as many examples and
+            # three are too few to leave one out
+            assert far != ({one, other} in ({"flexlora", "flora"}, {"anchored", "krum"}))
 
 
 def test_scores_without_the_softmax_are_refused() -> None:

@@ -1,0 +1,84 @@
+"""Shares that a few dishonest devices cannot buy: from the Gram of a round's changes alone.
+
+A change is ΔW_k − ΔW_g restricted to what device k trained, so that devices of any ranks and
+directions are points of one space: that of their full adapters, moved by the same ΔW_g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aggregator.merge.lowrank import Float64Array
+from aggregator.merge.settings import GeomedSettings, KrumSettings, RuleSettings
+
+Reweigh = Callable[[Float64Array, Float64Array, Sequence[str], Any], tuple[Float64Array, list[str]]]
+"""Gram (K, K), shares (K,), names of the devices, settings → shares, and what to warn of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Robust:
+    """Pair a way to reweigh devices with the settings that it reads."""
+
+    reweigh: Reweigh
+    settings: type[RuleSettings]
+
+
+def geometric_median(
+    gram: Float64Array, shares: Float64Array, devices: Sequence[str], settings: GeomedSettings
+) -> tuple[Float64Array, list[str]]:
+    """Return the shares w whose mean Σw_k·x_k is the geometric median: argmin_z Σp_k‖x_k − z‖.
+
+    Weiszfeld: w_k ∝ p_k / max(ν, ‖x_k − z‖), with ‖x_k − z‖² = G_kk − 2(Gw)_k + wᵀGw and
+    ν = `smoothing` x the median norm, which a minority cannot move. Source: RFA, arXiv 1912.13445.
+    """
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    nearest = max(settings.smoothing * float(np.median(norms)), 1e-150)
+    weights = shares
+    for _ in range(settings.iterations):
+        across = gram @ weights
+        squares = np.diag(gram) - 2 * across + weights @ across
+        inverse = shares / np.maximum(np.sqrt(np.maximum(squares, 0.0)), nearest)
+        before, weights = weights, inverse / inverse.sum()
+        if np.abs(weights - before).sum() <= settings.tolerance:
+            break
+    return weights, []
+
+
+def krum(
+    gram: Float64Array, shares: Float64Array, devices: Sequence[str], settings: KrumSettings
+) -> tuple[Float64Array, list[str]]:
+    """Return the shares with those of the f devices furthest from their neighbours at 0.
+
+    A device's score is the sum of its squared distances to its K − f − 2 nearest others; the
+    K − f of lowest score stay (Multi-Krum; ties go by name). It needs K ≥ 2f + 3: in a smaller
+    round f is what K allows, and that is warned of. Source: Blanchard et al., NeurIPS 2017.
+    """
+    count = len(shares)
+    assumed = settings.byzantine
+    if isinstance(assumed, float):
+        assumed = int(assumed * count + 1e-9)  # 0.1 of 30 is 3
+    f = min(assumed, max((count - 3) // 2, 0))
+    warnings = []
+    if f < assumed:
+        why = f"krum against {assumed} dishonest devices needs {2 * assumed + 3} updates"
+        warnings.append(f"{why}, the round has {count}: it withstands {f}; raise policy.quorum")
+    norms = np.diag(gram)
+    squares = np.maximum(norms[:, None] + norms - 2 * gram, 0.0)
+    np.fill_diagonal(squares, np.inf)
+    nearest = np.sort(squares, axis=1)[:, : max(count - f - 2, 0)]
+    scores = nearest.sum(axis=1)  # (K,)
+    unit = float(np.median(scores)) or 1.0
+    order = sorted(range(count), key=lambda k: (round(float(scores[k]) / unit, 9), devices[k]))
+    kept = np.zeros(count)
+    kept[order[: count - f]] = shares[order[: count - f]]
+    if not kept.any():  # those that stay counted nothing
+        kept[order[: count - f]] = 1.0
+    return kept / kept.sum(), warnings
+
+
+GEOMED = Robust(geometric_median, GeomedSettings)
+KRUM = Robust(krum, KrumSettings)

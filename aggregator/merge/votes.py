@@ -1,0 +1,117 @@
+"""How much each device of a round counts, once all that its job says about it is weighed.
+
+A device has a *share* p_k, and a part of its change counts, c_k ≤ 1. Shares are relative: they sum
+to 1. What c_k takes away goes to nobody else but to the previous global: with c_k·p_k on a
+direction of device k, (1 − c_k)·p_k lies on that direction of ΔW_g, which shortens exactly
+ΔW_k − ΔW_g restricted to what k trained. So each option works with any rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from aggregator.merge.lowrank import Float64Array, gram
+from aggregator.merge.round_view import RoundView, change_norms, changed
+from aggregator.merge.settings import RuleSettings
+from aggregator.merge.told import NotTold, discrepancy_share, loss_reduction_share
+from aggregator.merge.weighting import ColumnWeights, Weighting, equal_share, sample_share
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """Hold p (K,), c (K,), and what the operator should know."""
+
+    shares: Float64Array
+    counted: Float64Array
+    warnings: tuple[str, ...] = ()
+
+
+def cast_votes(view: RoundView, weighting: Weighting, settings: RuleSettings) -> Votes:
+    """Return what each device counts: share, then discount and clipping, robust shares, cap.
+
+    Raises:
+        MergeError: the shares go by examples, and no device has one.
+    """
+    votes = _own_shares(view, weighting, settings)
+    if settings.staleness:
+        votes = replace(votes, counted=votes.counted * staleness_discount(view))
+    if settings.clip is not None:
+        norms = change_norms(view) * votes.counted
+        votes = replace(votes, counted=votes.counted * clipping(norms, settings.clip))
+    if weighting.robust is not None:
+        products = gram([changed(u, view.previous) for u in view.updates])
+        products *= np.outer(votes.counted, votes.counted)
+        shares, said = weighting.robust.reweigh(
+            products, votes.shares, [u.device for u in view.updates], settings
+        )
+        votes = Votes(shares, votes.counted, (*votes.warnings, *said))
+    if settings.cap is not None:
+        shares, left = capped(votes.shares, settings.cap)
+        votes = replace(votes, shares=shares, counted=votes.counted * left)
+    return votes
+
+
+def _own_shares(view: RoundView, weighting: Weighting, settings: RuleSettings) -> Votes:
+    """Return the shares that the settings name, else the rule's own; all changes count whole."""
+    warnings: tuple[str, ...] = ()
+    try:
+        match settings.weights:
+            case "samples":
+                shares = sample_share(view)
+            case "equal":
+                shares = equal_share(view)
+            case "loss-reduction":
+                shares = loss_reduction_share(view)
+            case "discrepancy":
+                shares = discrepancy_share(
+                    view, settings.discrepancy_slope, settings.discrepancy_offset
+                )
+            case None:
+                shares = weighting.share(view)
+    except NotTold as missing:
+        shares, warnings = sample_share(view), (f"{missing}; shares go by examples",)
+    return Votes(shares, np.ones(len(shares)), warnings)
+
+
+def staleness_discount(view: RoundView) -> Float64Array:
+    """Return (1+τ_k)^−½ (K,), τ the versions an update is behind. Source: arXiv 2106.06639."""
+    return np.asarray(1 / np.sqrt([1.0 + u.staleness for u in view.updates]))
+
+
+def clipping(norms: Float64Array, limit: float | str) -> Float64Array:
+    """Return min(1, limit/‖change_k‖) (K,); "median" is the median of the norms."""
+    largest = float(np.median(norms)) if isinstance(limit, str) else limit
+    shortened = np.divide(largest, norms, out=np.ones_like(norms), where=norms > 0)
+    return np.asarray(np.minimum(1.0, shortened))
+
+
+def capped(shares: Float64Array, cap: float) -> tuple[Float64Array, float]:
+    """Return shares of at most `cap`, what is over shared out in proportion, and a factor.
+
+    Where even equal shares are over the cap, they are equal and all count `factor` < 1.
+    """
+    voters = shares > 0
+    if cap * voters.sum() <= 1:
+        return np.asarray(voters / voters.sum()), float(cap * voters.sum())
+    full = np.zeros(len(shares), bool)
+    result = shares
+    while (result > cap * (1 + 1e-12)).any():
+        full |= result > cap
+        rest = np.where(full, 0.0, shares)
+        result = np.where(full, cap, rest * (1 - cap * full.sum()) / rest.sum())
+    return result, 1.0
+
+
+def counted_columns(
+    columns: ColumnWeights, counted: Float64Array, view: RoundView, module: str
+) -> ColumnWeights:
+    """Move 1 − c_k of each column's weight to the same direction of the previous global."""
+    if (counted == 1).all():
+        return columns
+    previous = columns.previous.copy()
+    for update, own, part in zip(view.updates, columns.devices, counted, strict=True):
+        previous[update.directions[module]] += (1 - part) * own
+    devices = tuple(part * own for own, part in zip(columns.devices, counted, strict=True))
+    return ColumnWeights(devices, previous)
