@@ -146,7 +146,7 @@ def check(view: RoundView) -> None:
     for module, shape in view.shapes.items():
         held = module_rank(shape, view.rank)
         if view.previous.layers[module].rank != held:
-            raise MergeError(f"the previous global has not rank {held}", module=module)
+            raise MergeError(f"the shared adapter has not rank {held}", module=module)
     for update in view.updates:
         if update.examples < 0:
             raise MergeError(f"it counts {update.examples} examples", device=update.device)

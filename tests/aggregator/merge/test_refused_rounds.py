@@ -68,7 +68,7 @@ def test_a_round_that_is_none_is_refused(rule: str) -> None:
         merge(rule, one_module([replace(BAD, adapter=Adapter({"m": LAYER}, 0.0))], 6))
     with pytest.raises(MergeError, match="device bad: it counts -1"):
         merge(rule, one_module([replace(BAD, examples=-1)], 6))
-    with pytest.raises(MergeError, match="module m: the previous global"):
+    with pytest.raises(MergeError, match="module m: the shared adapter"):
         merge(rule, replace(one_module([GOOD], 6), rank=5))
     if RULES[rule].weighting.share is sample_share:
         with pytest.raises(MergeError, match="example"):
