@@ -106,8 +106,8 @@ def stack(layer: LayerUpdates) -> Combined:
     Compressed, it is the same ΔW as `product`; the exact stack is `lowrank.stacked`. Source:
     FLoRA, arXiv 2409.05976.
     """
-    exact = stacked(layer.terms, 1.0)
-    leading = stack_basis(exact).leading(np.ones(exact.rank), layer.rank)
+    exact = stack_basis(layer.terms)
+    leading = exact.leading(np.ones(len(exact.a)), layer.rank)
     return split_factors(*leading, layer.rank, layer.scale, layer.split, layer.seed)
 
 

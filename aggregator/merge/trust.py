@@ -21,7 +21,6 @@ from aggregator.merge.lowrank import (
     module_seed,
     split_factors,
     stack_basis,
-    stacked,
 )
 from aggregator.merge.round_view import RoundView, check
 from aggregator.merge.rules import as_float32
@@ -137,7 +136,7 @@ def _personal_layer(
     terms = [
         Term(f, np.full(f.rank, u.adapter.scale)) for f, u in zip(layers, view.updates, strict=True)
     ]
-    basis = stack_basis(stacked(terms, 1.0))
+    basis = stack_basis(terms)
     rank, scale = view.previous.layers[module].rank, view.previous.scale
     seed = module_seed(view.seed, module)
     ranks = [f.rank for f in layers]
