@@ -36,7 +36,7 @@ from aggregator.enrol.server import EnrolmentServer
 from benchmarks.claims import Claim, write_claims
 from edge_client.join import join
 from protocol import topics
-from protocol.broker import free_port
+from protocol.broker import free_ports
 from protocol.events import EventLog
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
@@ -118,8 +118,9 @@ def find_program(name: str) -> str:
 
 def make_fleet(path: Path) -> FleetFolder:
     """Make a fleet on loopback, with a name for the counting subscriber among its clients."""
+    port, enrol_port = free_ports(2)
     settings = FleetSettings(
-        hosts=["localhost"], port=free_port(), enrol_port=free_port(), bind="127.0.0.1"
+        hosts=["localhost"], port=port, enrol_port=enrol_port, bind="127.0.0.1"
     )
     now = datetime.now(timezone.utc)
     fleet = create_fleet(path, settings, now)

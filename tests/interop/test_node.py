@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from aggregator.enrol.folder import FleetFolder
 from protocol.adapter import directions
-from protocol.broker import free_port
+from protocol.broker import free_ports
 from tests.faults.processes import Program
 from tests.security.fleet import running_broker
 
@@ -123,7 +123,8 @@ def test_a_device_in_node_takes_part(
     killed: bool,
 ) -> None:
     place, job = tmp_path / "fleet", tmp_path / "job.json"
-    ports = ["--port", free_port(), "--enroll-port", (enrol_port := free_port())]
+    port, enrol_port = free_ports(2)
+    ports = ["--port", port, "--enroll-port", enrol_port]
     aggregator("init", place, "--host", "localhost", "--bind", "127.0.0.1", *ports)
     base = {"name": "toy", "sha256": "0" * 64, "parameters": 1000, "modules": MODULES}
     settings = {"rounds": 2, "ladder": LADDER, "encoding_up": up, "encoding_down": down}

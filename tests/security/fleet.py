@@ -21,7 +21,7 @@ from aggregator.enrol.folder import FleetFolder, FleetSettings, create_fleet
 from aggregator.enrol.server import EnrolmentServer
 from edge_client.join import join
 from edge_client.membership import tls_files
-from protocol.broker import free_port
+from protocol.broker import free_ports
 from protocol.events import EventLog
 from protocol.tls import TlsFiles
 from protocol.transport import MqttTransport
@@ -80,8 +80,9 @@ class Fleet:
 
 def make_folder(path: Path, ahead: timedelta = timedelta()) -> FleetFolder:
     """Make a fleet that listens on loopback alone, on free ports, by a clock that is ahead."""
+    port, enrol_port = free_ports(2)
     settings = FleetSettings(
-        hosts=["localhost"], port=free_port(), enrol_port=free_port(), bind="127.0.0.1"
+        hosts=["localhost"], port=port, enrol_port=enrol_port, bind="127.0.0.1"
     )
     return create_fleet(path, settings, datetime.now(timezone.utc) + ahead)
 

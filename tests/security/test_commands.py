@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.broker import free_port
+from protocol.broker import free_port, free_ports
 from tests.aggregator.uploading import MODULES
 from tests.faults.processes import Program
 from tests.security.fleet import FleetFolder, make_folder, running_broker
@@ -47,7 +47,7 @@ def test_from_an_empty_folder_to_a_device_in_a_job_and_out_again(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    place, port, enrol_port = tmp_path / "fleet", free_port(), free_port()
+    place, (port, enrol_port) = tmp_path / "fleet", free_ports(2)
     options = ["--bind", "127.0.0.1", "--port", port, "--enroll-port", enrol_port]
     made = command("aggregator", "init", place, "--host", "localhost", *options, home=tmp_path)
     assert made.returncode == 0, made.stderr
