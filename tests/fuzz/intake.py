@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from aggregator.intake import Intake
+from aggregator.quota import RoundBytes
 from aggregator.rounds import RoundState
 from aggregator.store import Store
 from aggregator.versions import Versions, first_version
@@ -52,6 +53,7 @@ class IntakeUnderFire:
     def begin_anew(self) -> None:
         """Forget all but the device's key, and let quarantine and quotas run out."""
         self.time += 10_000
+        self.intake._bytes = RoundBytes()
         for table in ("devices", "conduct", "uploads", "arrived"):
             self.store._db.run(f"DELETE FROM {table}")
         self.events.seek(0)
