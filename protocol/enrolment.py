@@ -58,9 +58,9 @@ class Token:
         """
         text = text.strip()
         try:
-            data = base64.b64decode(
-                text.removeprefix(_PREFIX).encode("ascii"), altchars=b"-_", validate=True
-            )
+            code = text.removeprefix(_PREFIX).rstrip("=")  # which a copy easily loses
+            padded = code + "=" * (-len(code) % 4)
+            data = base64.b64decode(padded.encode("ascii"), altchars=b"-_", validate=True)
         except ValueError:
             data = b""
         if not text.startswith(_PREFIX) or len(data) != _HASH_BYTES + _SECRET_BYTES:

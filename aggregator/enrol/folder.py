@@ -220,12 +220,17 @@ class FleetFolder:
         try:
             number = int((self.path / "broker" / "mosquitto.pid").read_text())
             process = psutil.Process(number)
-            if process.name() != "mosquitto" or str(self.path) not in " ".join(process.cmdline()):
+            if process.name() != "mosquitto" or not self._runs_from_here(process):
                 return None
             os.kill(number, signal.SIGHUP)
         except (OSError, ValueError, psutil.Error):
             return None
         return number
+
+    def _runs_from_here(self, process: psutil.Process) -> bool:
+        """Say whether a broker has this folder's settings, by whatever path it was told them."""
+        here, told = (self.path / "mosquitto.conf").resolve(), Path(process.cwd())
+        return any((told / word).resolve() == here for word in process.cmdline()[1:])
 
 
 def create_fleet(path: Path, settings: FleetSettings, now: datetime) -> FleetFolder:
