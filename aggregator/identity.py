@@ -6,18 +6,17 @@ job's: each state folder takes one job alone.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from protocol.files import user_folder
 from protocol.signing import SigningKey
 
 KEY_FILE = "aggregator.key"
 
 
 def default_key() -> Path:
-    """Return where this user's key is kept (XDG_DATA_HOME, else ~/.local/share)."""
-    root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(root) / "tunefleet" / KEY_FILE
+    """Return where this user's key is kept."""
+    return user_folder() / KEY_FILE
 
 
 def signing_key(state: Path, named: Path | None = None) -> SigningKey:

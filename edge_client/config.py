@@ -9,6 +9,7 @@ from pathlib import Path
 
 from device_profiles.schema import DeviceProfile
 from edge_client.errors import ConfigError
+from protocol.files import user_folder
 from protocol.tls import TlsFiles
 from protocol.topics import NAME
 from protocol.transport import BrokerAddress
@@ -97,9 +98,8 @@ def check_cache(folder: Path) -> Path:
 
 
 def default_state(name: str) -> Path:
-    """Return where a device's state is kept (XDG_DATA_HOME, else ~/.local/share)."""
-    root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(root) / "tunefleet" / name
+    """Return where a device's state is kept."""
+    return user_folder() / name
 
 
 def default_threads(profile: DeviceProfile) -> int:

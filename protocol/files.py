@@ -18,6 +18,12 @@ PRIVATE = 0o600
 """Mode of a file that its owner alone may read."""
 
 
+def user_folder() -> Path:
+    """Return where this user's data is kept: in XDG_DATA_HOME, else ~/.local/share."""
+    root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(root) / "tunefleet"
+
+
 def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a file so that after a power cut it is there whole or not at all.
 

@@ -44,8 +44,6 @@ def running_mosquitto(
     folder: Path, settings: str = "", *, port: int = 0, anonymous: bool = True
 ) -> Iterator[BrokerAddress]:
     """Run a mosquitto of one's own on a loopback port (0: a free one), with more settings."""
-    if MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
     address = BrokerAddress("127.0.0.1", port or free_port())
     folder.mkdir(parents=True, exist_ok=True)
     config, log = folder / "mosquitto.conf", folder / "mosquitto.log"
@@ -55,19 +53,28 @@ def running_mosquitto(
         f"allow_anonymous {str(anonymous).lower()}\n"
         f"user root\n{settings}\n"
     )
+    with mosquitto_of(config, log, address.port):
+        yield address
+
+
+@contextmanager
+def mosquitto_of(config: Path, log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run mosquitto on a configuration that has it listen on a loopback port."""
+    if MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
     with log.open("wb") as output:
         process = subprocess.Popen([MOSQUITTO, "-c", config], stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 10
         while True:
             try:
-                socket.create_connection((address.host, address.port), 1).close()
+                socket.create_connection(("127.0.0.1", port), 1).close()
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
                     pytest.fail(f"mosquitto did not start: {log.read_text()}")
                 time.sleep(0.02)
-        yield address
+        yield process
     finally:
         process.terminate()
         try:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from protocol.broker import free_ports
 from protocol.events import EventLog
 from protocol.tls import TlsFiles
 from protocol.transport import MqttTransport
-from tests.conftest import MOSQUITTO
+from tests.conftest import mosquitto_of
 
 LEAVES_SOCKET = pytest.mark.filterwarnings(
     r"ignore:Exception ignored in. <ssl\.SSLSocket:pytest.PytestUnraisableExceptionWarning"
@@ -90,27 +88,9 @@ def make_folder(path: Path, ahead: timedelta = timedelta()) -> FleetFolder:
 @contextmanager
 def running_broker(folder: FleetFolder) -> Iterator[subprocess.Popen[bytes]]:
     """Run Mosquitto on a fleet's configuration, as written."""
-    if MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
-    log = folder.path / "broker" / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [MOSQUITTO, "-c", folder.path / "mosquitto.conf"], stdout=output, stderr=output
-        )
-    try:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", folder.port), 1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"mosquitto did not start: {log.read_text()}")
-                time.sleep(0.02)
+    config, log = folder.path / "mosquitto.conf", folder.path / "broker" / "log"
+    with mosquitto_of(config, log, folder.port) as process:
         yield process
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 @contextmanager

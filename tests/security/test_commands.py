@@ -93,7 +93,7 @@ def test_from_an_empty_folder_to_a_device_in_a_job_and_out_again(
 def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
     fleet = make_folder(tmp_path / "fleet").path
     missing, job = tmp_path / "none", write_job(tmp_path / "job.json")
-    token = "tf1-" + "A" * 75
+    token = "tf1-" + "A" * 74
     nobody = f"https://localhost:{free_port()}"
     good = command("aggregator", "enroll", "kitchen", "--dir", fleet, home=tmp_path).stdout.strip()
     said = {

@@ -31,8 +31,11 @@ def draw(rng: np.random.Generator, shape: tuple[int, int], rank: int) -> Factors
 
 
 @st.composite
-def rounds(drawn: st.DrawFn) -> RoundView:
-    """Rounds of unequal ranks, scales and directions, with zero and duplicate devices."""
+def rounds(drawn: st.DrawFn, most: int = 6) -> RoundView:
+    """Rounds of unequal ranks, scales, directions, ages and metrics.
+
+    Some devices send zeros, hardly anything, what they received, or what another sends.
+    """
     rng = np.random.default_rng(drawn(st.integers(0, 2**32 - 1)))
     rank, mode = drawn(st.integers(1, 8)), drawn(st.sampled_from(["top", "rotating"]))
     shapes = {n: SHAPES[n] for n in drawn(st.lists(st.sampled_from(sorted(SHAPES)), min_size=1))}
@@ -40,8 +43,9 @@ def rounds(drawn: st.DrawFn) -> RoundView:
     held = {n: module_rank(s, rank) for n, s in shapes.items()}
     previous = Adapter({n: draw(rng, s, held[n]) for n, s in shapes.items()}, scale)
     updates: list[Update] = []
-    for k in range(drawn(st.integers(1, 5))):
-        kind = drawn(st.sampled_from(["own", "own", "own", "zero", "duplicate", "tiny", "flat"]))
+    kinds = ["own", "own", "own", "zero", "duplicate", "tiny", "same", "flat"]
+    for k in range(drawn(st.integers(1, most))):
+        kind = drawn(st.sampled_from(kinds))
         if kind == "duplicate" and updates:
             updates.append(replace(updates[-1], device=f"d{k}"))
             continue
@@ -60,8 +64,12 @@ def rounds(drawn: st.DrawFn) -> RoundView:
             n: Factors((f := draw(rng, s, len(at[n]))).a, f.b * size) for n, s in shapes.items()
         }
         own_scale = drawn(st.sampled_from([scale, scale, 0.5]))
-        examples = drawn(st.integers(0 if k else 1, 50))
-        updates.append(Update(f"d{k}", Adapter(layers, own_scale), at, examples, {}))
+        if kind == "same":
+            layers, own_scale = {n: previous.layers[n].take(at[n]) for n in shapes}, scale
+        metrics = {f"tokens_{i}": float(rng.integers(0, 9)) for i in range(15)} | {"tokens_15": 1.0}
+        metrics["train_loss_before"], metrics["train_loss_after"] = 3.0, 3.5 - rng.uniform()
+        examples, behind = drawn(st.integers(0 if k else 1, 50)), drawn(st.integers(0, 3))
+        updates.append(Update(f"d{k}", Adapter(layers, own_scale), at, examples, metrics, behind))
     return RoundView(previous, updates, shapes, rank, 7)
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from aggregator.merge import RoundView, Update, merge
 from protocol.adapter import Adapter, Factors, module_directions, select
-from tests.aggregator.merge.dense_rounds import Dense, draw, flat
+from tests.aggregator.merge.dense_rounds import flat
+from tests.aggregator.merge.made_rounds import Dense, draw
 
 SHAPES = {"wide": (24, 48), "tall": (40, 20)}
 RANK, SCALE = 16, 2.0

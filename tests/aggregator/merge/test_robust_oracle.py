@@ -17,15 +17,8 @@ from aggregator.merge.robust import geometric_median, krum
 from aggregator.merge.round_view import change_norms, changed
 from aggregator.merge.settings import GeomedSettings, KrumSettings
 from protocol.adapter import Adapter, Factors
-from tests.aggregator.merge.dense_rounds import (
-    Dense,
-    assert_best,
-    change,
-    dense,
-    draw,
-    flat_change,
-    rounds,
-)
+from tests.aggregator.merge.dense_rounds import assert_best, change, flat_change
+from tests.aggregator.merge.made_rounds import Dense, dense, draw, rounds
 
 
 def weighted_changes(view: RoundView, weights: Dense) -> dict[str, Dense]:

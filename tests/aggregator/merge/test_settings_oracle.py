@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from aggregator.errors import BadRuleSettings
 from aggregator.merge import RULES, Memory, RoundView, Update, merge
 from protocol.adapter import Adapter, module_rank
-from tests.aggregator.merge.dense_rounds import (
-    Dense,
-    assert_best,
-    best,
-    change,
-    dense,
-    draw,
-    flat_change,
-    rounds,
-)
+from tests.aggregator.merge.dense_rounds import assert_best, change, flat_change
+from tests.aggregator.merge.made_rounds import Dense, best, dense, draw, rounds
 
 PRODUCTS = ["flexlora", "flora", "segment", "anchored"]
 FACTORS = ["fedavg", "hetlora"]
