@@ -35,6 +35,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ENTRIES = 32
 MODULES = 4096
+CANDIDATES = 64
+DEVICES = 4096
 
 
 def _at_most(entries: int) -> BeforeValidator:
@@ -103,6 +105,16 @@ class Limits(Message):
     """Largest Frobenius norm of an upload's change of the scaled product, over all modules."""
 
 
+class Probe(Message):
+    """A public text that all devices predict, so that their adapters can be compared."""
+
+    text: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
+    positions: Annotated[int, Field(ge=1, le=1024)] = 256
+    """How many of its next tokens are predicted; fewer where the text is shorter."""
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 100
+    """Largest logits that a device sends of each position."""
+
+
 class Job(Message):
     """A fine-tuning job: what every device must know before it can take part."""
 
@@ -122,6 +134,8 @@ class Job(Message):
     encoding_down: Encoding = "bf16"
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 6
     seed: Count = 0
+    probe: Probe | None = None
+    """With it every upload brings the device's top logits, as rule `trust-predictions` needs."""
 
     @model_validator(mode="after")
     def _check(self) -> Job:
@@ -188,6 +202,13 @@ class GlobalManifest(Message):
     parent: Count | None
     encoding: Encoding
     bands: Annotated[dict[Text, FileInfo], Field(min_length=1, max_length=ENTRIES), FEW]
+    personal: Annotated[dict[Name, Count], Field(max_length=DEVICES), _at_most(DEVICES)] = {}
+    """Devices that have an adapter of their own, and the version it is of; only in the common
+    manifest, as what follows. The others go on with the common one."""
+    trials: Annotated[list[Name], Field(max_length=DEVICES)] = []
+    """Devices that are given a second adapter to try, of this version."""
+    candidates: Annotated[Count, Field(le=CANDIDATES)] = 0
+    """Adapters of this version that are offered to all to try, numbered from 0."""
 
 
 class Status(Message):
@@ -208,6 +229,25 @@ class Status(Message):
     detail: Text = ""
 
 
+class TrustLosses(Message):
+    """Losses of adapters on a device's trust split, before it trained, in nats a token.
+
+    All are of the same text, and of the adapters of the version the round starts from.
+    """
+
+    received: Finite
+    """The adapter that it starts from."""
+    own: Finite | None = None
+    """What it had after training in the round before, if it took part in that."""
+    trial: Finite | None = None
+    candidates: Annotated[
+        dict[Annotated[int, Field(ge=0, lt=CANDIDATES)], Finite],
+        Field(max_length=CANDIDATES),
+        _at_most(CANDIDATES),
+    ] = {}
+    """By their numbers; those that it had the link and the memory for."""
+
+
 class UploadManifest(Message):
     """An update that a device offers: a delta against the version it started from."""
 
@@ -219,7 +259,9 @@ class UploadManifest(Message):
     attempt: Count = 0
     """The round's attempt that the device trained in."""
     version: Count
-    """The global version that the device started from."""
+    """The global version that the round starts from."""
+    personal: Count | None = None
+    """The version of its own adapter that the device started from; null: from the common one."""
     rank: Rank
     """The rank it ended with; the tensors have it."""
     rank_trained: Rank
@@ -231,6 +273,7 @@ class UploadManifest(Message):
     examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     """Tokens it trained on; the sample share of a merge rule."""
     metrics: Annotated[dict[Text, Finite], Field(max_length=ENTRIES), FEW] = {}
+    trust: TrustLosses | None = None
 
     @model_validator(mode="after")
     def _check(self) -> UploadManifest:

@@ -35,12 +35,30 @@ TABLE: Mapping[str, Topic] = {
     "global_chunk": Topic(
         f"{ROOT}/global/{{version}}/{{band}}/{{index}}", "aggregator", True, "chunk"
     ),
+    "candidate_manifest": Topic(
+        f"{ROOT}/candidate/{{version}}/{{number}}/manifest", "aggregator", True, "GlobalManifest"
+    ),
+    "candidate_chunk": Topic(
+        f"{ROOT}/candidate/{{version}}/{{number}}/{{band}}/{{index}}", "aggregator", True, "chunk"
+    ),
     "status": Topic(f"{ROOT}/d/{{device}}/status", "device", True, "Status"),
     "upload_manifest": Topic(
         f"{ROOT}/d/{{device}}/up/{{upload}}/manifest", "device", False, "UploadManifest"
     ),
     "upload_chunk": Topic(f"{ROOT}/d/{{device}}/up/{{upload}}/{{index}}", "device", False, "chunk"),
     "control": Topic(f"{ROOT}/d/{{device}}/ctl", "aggregator", False, "Control"),
+    "personal_manifest": Topic(
+        f"{ROOT}/d/{{device}}/global/{{version}}/manifest", "aggregator", True, "GlobalManifest"
+    ),
+    "personal_chunk": Topic(
+        f"{ROOT}/d/{{device}}/global/{{version}}/{{band}}/{{index}}", "aggregator", True, "chunk"
+    ),
+    "trial_manifest": Topic(
+        f"{ROOT}/d/{{device}}/trial/{{version}}/manifest", "aggregator", True, "GlobalManifest"
+    ),
+    "trial_chunk": Topic(
+        f"{ROOT}/d/{{device}}/trial/{{version}}/{{band}}/{{index}}", "aggregator", True, "chunk"
+    ),
 }
 """Kind → topic. Everything travels with QoS 1."""
 
@@ -51,6 +69,7 @@ _FIELDS = {
     "job": NAME,
     "device": NAME,
     "version": r"\d{1,9}",
+    "number": r"\d{1,2}",
     "band": r"\d{1,5}-\d{1,5}",
     "index": r"\d{1,4}",
     "upload": r"[0-9a-f]{32}",

@@ -72,7 +72,7 @@ def access_rules() -> str:
     Patterns hold for everybody, the aggregator too. Mosquitto warns of those without %u; there is
     no other way to let every user read a topic.
     """
-    mine = {"job": "+", "version": "+", "band": "+", "index": "+", "upload": "+"}
+    mine = {"job": "+", "version": "+", "number": "+", "band": "+", "index": "+", "upload": "+"}
     rules = [f"user {AGGREGATOR}"]
     for kind, row in topics.TABLE.items():
         may = "write" if row.publisher == "aggregator" else "read"

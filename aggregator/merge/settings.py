@@ -83,7 +83,7 @@ class KrumSettings(RuleSettings):
     """How many devices, or what share of a round's, may be dishonest at most."""
 
 
-Kind = TypeVar("Kind", bound=RuleSettings)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_settings(kind: type[Kind], given: Settings) -> Kind:

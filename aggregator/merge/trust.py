@@ -103,23 +103,23 @@ def prediction_scores(distance: Float64Array, tau: float | None = None) -> Float
 
 
 def personal(view: RoundView, rows: Float64Array, *, split: Split = "left") -> list[Adapter]:
-    """Merge one adapter for each update: i gets the best rank-R form of Σ_j rows[i, j]·ΔW_j.
+    """Merge one adapter for each row: i is the best rank-R form of Σ_j rows[i, j]·ΔW_j.
 
-    `rows` (K, K), row and column in the order of the updates. The stacks are decomposed once a
-    module (see `lowrank.StackBasis`), then each device costs one small eigenproblem and two thin
+    `rows` (M, K) has a column for each update, in their order. The stacks are decomposed once a
+    module (see `lowrank.StackBasis`), then each row costs one small eigenproblem and two thin
     products. The previous global takes no part: for the anchored form give updates that are
     `round_view.completed`.
 
     Raises:
-        MergeError: the round cannot be merged, or `rows` is not a row of weights for each update.
+        MergeError: the round cannot be merged, or `rows` are not weights of its updates.
     """
     check(view)
     devices = len(view.updates)
-    if rows.shape != (devices, devices) or not np.isfinite(rows).all() or (rows < 0).any():
-        raise MergeError(f"trust rows must be ({devices}, {devices}) and not negative")
+    if rows.shape[1:] != (devices,) or not np.isfinite(rows).all() or (rows < 0).any():
+        raise MergeError(f"trust rows must have {devices} columns and not be negative")
     if not np.allclose(rows.sum(axis=1), 1.0):
         raise MergeError("a row of trust weights does not sum to 1")
-    results: list[dict[str, Factors]] = [{} for _ in view.updates]
+    results: list[dict[str, Factors]] = [{} for _ in rows]
     for module in view.shapes:
         for layers, factors in zip(
             results, _personal_layer(view, module, rows, split), strict=True

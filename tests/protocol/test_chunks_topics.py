@@ -28,6 +28,7 @@ FIELDS = {
     "version": "12",
     "band": "4-8",
     "index": "3",
+    "number": "7",
     "upload": "0123456789abcdef" * 2,
 }
 

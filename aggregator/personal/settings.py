@@ -1,0 +1,42 @@
+"""What a job's `[rule_settings]` may say where its rule is a trust strategy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from aggregator.merge.lowrank import Split
+from aggregator.merge.settings import Settings, read_settings
+
+Strategy = Literal["trust-weights", "trust-validation", "trust-predictions"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+def _temperature(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6
+    if value != "auto" and not number:
+        raise ValueError(f"must be a positive number or 'auto', not {value!r}")
+    return value
+
+
+class TrustSettings(BaseModel):
+    """Settings of the three trust strategies."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    split: Split = "left"
+    """How singular values lie on the factors of a product, see `lowrank.split_factors`."""
+    temperature: Annotated[float | Literal["auto"], BeforeValidator(_temperature)] = "auto"
+    """Trust is softmax(score / temperature); `auto` lets every device's move by trial."""
+    candidates: Annotated[int, Field(ge=1, le=64)] = 8
+    """Adapters offered a round, to all devices alike (`trust-validation`)."""
+
+
+def read_trust_settings(given: Settings) -> TrustSettings:
+    """Return the settings of a trust strategy from a job's table.
+
+    Raises:
+        BadRuleSettings: there is no such setting (the nearest is named), or its value can't be.
+    """
+    return read_settings(TrustSettings, given)
