@@ -60,6 +60,8 @@ class Membership(NamedTuple):
     key: SigningKey
     tls: TlsFiles
     registry: Registry
+    jobs: frozenset[str] = frozenset()
+    """All that have been served from this folder: devices' statuses in them may stay."""
 
 
 class FleetFolder:
@@ -160,7 +162,8 @@ class FleetFolder:
 
     def membership(self) -> Membership:
         """Return what the aggregator needs to serve this fleet."""
-        return Membership(self.signing_key(), self.tls, self.registry())
+        jobs = frozenset(path.parent.name for path in self.path.glob("state/*/store.sqlite"))
+        return Membership(self.signing_key(), self.tls, self.registry(), jobs)
 
     @contextmanager
     def served_here(self) -> Iterator[None]:
@@ -281,7 +284,11 @@ def _fill(making: Path, path: Path, settings: FleetSettings, now: datetime) -> N
         "crl.pem": authority.revocations([], now),
         "acl": broker_config.access_rules(),
         "mosquitto.conf": broker_config.configuration(
-            path, user, bind=settings.bind, port=settings.port
+            path,
+            user,
+            bind=settings.bind,
+            port=settings.port,
+            memory_bytes=psutil.virtual_memory().total // 2,
         ),
         "systemd/tunefleet-aggregator.service": units.aggregator_unit(path, user),
         "systemd/mosquitto.service.d/tunefleet.conf": units.mosquitto_drop_in(
