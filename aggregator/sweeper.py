@@ -3,7 +3,7 @@
 The broker's rules can't keep a device from publishing retained messages on its own topics, under
 any job and any upload: nothing would ever take them away. So the aggregator of a fleet listens on
 the devices' topics of all jobs. What is retained there and may not be is cleared, counted against
-its device, and told of seldom. Nothing of a message is kept but counts.
+its device, and told of seldom: nothing of a message is kept.
 
 Only for a broker that is the fleet's alone: elsewhere other jobs are other aggregators'.
 """
@@ -11,9 +11,8 @@ Only for a broker that is the fleet's alone: elsewhere other jobs are other aggr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 
 from paho.mqtt.client import topic_matches_sub
 
@@ -21,13 +20,11 @@ from aggregator.enrol.registry import Registry
 from aggregator.intake import Intake
 from protocol import topics
 from protocol.errors import ProtocolError
-from protocol.events import EventLog
+from protocol.events import EventLog, Seldom
 from protocol.transport import Delivery, Incoming, MqttTransport
 
 # The filter of upload chunks matches upload manifests too; both would bring them twice.
 FILTERS = [topics.subscription(kind) for kind in ("status", "upload_chunk")]
-SAY_S = 60.0
-"""Between two lines about one device, and between two strikes against it."""
 LOOK_S = 5.0
 """Between two looks at all that is retained: what came too fast for the queue is found by them."""
 CLEARING_BYTES = 4 << 20
@@ -37,19 +34,11 @@ TOPIC_SHOWN = 200
 _STRANGER = ""
 
 
-@dataclass(slots=True)
-class _Litter:
-    """What has been found of one device since it was last told."""
-
-    messages: int = 0
-    topic: str = ""
-    reason: str = ""
-    at_fault: bool = False
-    quiet_until: float = 0.0
-
-
 class Sweeper:
-    """Keep a fleet's broker clear for one job; `jobs` are all that the fleet has had."""
+    """Keep a fleet's broker clear for one job; `jobs` are all that the fleet has had.
+
+    A device that is at fault is struck as often as it is told of: once a minute.
+    """
 
     def __init__(
         self,
@@ -59,19 +48,13 @@ class Sweeper:
         intake: Intake,
         link: MqttTransport,
         events: EventLog,
-        *,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job = job
         self._jobs = {job, *jobs}
         self._registry = registry
         self._intake = intake
         self._link = link
-        self._events = events
-        self._clock = clock
-        self._litter: dict[str, _Litter] = {}
-        """By device; those that are not enrolled share one."""
-        self._to_clear: list[str] = []
+        self._seldom = Seldom(events)
         self._look_next = 0.0
         self._look_again = False
 
@@ -104,24 +87,18 @@ class Sweeper:
         return False
 
     def look_again(self) -> None:
-        """Have the broker show what it retains, as long as the look before found something.
-
-        It is also where what was found is told.
-        """
-        now, link = self._clock(), self._link
+        """Have the broker show what it retains, as long as the look before found something."""
+        now, link = time.monotonic(), self._link
         if self._look_again and now >= self._look_next and link.connected and not link.awaited:
             self._look_again, self._look_next = False, now + LOOK_S
             link.show_again(FILTERS)
-        self._tell()
 
     def refused(self, delivery: Delivery) -> bool:
         """Note that the broker does not let something be cleared, if that is what it refused."""
         if not _is_of_device(delivery.topic):
             return False
-        litter = self._litter.setdefault(_STRANGER, _Litter())
-        litter.messages += 1
-        litter.topic = delivery.topic[:TOPIC_SHOWN]
-        litter.reason = f"it can't be cleared: {delivery.refused}"
+        why = f"it can't be cleared: {delivery.refused}"
+        self._seldom.emit("refused", "swept", topic=delivery.topic[:TOPIC_SHOWN], reason=why)
         self._look_again = False
         return True
 
@@ -136,28 +113,17 @@ class Sweeper:
                 self._link.post(incoming.topic, b"", retain=True)
         elif device == _STRANGER:
             return  # the intake tells of it
-        litter = self._litter.setdefault(device, _Litter())
-        litter.messages += 1
-        litter.topic, litter.reason = incoming.topic[:TOPIC_SHOWN], reason
-        litter.at_fault = litter.at_fault or at_fault
+        told = self._seldom.emit(
+            (device, at_fault),
+            "swept",
+            device=device,
+            topic=incoming.topic[:TOPIC_SHOWN],
+            reason=reason,
+        )
+        if told and at_fault:
+            self._intake.blame(device)
         if device != _STRANGER:
             self._intake.charge(device)
-
-    def _tell(self) -> None:
-        """Tell of each device at most once a minute, and strike it if it is at fault."""
-        now = self._clock()
-        for device, litter in self._litter.items():
-            if litter.messages and now >= litter.quiet_until:
-                self._events.emit(
-                    "swept",
-                    device=device,
-                    messages=litter.messages,
-                    topic=litter.topic,
-                    reason=litter.reason,
-                )
-                if litter.at_fault:
-                    self._intake.blame(device)
-                self._litter[device] = _Litter(quiet_until=now + SAY_S)
 
 
 def _is_of_device(topic: str) -> bool:
