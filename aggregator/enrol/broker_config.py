@@ -8,6 +8,7 @@ certificates, CRL and rules again on SIGHUP, and looks at the CRL when somebody 
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from protocol import topics
 
@@ -33,7 +34,8 @@ def configuration(folder: Path, user: str, *, bind: str, port: int, memory_bytes
     """
     broker = folder / "broker"
     listener = f"listener {port} {bind}".rstrip()
-    return f"""# Written by `aggregator init`. Start: mosquitto -c {folder}/mosquitto.conf
+    start = f"mosquitto -c {quote(str(folder / 'mosquitto.conf'))}"
+    return f"""# Written by `aggregator init`. Start: {start}
 user {user}
 pid_file {broker}/mosquitto.pid
 log_dest stderr

@@ -30,7 +30,9 @@ from pydantic import BaseModel, Field, ValidationError
 from aggregator.enrol import broker_config, ca, units
 from aggregator.enrol.registry import Registry
 from aggregator.errors import FolderError
+from aggregator.mistakes import first_mistake
 from protocol.enrolment import Token
+from protocol.errors import os_words
 from protocol.files import PRIVATE, write_durably
 from protocol.signing import SigningKey
 from protocol.tls import TlsFiles
@@ -76,8 +78,13 @@ class FleetFolder:
             raise FolderError(
                 f"there is no fleet in {path}; make one with `aggregator init {path} --host NAME`"
             ) from None
-        except (OSError, ValidationError) as error:
-            raise FolderError(f"can't read {path / 'fleet.json'}: {error}") from None
+        except OSError as error:
+            raise FolderError(f"can't read the fleet: {os_words(error)}") from None
+        except ValidationError as error:
+            raise FolderError(
+                f"{path / 'fleet.json'} is damaged: {first_mistake(error)}; bring it back from a "
+                "backup"
+            ) from None
 
     # -- what is in it ---------------------------------------------------------------------------
 
@@ -259,7 +266,7 @@ def create_fleet(path: Path, settings: FleetSettings, now: datetime) -> FleetFol
         _fill(making, path, settings, now)
         making.rename(path)
     except OSError as error:
-        raise FolderError(f"can't make {path}: {error}") from None
+        raise FolderError(f"can't make {path}: {os_words(error)}") from None
     return FleetFolder(path)
 
 
