@@ -14,6 +14,7 @@ import pytest
 from aggregator.enrol.broker_config import QUEUED_MESSAGES
 from aggregator.store import Store
 from protocol import topics
+from protocol.errors import TransportError
 from protocol.transport import MqttTransport
 from tests.aggregator.light_device import LightDevice, run_until
 from tests.aggregator.uploading import make_job
@@ -152,3 +153,19 @@ def test_jobs_of_others_on_a_broker_without_certificates_are_left_alone(tmp_path
             found.add(incoming.topic)
         assert found == set(names)
         assert not aggregator.of("swept")
+
+
+def test_at_its_memory_limit_mosquitto_hangs_up_and_goes_on(tmp_path: Path) -> None:
+    """It takes no more, from whom ever, and is there again for who clears by name."""
+    with running_mosquitto(tmp_path / "mosquitto", "memory_limit 20000000") as broker:
+        hostile, other = MqttTransport(broker, "hostile"), MqttTransport(broker, "other")
+        hostile.connect()
+        names = [f"t/{number}" for number in range(400)]
+        with pytest.raises(TransportError):
+            hostile.publish_all([(name, bytes(100_000)) for name in names], retain=True)
+        hostile.close()
+        other.connect()
+        cleared = other.publish_all([(name, b"") for name in names], retain=True)
+        assert not any(delivery.refused for delivery in cleared)
+        other.publish("t/small", bytes(100_000)).check()
+        other.close()
