@@ -7,6 +7,7 @@ import os
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -65,10 +66,10 @@ def init(
     settings = FleetSettings(hosts=host, port=port, enrol_port=enroll_port, bind=bind)
     fleet = create_fleet(folder, settings, datetime.now(timezone.utc))
     typer.echo(f"the fleet is in {fleet.path}; keep it to yourself, ca.key above all")
-    typer.echo(f"1. the broker:     mosquitto -c {fleet.path}/mosquitto.conf")
+    typer.echo(f"1. the broker:     mosquitto -c {quote(str(fleet.path / 'mosquitto.conf'))}")
     typer.echo("   as a service:   see the README, or the drop-in in systemd/mosquitto.service.d")
-    typer.echo(f"2. the aggregator: aggregator serve job.toml --dir {fleet.path}")
-    typer.echo(f"3. each device:    aggregator enroll NAME --dir {fleet.path}")
+    typer.echo(f"2. the aggregator: aggregator serve job.toml --dir {quote(str(fleet.path))}")
+    typer.echo(f"3. each device:    aggregator enroll NAME --dir {quote(str(fleet.path))}")
 
 
 @app.command()

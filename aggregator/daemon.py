@@ -17,6 +17,7 @@ from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
+from aggregator.sweeper import Sweeper
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
@@ -73,6 +74,11 @@ class Daemon:
         self._intake = Intake(
             job, store, self._versions, self._key, events, policy=policy, registry=self._registry
         )
+        self._sweeper: Sweeper | None = None
+        if membership is not None and self._certified:
+            self._sweeper = Sweeper(
+                job.job, membership.jobs, membership.registry, self._intake, self._link, events
+            )
         self._publisher = Publisher(job, store, self._key, self._link, self._take_in_next)
 
     def run(self) -> None:
@@ -108,10 +114,13 @@ class Daemon:
             )
         if not self._connect(self._link):
             return
-        # The filter of upload chunks matches upload manifests too; both would bring them twice.
-        self._link.subscribe(
-            [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
-        )
+        if self._sweeper is not None:
+            self._sweeper.subscribe()
+        else:
+            # The filter of upload chunks matches upload manifests too; both would bring them twice.
+            self._link.subscribe(
+                [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
+            )
         fault_point("aggregator.start.connected")
         self._store.bind_job(settings)
         if self._store.round().version == 0:
@@ -162,16 +171,20 @@ class Daemon:
             self._say_everything()
         if (first := self._link.receive(TICK_S)) is not None:
             self._take_in(first)
+        if self._sweeper is not None:
+            self._sweeper.look_again()
         for delivery in self._link.refused():
+            if self._sweeper is not None and self._sweeper.refused(delivery):
+                continue
             self._events.emit("undelivered", topic=delivery.topic, reason=delivery.refused)
 
     def _take_in(self, first: Incoming) -> None:
         """Deal with a message and those behind it: all committed at once, then acknowledged."""
         batch, answers = [first], []
         with self._events.held(), self._store.transaction():
-            answers += self._intake.handle(first.topic, first.payload)
+            answers += self._deal_with(first)
             while len(batch) < BATCH and (incoming := self._link.receive(0)) is not None:
-                answers += self._intake.handle(incoming.topic, incoming.payload)
+                answers += self._deal_with(incoming)
                 batch.append(incoming)
             fault_point("aggregator.messages.handled")
         fault_point("aggregator.messages.committed")
@@ -181,6 +194,11 @@ class Daemon:
         for topic, payload in answers:
             self._link.post(topic, payload)
             fault_point("aggregator.message.answered")
+
+    def _deal_with(self, incoming: Incoming) -> list[tuple[str, bytes]]:
+        if self._sweeper is not None and self._sweeper.takes(incoming):
+            return []
+        return self._intake.handle(incoming.topic, incoming.payload)
 
     def _take_in_next(self) -> None:
         """Take in what comes while something else is being said."""

@@ -9,7 +9,7 @@ from aggregator.errors import StoreError
 from aggregator.store import Store
 from aggregator.versions import Versions
 from protocol.adapter import Adapter
-from protocol.errors import BadTensors
+from protocol.errors import BadTensors, os_words
 from protocol.files import write_peft
 from protocol.messages import Job
 
@@ -50,12 +50,12 @@ def export_adapter(state: Path, out: Path, *, version: int | None = None) -> Exp
     try:
         adapter = Versions(job, store).load(number)
     except (OSError, BadTensors) as error:
-        raise StoreError(f"version {number} in {state} is damaged: {error}") from None
+        raise StoreError(f"version {number} in {state} is damaged: {os_words(error)}") from None
     try:
         write_peft(adapter, out, base_model=job.base.name)
         files = {name: (out / name).stat().st_size for name in PEFT_FILES}
     except OSError as error:
-        raise StoreError(f"can't write the adapter to {out}: {error}") from None
+        raise StoreError(f"can't write the adapter to {out}: {os_words(error)}") from None
     return Exported(str(out), number, adapter.rank, _parameters(adapter), files)
 
 
@@ -68,7 +68,7 @@ def _check_free(out: Path) -> None:
     except NotADirectoryError:
         raise StoreError(f"{out} is a file; name a folder to write the adapter to") from None
     except OSError as error:
-        raise StoreError(f"can't write the adapter to {out}: {error}") from None
+        raise StoreError(f"can't write the adapter to {out}: {os_words(error)}") from None
     if other:
         raise StoreError(
             f"{out} holds something else than an adapter ({other[0]}); name a new folder to write "

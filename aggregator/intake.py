@@ -89,6 +89,16 @@ class Intake:
             self._refuse(device, topic, error)
         return []
 
+    def charge(self, device: str) -> None:
+        """Count a message that the device should not have sent against what it may send."""
+        self._messages.take(device, self._clock())
+
+    def blame(self, device: str) -> None:
+        """Bring a device nearer to quarantine."""
+        until = self._clock() + self._policy.quarantine_s
+        if self._store.devices.strike(device, self._policy.quarantine_after, until):
+            self._events.emit("quarantined", device=device, until=until)
+
     def _refuse(self, device: str, topic: str, error: Exception) -> None:
         """Log what can't be taken, as long as there is not too much of it."""
         if self._messages.take(f"log of {device}", self._clock()):
@@ -293,9 +303,7 @@ class Intake:
         self._store.reject_upload(manifest, reason)
         self._events.emit("rejected", device=device, round=manifest.round, reason=reason)
         if at_fault:
-            until = self._clock() + self._policy.quarantine_s
-            if self._store.devices.strike(device, self._policy.quarantine_after, until):
-                self._events.emit("quarantined", device=device, until=until)
+            self.blame(device)
         return [self._answer(manifest, "reject", reason=reason)]
 
     def _answer(

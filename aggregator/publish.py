@@ -9,6 +9,7 @@ from aggregator.rounds import RoundState
 from aggregator.store import Store
 from protocol import topics
 from protocol.chunks import split
+from protocol.errors import os_words
 from protocol.faults import fault_point
 from protocol.messages import FileInfo, GlobalManifest, Job, Round, describe_file
 from protocol.signing import SigningKey
@@ -81,7 +82,7 @@ class Publisher:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise StoreError(f"can't read version {version}: {error}") from None
+            raise StoreError(f"can't read version {version}: {os_words(error)}") from None
         if describe_file(data) != info:
             raise StoreError(
                 f"{path} is not what version {version} was published as; bring the state folder "

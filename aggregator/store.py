@@ -24,6 +24,7 @@ from aggregator.parts import Parts
 from aggregator.rounds import RoundState
 from protocol.chunks import check_file
 from protocol.database import Database, DatabaseDamaged
+from protocol.errors import os_words
 from protocol.faults import fault_point
 from protocol.messages import GlobalManifest, UploadManifest
 
@@ -74,8 +75,8 @@ class Store:
             raise StoreError(self._damaged(error)) from None
         except OSError as error:
             raise StoreError(
-                f"can't keep the aggregator's state in {folder}: {error}; name a folder that can "
-                "be written to with --state"
+                f"can't keep the aggregator's state in {folder}: {os_words(error)}; name a folder "
+                "that can be written to with --state"
             ) from None
         self.devices = Devices(self._db)
         self._finish_keeping()

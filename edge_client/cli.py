@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -142,7 +143,7 @@ def join(
 
     folder = state or default_state(_host_name())
     joined = join_fleet(url, token, folder)
-    more = f" --state {folder}" if state else ""
+    more = f" --state {quote(str(folder))}" if state else ""
     typer.echo(f"this device is {joined.device!r}; its broker is {joined.broker}")
     typer.echo(f"now: edge-client run --data FOLDER{more}")
 

@@ -17,6 +17,7 @@ from edge_client.data import (
 )
 from edge_client.errors import ModelError
 from edge_client.model import find_model, load_model, load_tokenizer
+from protocol.errors import os_words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +77,7 @@ def _load(folder: Path, adapter: Path | None) -> nn.Module:
                 "that it was trained on with --model"
             ) from None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(f"can't load the adapter in {adapter}: {error}") from None
+            raise ModelError(f"can't load the adapter in {adapter}: {os_words(error)}") from None
     module: nn.Module = net.eval()
     return module
 

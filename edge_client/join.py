@@ -32,13 +32,21 @@ from protocol.enrolment import (
     EnrolRequest,
     Token,
 )
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, os_words
 from protocol.files import PRIVATE, write_durably
 from protocol.signing import SigningKey, open_message
-from protocol.tls import client_context, explain
+from protocol.tls import client_context, explain, socket_words
 
 TIMEOUT_S = 15.0
 DEFAULT_PORT = 8884
+OTHER_PORT = (
+    "whoever listens on this port does not do enrolment; the broker's port is another one: give "
+    f"the address that `aggregator enroll` printed, mostly with port {DEFAULT_PORT}"
+)
+NOBODY = (
+    "nobody listens on port {port} of {host}: is `aggregator serve` running there, is the port "
+    "right, does a firewall refuse it?"
+)
 
 
 def join(url: str, token_text: str, state: Path) -> Membership:
@@ -57,7 +65,9 @@ def join(url: str, token_text: str, state: Path) -> Membership:
         signing_key = SigningKey.load_or_create(state / "device.key")
         tls_key = _load_or_create_key(state / "tls.key")
     except OSError as error:
-        raise ConfigError(f"can't keep keys in {state}: {error}; name another --state") from None
+        raise ConfigError(
+            f"can't keep keys in {state}: {os_words(error)}; name another --state"
+        ) from None
 
     # Nothing is believed of this first answer but what the token confirms.
     unchecked = ssl.create_default_context()
@@ -88,7 +98,7 @@ def join(url: str, token_text: str, state: Path) -> Membership:
         write_durably(state / TRUST_FILE, aggregator_key.encode())
         write_durably(state / FILE, membership.model_dump_json(indent=1).encode())
     except OSError as error:
-        raise ConfigError(f"can't write to {state}: {error}; join again") from None
+        raise ConfigError(f"can't write to {state}: {os_words(error)}; join again") from None
     return membership
 
 
@@ -113,10 +123,14 @@ def _ask(
         connection.request(method, path, body or None, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         found = answer.read(BODY_LIMIT_BYTES + 1)
-    except OSError as error:
+    except ssl.SSLCertVerificationError as error:
         raise JoinRefused(where, explain(error)) from None
-    except (http.client.HTTPException, UnicodeError) as error:
-        raise JoinRefused(where, f"it does not speak HTTP: {error!r}") from None
+    except (ssl.SSLError, ConnectionResetError, http.client.HTTPException):
+        raise JoinRefused(where, OTHER_PORT) from None
+    except ConnectionRefusedError:
+        raise JoinRefused(where, NOBODY.format(host=host, port=port)) from None
+    except (OSError, UnicodeError) as error:
+        raise JoinRefused(where, socket_words(error, host)) from None
     finally:
         connection.close()
     if answer.status != http.client.OK:

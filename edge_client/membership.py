@@ -51,10 +51,16 @@ def read_membership(state: Path) -> Membership | None:
         ) from None
 
 
+def join_begun(state: Path) -> bool:
+    """Say whether a device has made the key that it joins with, the first thing that it does."""
+    return tls_files(state).key.exists()
+
+
 def state_folder(name: str, host_name: str) -> Path:
-    """Return the default state folder: that of the fleet this host has joined, or the name's."""
+    """Return the default state folder: the host's if that has to do with a fleet, or the name's."""
     joined = default_state(host_name)
-    return joined if read_membership(joined) else default_state(name or host_name)
+    ours = read_membership(joined) or join_begun(joined)
+    return joined if ours else default_state(name or host_name)
 
 
 def tls_files(state: Path) -> TlsFiles:
@@ -68,10 +74,16 @@ def identity(
     """Return a device's name, broker and TLS files: as joined, and as the owner says otherwise.
 
     Raises:
-        ConfigError: the owner gives another name than the certificate has.
+        ConfigError: joining was begun and not finished, or the owner gives another name than the
+            certificate has.
         TransportError: `broker` is not an address.
     """
     joined = read_membership(state)
+    if joined is None and join_begun(state):
+        raise ConfigError(
+            f"this device has begun to join a fleet, and has not finished (its keys are in {state})"
+            ": join again (edge-client join), or name another --state to go on without a fleet"
+        )
     if joined is None:
         return name or default_name, BrokerAddress.parse(broker or "mqtt://127.0.0.1:1883"), None
     if name and name != joined.device:

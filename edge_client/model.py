@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_client.errors import ModelError
+from protocol.errors import os_words
 from protocol.messages import BaseModelInfo
 
 if TYPE_CHECKING:
@@ -242,9 +243,8 @@ def _check_weights(folder: Path) -> None:
             ) from None
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _first_line(error: Exception) -> str:
+    return os_words(error)[:300]
 
 
 @contextlib.contextmanager

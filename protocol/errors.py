@@ -141,6 +141,17 @@ class StateError(TunefleetError):
     """A state folder or key that can't be used, that another process has, or that is damaged."""
 
 
+def os_words(error: Exception) -> str:
+    """Return what an error says, as one line, without the number that the system gives it.
+
+    >>> os_words(FileNotFoundError(2, "No such file or directory", "job.toml"))
+    'No such file or directory: job.toml'
+    """
+    strerror, file = getattr(error, "strerror", None), getattr(error, "filename", None)
+    words = f"{strerror}: {file}" if strerror and file else strerror or str(error).strip()
+    return str(words).partition("\n")[0] or type(error).__name__
+
+
 def _brief(value: object) -> str:
     """Return what somebody sent so that it can be shown: short, not deep, printable."""
     text = value if isinstance(value, str) else reprlib.repr(value)

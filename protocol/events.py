@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+SELDOM_S = 60.0
 
 
 class EventLog:
@@ -49,6 +51,27 @@ class EventLog:
             print(text, file=self._stream, flush=True)
         except (BrokenPipeError, ValueError):
             return
+
+
+class Seldom:
+    """Emit what others can cause as often as they like: at most once a minute for each key."""
+
+    def __init__(self, events: EventLog, clock: Callable[[], float] = time.monotonic) -> None:
+        self._events = events
+        self._clock = clock
+        self._quiet: dict[Hashable, tuple[float, int]] = {}
+        """Key → until when it is quiet, and how many events have been left out since."""
+
+    def emit(self, key: Hashable, event: str, **fields: object) -> bool:
+        """Write an event, with the number of those left out before it; False when left out."""
+        now = self._clock()
+        until, left_out = self._quiet.get(key, (now, 0))
+        if now < until:
+            self._quiet[key] = until, left_out + 1
+            return False
+        self._quiet[key] = now + SELDOM_S, 0
+        self._events.emit(event, **fields, **({"left_out": left_out} if left_out else {}))
+        return True
 
 
 def _short(value: object) -> str:

@@ -23,7 +23,10 @@ TAKEOVERS = 3
 The first time may be an error of the other's, who ends when it sees whose name it has taken.
 """
 _TAKEN_OVER = "another program has connected to {broker} as {client}"
-_HANGS_UP = "{broker} hangs up on {client} again and again, as it does when another connects so"
+_HANGS_UP = (
+    "{broker} hangs up on {client} again and again, as it does when another connects so, or when "
+    "its memory_limit is reached (its log says so)"
+)
 
 
 class Outages:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from protocol.connecting import QOS
 from protocol.errors import DeliveryRefused
@@ -19,22 +20,23 @@ class Subscriptions:
     """
 
     def __init__(self) -> None:
-        self._filters: list[str] = []
+        self._filters: dict[str, bool] = {}
+        """Filters → whether what matches is to come as it was published."""
         self._answers: dict[int, str] = {}
         """Answered SUBSCRIBEs → why the broker refuses, or empty."""
         self._renewal: int | None = None
         self._renewed = 0
         """The last connection on which everything has been subscribed to again."""
 
-    def add(self, filters: Iterable[str]) -> list[str]:
+    def add(self, filters: Iterable[str], *, as_published: bool = False) -> list[str]:
         """Remember filters; return those that are new."""
         new = [f for f in filters if f not in self._filters]
-        self._filters += new
+        self._filters.update(dict.fromkeys(new, as_published))
         return new
 
     def drop(self, filters: Iterable[str]) -> None:
         """Forget filters."""
-        self._filters = [f for f in self._filters if f not in filters]
+        self._filters = {f: how for f, how in self._filters.items() if f not in filters}
 
     def unasked(self, message: paho.MQTTMessage) -> bool:
         """Say whether a retained message matches no filter: amqtt shows a new session all of them.
@@ -48,7 +50,13 @@ class Subscriptions:
     def renew(self, client: paho.Client) -> None:
         """Subscribe to everything on a new connection."""
         if self._filters:
-            self._renewal = send(client, self._filters)
+            self._renewal = self.send(client, list(self._filters))
+
+    def send(self, client: paho.Client, filters: list[str]) -> int | None:
+        """Send a SUBSCRIBE of filters that are remembered; return its message id."""
+        if client._protocol != paho.MQTTv5:
+            return client.subscribe([(f, QOS) for f in filters])[1]
+        return client.subscribe([(f, _options(self._filters.get(f, False))) for f in filters])[1]
 
     def hear(self, message_id: int, codes: list[ReasonCode], connection: int) -> None:
         """Note an answer that came on the connection of this number."""
@@ -70,6 +78,5 @@ class Subscriptions:
             raise DeliveryRefused(", ".join(filters), why)
 
 
-def send(client: paho.Client, filters: list[str]) -> int | None:
-    """Send a SUBSCRIBE; return its message id."""
-    return client.subscribe([(f, QOS) for f in filters])[1]
+def _options(as_published: bool) -> SubscribeOptions:
+    return SubscribeOptions(QOS, noLocal=as_published, retainAsPublished=as_published)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from protocol.errors import CertificateUnusable
+from protocol.errors import CertificateUnusable, os_words
 
 PATIENCE_S = 3.0
 _CLOCK = "if that is not so, this computer's clock is wrong (it says {now:%Y-%m-%d %H:%M} UTC)"
@@ -56,7 +56,7 @@ class TlsFiles:
             context = client_context(self.ca.read_text())
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ValueError) as error:
-            raise CertificateUnusable(self.certificate, f"{error}") from None
+            raise CertificateUnusable(self.certificate, os_words(error)) from None
         return context
 
 
@@ -76,7 +76,7 @@ def check_validity(path: Path, now: datetime) -> None:
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CertificateUnusable(path, str(error)) from None
+        raise CertificateUnusable(path, os_words(error)) from None
     clock = _CLOCK.format(now=now)
     if now > found.not_valid_after_utc:
         since = f"{found.not_valid_after_utc:%Y-%m-%d}"
@@ -88,7 +88,7 @@ def check_validity(path: Path, now: datetime) -> None:
         raise CertificateUnusable(path, f"it is not valid before {start}; {clock}")
 
 
-def explain(error: OSError) -> str:
+def explain(error: ssl.SSLError) -> str:
     """Say in words why a TLS connection could not be made."""
     now = datetime.now(timezone.utc)
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -125,8 +125,8 @@ def refusal(host: str, port: int, context: ssl.SSLContext) -> str:
     return ""
 
 
-def socket_words(error: OSError, host: str) -> str:
+def socket_words(error: Exception, host: str) -> str:
     """Return why no connection could be made to a host."""
     if isinstance(error, socket.gaierror):
         return f"the name {host} is not known: {error.strerror}"
-    return error.strerror or str(error) or type(error).__name__
+    return os_words(error)

@@ -25,15 +25,17 @@ from protocol.inbox import Inbox
 from protocol.limits import BrokerLimits
 from protocol.link import REFUSED_FOR_GOOD, BrokerAddress, Delivery, Incoming, Transport, in_words
 from protocol.outage import SESSION_TAKEN_OVER, Outages, why_away
-from protocol.subscriptions import Subscriptions, send
+from protocol.subscriptions import Subscriptions
 from protocol.tls import TlsFiles, refusal
 from protocol.verdicts import Verdicts
 
 __all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles", "Transport"]
 
+Meanwhile = Callable[[], object] | None
 CONNECTIONS_LIMIT = 4
 """Connections that a message may be sent on again without an answer."""
 RETRIES = 2
+TIMEOUT_S = 30.0
 ABANDON_S = 5.0
 """How long who was told to stop waits on a connection, whose other end may be gone unseen."""
 MQTT5_PATIENCE_S = 2.5
@@ -129,32 +131,35 @@ class MqttTransport:
             if stopping():
                 break
         self._client = None
-        if self._refused_for_good:
-            raise BrokerRefused(str(self.address), why)
-        raise BrokerUnreachable(str(self.address), why)
+        refused = BrokerRefused if self._refused_for_good else BrokerUnreachable
+        raise refused(str(self.address), why)
 
-    def subscribe(self, filters: list[str], timeout_s: float = 30.0) -> None:
+    def subscribe(self, filters: list[str], *, as_published: bool = False) -> None:
         """Subscribe, now and after every reconnection.
+
+        `as_published` (MQTT 5): new messages have their retained flag, and own ones stay away.
 
         Raises:
             TransportError: the broker did not answer in time.
             DeliveryRefused: it refuses one of them.
         """
-        new = self._subscriptions.add(filters)
-        if not new:
+        if not (new := self._subscriptions.add(filters, as_published=as_published)):
             return
         before = self.connection
-        message_id = send(self._live(), new)
+        message_id = self._subscriptions.send(self._live(), new)
         self._expect(
-            lambda: self._subscriptions.answered(message_id, before), timeout_s, "SUBSCRIBE"
+            lambda: self._subscriptions.answered(message_id, before), TIMEOUT_S, "SUBSCRIBE"
         )
         self._subscriptions.check(message_id, new)
+
+    def show_again(self, filters: list[str]) -> None:
+        """Have the broker send once more what it retains under filters that are subscribed to."""
+        self._subscriptions.send(self._live(), filters)
 
     def announce(self, topic: str, payload: bytes) -> None:
         """Publish a retained message, now and after every reconnection, until the next one.
 
-        Without a connection it goes out with the next. What the will may have said in between is
-        so put right by a client that is busy with other things.
+        That puts right what the will may have said in between.
 
         Raises:
             TransportError: the broker did not answer in time.
@@ -178,7 +183,7 @@ class MqttTransport:
             self._live().unsubscribe(filters)
 
     def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, timeout_s: float = 30.0
+        self, topic: str, payload: bytes, *, retain: bool = False, timeout_s: float = TIMEOUT_S
     ) -> Delivery:
         """Publish with QoS 1 and return the broker's verdict.
 
@@ -193,8 +198,8 @@ class MqttTransport:
         messages: Iterable[tuple[str, bytes]],
         *,
         retain: bool = False,
-        timeout_s: float = 30.0,
-        meanwhile: Callable[[], object] | None = None,
+        timeout_s: float = TIMEOUT_S,
+        meanwhile: Meanwhile = None,
     ) -> list[Delivery]:
         """Publish in order with at most a window of messages in flight; return each verdict.
 
@@ -212,9 +217,13 @@ class MqttTransport:
             flying.append((topic, self._send(topic, payload, retain)))
         return deliveries + [self._land(*one, timeout_s, meanwhile) for one in flying]
 
-    def post(self, topic: str, payload: bytes) -> None:
+    def post(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Publish and don't wait; what the broker would not take is in `refused` later."""
-        self._verdicts.watch(topic, self._send(topic, payload, retain=False))
+        self._verdicts.watch(topic, self._send(topic, payload, retain))
+
+    @property
+    def awaited(self) -> int:
+        return self._verdicts.awaited
 
     def refused(self) -> list[Delivery]:
         """Return what was `post`ed and has been refused since this was last asked."""
@@ -262,9 +271,10 @@ class MqttTransport:
                 set_pauses(client, refused=False)
                 self._limits = BrokerLimits(properties)
             self._state.notify_all()
-        if not code.is_failure:
-            self._subscriptions.renew(client)
-        if not code.is_failure and self._announcement:
+        if code.is_failure:
+            return
+        self._subscriptions.renew(client)
+        if self._announcement:
             client.publish(*self._announcement, qos=QOS, retain=True)
 
     def _on_disconnect(
@@ -342,11 +352,7 @@ class MqttTransport:
         return info.mid
 
     def _land(
-        self,
-        topic: str,
-        sent: int | Delivery,
-        timeout_s: float,
-        meanwhile: Callable[[], object] | None,
+        self, topic: str, sent: int | Delivery, timeout_s: float, meanwhile: Meanwhile
     ) -> Delivery:
         """Wait for the verdict on a message."""
         if isinstance(sent, Delivery):
@@ -356,11 +362,7 @@ class MqttTransport:
             return self._verdicts.take(topic, sent)
 
     def _expect(
-        self,
-        happened: Callable[[], bool],
-        timeout_s: float,
-        what: str,
-        meanwhile: Callable[[], object] | None = None,
+        self, happened: Callable[[], bool], timeout_s: float, what: str, meanwhile: Meanwhile = None
     ) -> None:
         """Wait until something has happened; only time with a connection counts.
 

@@ -8,6 +8,7 @@ certificates, CRL and rules again on SIGHUP, and looks at the CRL when somebody 
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from protocol import topics
 
@@ -21,8 +22,11 @@ QUEUED_BYTES = 1 << 30
 """Of each client, while it is away or slow: more than a version of the shared adapter."""
 
 
-def configuration(folder: Path, user: str, *, bind: str, port: int) -> str:
-    """Return mosquitto.conf for a fleet's folder.
+def configuration(folder: Path, user: str, *, bind: str, port: int, memory_bytes: int) -> str:
+    """Return mosquitto.conf for a fleet's folder, whose broker takes up to so much memory.
+
+    At that limit Mosquitto 2.0.11 hangs up on who sends and on who would be sent something, and
+    goes on so after a restart; docs/security.md says what helps.
 
     `message_size_limit` is left out on purpose: Mosquitto 2.0.11 answers a message over it with a
     reason code that MQTT 5 has not there, and clients hang up. It tells `max_packet_size` on
@@ -30,7 +34,8 @@ def configuration(folder: Path, user: str, *, bind: str, port: int) -> str:
     """
     broker = folder / "broker"
     listener = f"listener {port} {bind}".rstrip()
-    return f"""# Written by `aggregator init`. Start: mosquitto -c {folder}/mosquitto.conf
+    start = f"mosquitto -c {quote(str(folder / 'mosquitto.conf'))}"
+    return f"""# Written by `aggregator init`. Start: {start}
 user {user}
 pid_file {broker}/mosquitto.pid
 log_dest stderr
@@ -53,6 +58,7 @@ max_packet_size {PACKET_BYTES}
 max_inflight_messages 32
 max_queued_messages {QUEUED_MESSAGES}
 max_queued_bytes {QUEUED_BYTES}
+memory_limit {memory_bytes}
 
 {listener}
 cafile {folder}/ca.pem
@@ -70,12 +76,13 @@ def access_rules() -> str:
     """Return the ACL file: the table of topics, with %u for the name in a certificate.
 
     Patterns hold for everybody, the aggregator too. Mosquitto warns of those without %u; there is
-    no other way to let every user read a topic.
+    no other way to let every user read a topic. No rule keeps retained messages from a topic: the
+    aggregator clears them, so that it may write where devices do; it can't sign for them.
     """
     mine = {"job": "+", "version": "+", "number": "+", "band": "+", "index": "+", "upload": "+"}
     rules = [f"user {AGGREGATOR}"]
     for kind, row in topics.TABLE.items():
-        may = "write" if row.publisher == "aggregator" else "read"
+        may = "write" if row.publisher == "aggregator" else "readwrite"
         rules.append(f"topic {may} {topics.subscription(kind)}")
     rules.append("")
     for row in topics.TABLE.values():

@@ -30,7 +30,9 @@ from pydantic import BaseModel, Field, ValidationError
 from aggregator.enrol import broker_config, ca, units
 from aggregator.enrol.registry import Registry
 from aggregator.errors import FolderError
+from aggregator.mistakes import first_mistake
 from protocol.enrolment import Token
+from protocol.errors import os_words
 from protocol.files import PRIVATE, write_durably
 from protocol.signing import SigningKey
 from protocol.tls import TlsFiles
@@ -60,6 +62,8 @@ class Membership(NamedTuple):
     key: SigningKey
     tls: TlsFiles
     registry: Registry
+    jobs: frozenset[str] = frozenset()
+    """All that have been served from this folder: devices' statuses in them may stay."""
 
 
 class FleetFolder:
@@ -74,8 +78,13 @@ class FleetFolder:
             raise FolderError(
                 f"there is no fleet in {path}; make one with `aggregator init {path} --host NAME`"
             ) from None
-        except (OSError, ValidationError) as error:
-            raise FolderError(f"can't read {path / 'fleet.json'}: {error}") from None
+        except OSError as error:
+            raise FolderError(f"can't read the fleet: {os_words(error)}") from None
+        except ValidationError as error:
+            raise FolderError(
+                f"{path / 'fleet.json'} is damaged: {first_mistake(error)}; bring it back from a "
+                "backup"
+            ) from None
 
     # -- what is in it ---------------------------------------------------------------------------
 
@@ -160,7 +169,8 @@ class FleetFolder:
 
     def membership(self) -> Membership:
         """Return what the aggregator needs to serve this fleet."""
-        return Membership(self.signing_key(), self.tls, self.registry())
+        jobs = frozenset(path.parent.name for path in self.path.glob("state/*/store.sqlite"))
+        return Membership(self.signing_key(), self.tls, self.registry(), jobs)
 
     @contextmanager
     def served_here(self) -> Iterator[None]:
@@ -256,7 +266,7 @@ def create_fleet(path: Path, settings: FleetSettings, now: datetime) -> FleetFol
         _fill(making, path, settings, now)
         making.rename(path)
     except OSError as error:
-        raise FolderError(f"can't make {path}: {error}") from None
+        raise FolderError(f"can't make {path}: {os_words(error)}") from None
     return FleetFolder(path)
 
 
@@ -281,7 +291,11 @@ def _fill(making: Path, path: Path, settings: FleetSettings, now: datetime) -> N
         "crl.pem": authority.revocations([], now),
         "acl": broker_config.access_rules(),
         "mosquitto.conf": broker_config.configuration(
-            path, user, bind=settings.bind, port=settings.port
+            path,
+            user,
+            bind=settings.bind,
+            port=settings.port,
+            memory_bytes=psutil.virtual_memory().total // 2,
         ),
         "systemd/tunefleet-aggregator.service": units.aggregator_unit(path, user),
         "systemd/mosquitto.service.d/tunefleet.conf": units.mosquitto_drop_in(

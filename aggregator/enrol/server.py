@@ -6,6 +6,7 @@ Anybody can reach it, so that it reads little, keeps nothing open for long and s
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
 import threading
 import time
@@ -29,13 +30,18 @@ from protocol.enrolment import (
     EnrolRequest,
     Token,
 )
-from protocol.errors import ProtocolError
-from protocol.events import EventLog
+from protocol.errors import ProtocolError, TunefleetError
+from protocol.events import EventLog, Seldom
 from protocol.signing import open_message
 
 CONNECTIONS = 64
 IDLE_S = 5
 START_S = 10.0
+WORDS = {
+    "Invalid HTTP request": "no HTTP request: something else was sent to the port of enrolment",
+    "concurrency limit": f"{CONNECTIONS} connections at once: more are turned away",
+}
+"""Part of what uvicorn says of a request → what is told of it."""
 Clock = Callable[[], datetime]
 
 
@@ -86,12 +92,30 @@ def enrol(folder: FleetFolder, payload: bytes, now: datetime) -> tuple[str, byte
     return use.device, folder.signing_key().seal(answer, ANSWER_TOPIC)
 
 
-def build_app(folder: FleetFolder, events: EventLog, clock: Clock = utc_now) -> FastAPI:
+class _Complaints(logging.Handler):
+    """Turn what the library has to say of requests into events."""
+
+    def __init__(self, seldom: Seldom) -> None:
+        super().__init__(logging.WARNING)
+        self._seldom = seldom
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        kind = next((part for part in WORDS if part in said), "")
+        error = record.exc_info[1] if record.exc_info else None
+        why = WORDS.get(kind) or (f"{said} {error!r}" if error else said)
+        self._seldom.emit(("library", kind), "enrolment refused", reason=" ".join(why.split()))
+
+
+def build_app(folder: FleetFolder, seldom: Seldom, clock: Clock = utc_now) -> FastAPI:
     """Return the two addresses of enrolment: the CA for everybody, a certificate for a token."""
     app = FastAPI(title="tunefleet", openapi_url=None)
 
     def say(status: int, text: str) -> Response:
         return Response(text + "\n", status, media_type="text/plain; charset=utf-8")
+
+    def refused(error: TunefleetError, who: str) -> None:
+        seldom.emit(type(error).__name__, "enrolment refused", address=who, reason=str(error))
 
     async def give_ca() -> Response:
         return Response(folder.ca_pem(), media_type="application/x-pem-file")
@@ -106,12 +130,12 @@ def build_app(folder: FleetFolder, events: EventLog, clock: Clock = utc_now) -> 
         try:
             device, answer = enrol(folder, bytes(body), clock())
         except (EnrolmentRefused, ProtocolError) as error:
-            events.emit("enrolment refused", address=who, reason=str(error))
+            refused(error, who)
             return say(403 if isinstance(error, EnrolmentRefused) else 400, str(error))
         except FolderError as error:
-            events.emit("enrolment refused", address=who, reason=str(error))
+            refused(error, who)
             return say(503, "nobody can be let in now; the aggregator's log says why")
-        events.emit("enrolled", device=device, address=who)
+        seldom.emit(("enrolled", device), "enrolled", device=device, address=who)
         return Response(answer, media_type="application/json")
 
     app.add_api_route(PATH_CA, give_ca, methods=["GET"])
@@ -130,11 +154,13 @@ class EnrolmentServer:
         Raises:
             ConfigError: it is taken.
         """
+        seldom = Seldom(events)
+        self._complaints = _Complaints(seldom)
         self._socket = _listen(folder.settings.bind, port)
         self.port: int = self._socket.getsockname()[1]
         self._server = uvicorn.Server(
             uvicorn.Config(
-                build_app(folder, events, clock),
+                build_app(folder, seldom, clock),
                 ssl_certfile=folder.server_certificate,
                 ssl_keyfile=folder.server_key,
                 log_config=None,
@@ -152,6 +178,9 @@ class EnrolmentServer:
         )
 
     def __enter__(self) -> EnrolmentServer:
+        log = logging.getLogger("uvicorn.error")
+        log.propagate = False
+        log.addHandler(self._complaints)
         self._thread.start()
         deadline = time.monotonic() + START_S
         while not self._server.started:
@@ -163,6 +192,7 @@ class EnrolmentServer:
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join(5)
+        logging.getLogger("uvicorn.error").removeHandler(self._complaints)
         self._socket.close()
 
 

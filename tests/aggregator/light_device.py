@@ -32,7 +32,7 @@ from protocol.messages import (
 )
 from protocol.signing import SigningKey
 from protocol.tensors import encode
-from protocol.transport import BrokerAddress, Incoming, MqttTransport
+from protocol.transport import BrokerAddress, Incoming, MqttTransport, TlsFiles
 from tests.faults.processes import PATIENCE_S
 
 RANK = 2
@@ -43,7 +43,14 @@ class LightDevice:
     """Take part in a job until told to stop; `learn` gives the size of a round's update."""
 
     def __init__(
-        self, broker: BrokerAddress, folder: Path, name: str, job: Job, learn: Learn
+        self,
+        broker: BrokerAddress,
+        folder: Path,
+        name: str,
+        job: Job,
+        learn: Learn,
+        *,
+        tls: TlsFiles | None = None,
     ) -> None:
         self.name, self.job, self.learn, self.folder = name, job, learn, folder
         self.trained: list[tuple[int, int]] = []
@@ -52,7 +59,7 @@ class LightDevice:
         self._log = io.StringIO()
         self.outbox = Outbox(folder)
         key = SigningKey.load_or_create(folder / "device.key")
-        self.link = MqttTransport(broker, f"tunefleet-{name}")
+        self.link = MqttTransport(broker, f"tunefleet-{name}", tls=tls)
         self.link.connect()
         self._sender = Sender(self.link, key, self.outbox, EventLog(as_json=True, stream=self._log))
         place = {"job": job.job, "device": name}

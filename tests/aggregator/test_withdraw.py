@@ -87,10 +87,20 @@ def test_a_job_that_can_not_be_withdrawn() -> None:
         assert isinstance(withdraw(*arguments).exception, ConfigError)
 
 
-def test_in_a_fleet_with_certificates(tmp_path: Path) -> None:
-    """A device's status is its own to write; what calls devices into the job goes."""
+@pytest.mark.parametrize(
+    ("may", "said"),
+    [
+        ("readwrite", "2 messages cleared\n"),
+        ("read", "1 messages cleared; statuses that only their devices may clear: 1"),
+    ],
+)
+def test_in_a_fleet_with_certificates(tmp_path: Path, may: str, said: str) -> None:
+    """All goes, or where devices' topics are theirs alone what calls devices into the job."""
     key = SigningKey.generate()
     with running_fleet(tmp_path) as fleet:
+        rules = fleet.folder.path / "acl"
+        rules.write_text(rules.read_text().replace("readwrite", may))
+        assert fleet.folder.reload_broker()
         topic = topics.topic("job", job="notes")
         aggregator = fleet.aggregator()
         aggregator.publish(topic, key.seal(make_job(), topic), retain=True).check()
@@ -103,5 +113,5 @@ def test_in_a_fleet_with_certificates(tmp_path: Path) -> None:
         device.publish(own, key.seal(status, own), retain=True).check()
         done = withdraw("notes", "--dir", fleet.folder.path)
         assert done.exit_code == 0, (done.output, done.exception)
-        assert "1 messages cleared; statuses that only their devices may clear: 1" in done.output
+        assert said in done.output
         assert list(kept_messages(device, "notes", [topic])) == []

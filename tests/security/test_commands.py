@@ -14,6 +14,7 @@ import pytest
 
 from protocol.broker import free_port, free_ports
 from tests.aggregator.uploading import MODULES
+from tests.conftest import running_mosquitto
 from tests.faults.processes import Program
 from tests.security.fleet import FleetFolder, make_folder, running_broker
 
@@ -47,11 +48,11 @@ def test_from_an_empty_folder_to_a_device_in_a_job_and_out_again(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    place, (port, enrol_port) = tmp_path / "fleet", free_ports(2)
+    place, (port, enrol_port) = tmp_path / "our fleet", free_ports(2)
     options = ["--bind", "127.0.0.1", "--port", port, "--enroll-port", enrol_port]
     made = command("aggregator", "init", place, "--host", "localhost", *options, home=tmp_path)
     assert made.returncode == 0, made.stderr
-    assert f"mosquitto -c {place}/mosquitto.conf" in made.stdout
+    assert f"mosquitto -c '{place}/mosquitto.conf'" in made.stdout
 
     stack.enter_context(running_broker(FleetFolder(place)))
     job = write_job(tmp_path / "job.json")
@@ -90,8 +91,12 @@ def test_from_an_empty_folder_to_a_device_in_a_job_and_out_again(
     assert again.stderr.count("\n") == 1 and "has been revoked" in again.stderr
 
 
-def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
-    fleet = make_folder(tmp_path / "fleet").path
+def test_wrong_input_ends_in_one_line(tmp_path: Path, stack: ExitStack) -> None:
+    fleet, running = make_folder(tmp_path / "fleet").path, make_folder(tmp_path / "running")
+    stack.enter_context(running_broker(running))
+    broker = f"https://localhost:{running.port}"
+    mosquitto = stack.enter_context(running_mosquitto(tmp_path / "mosquitto"))
+    plain = f"https://localhost:{mosquitto.port}"
     missing, job = tmp_path / "none", write_job(tmp_path / "job.json")
     token = "tf1-" + "A" * 74
     nobody = f"https://localhost:{free_port()}"
@@ -112,8 +117,11 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
         ("aggregator", "serve", job, "--enroll-port", 1): "--dir",
         ("aggregator", "serve", job, "--dir", fleet, "--no-wait"): "no MQTT broker at mqtts://",
         ("edge_client", "join", nobody, "--token", token): "copy all of what",
-        ("edge_client", "join", nobody, "--token", good): "refused",
+        ("edge_client", "join", nobody, "--token", good): "is `aggregator serve` running there",
+        ("edge_client", "run", "--data", job): "has begun to join a fleet",
         ("edge_client", "join", "https://a..b", "--token", good): "can't join the fleet",
+        ("edge_client", "join", broker, "--token", good): "does not do enrolment",
+        ("edge_client", "join", plain, "--token", good): "does not do enrolment",
         ("edge_client", "join", "http://a", "--token", good): "write https://host:port",
         ("edge_client", "join", nobody, "--token", good, "--state", job): "name another --state",
     }
@@ -121,6 +129,7 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
         ended = command(*arguments, home=tmp_path / "home")
         assert ended.returncode == 1, (arguments, ended.stdout)
         assert ended.stderr.count("\n") == 1 and words in ended.stderr, (arguments, ended.stderr)
+        assert "Errno" not in ended.stderr and "_ssl" not in ended.stderr
     assert not missing.exists()
 
 

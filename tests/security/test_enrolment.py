@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import socket
 import stat
 import time
 from datetime import timedelta
@@ -299,6 +300,28 @@ def test_weak_and_unreadable_certificate_requests(fleet: Fleet) -> None:
     changed["body"] = changed["body"].replace("BEGIN", "BEGIN ")
     assert ask(fleet, json.dumps(changed).encode())[0] == 400
     assert fleet.folder.registry().signing_key("kitchen") is None
+
+
+def test_nonsense_is_told_once_a_minute_in_words_of_our_own(
+    fleet: Fleet, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = len(fleet.events())
+    context = client_context(fleet.folder.ca_pem())
+    for _ in range(10):
+        ask(fleet, b"{}")
+        ask(fleet, b"x" * 100)
+        with (
+            socket.create_connection(("localhost", int(fleet.url.rpartition(":")[2]))) as raw,
+            context.wrap_socket(raw, server_hostname="localhost") as link,
+        ):
+            link.sendall(b"\x16nonsense\r\n\r\n")
+            assert b"400" in link.recv(100)
+    told = fleet.events()[before:]
+    assert {e["event"] for e in told} == {"enrolment refused"}
+    assert len(told) == 3, "unsigned, unreadable, and no HTTP"
+    assert any("no HTTP request" in e["reason"] for e in told)
+    said = capfd.readouterr()
+    assert not said.err and not said.out
 
 
 def ask(fleet: Fleet, body: bytes) -> tuple[int, str]:
