@@ -31,7 +31,6 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
 from aggregator.merge import rules
-from aggregator.merge.settings import RuleSettings
 from aggregator.mistakes import first_mistake
 from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
@@ -111,21 +110,12 @@ def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
     try:
         rule = rules.find_rule(job.rule)
         if isinstance(rule, rules.Rule):
-            _refuse_unwired(rule.read(job.rule_settings))
+            rule.read(job.rule_settings)
     except UnknownRule as error:
         raise ConfigError(f"{where}: rule: {error}") from None
     except BadRuleSettings as error:
         raise ConfigError(f"{where}: rule_settings: {error}") from None
     return job, policy
-
-
-def _refuse_unwired(settings: RuleSettings) -> None:
-    """Refuse what rules can do and a served job cannot yet: it would change nothing, in silence."""
-    for name in ("momentum", "error_feedback"):
-        if getattr(settings, name):
-            raise BadRuleSettings(f"{name}: the aggregator carries nothing between rounds yet")
-    if settings.weights in ("loss-reduction", "discrepancy"):
-        raise BadRuleSettings(f"weights: devices do not send yet what {settings.weights!r} needs")
 
 
 def known_settings() -> dict[str, list[str]]:

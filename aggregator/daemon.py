@@ -12,6 +12,7 @@ from dataclasses import replace
 from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake, read_update
+from aggregator.memory import read_memory, write_memory
 from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
@@ -230,6 +231,8 @@ class Daemon:
             merged.adapter, version=state.version + 1, parent=state.version
         )
         fault_point("aggregator.version.written")
+        carried = write_memory(self._store, merged.memory, version=manifest.version)
+        fault_point("aggregator.memory.written")
         if state.number >= self._job.rounds:
             after = replace(state, state="finished", version=manifest.version, deadline=None)
         else:
@@ -241,6 +244,7 @@ class Daemon:
             seconds=seconds,
             weights=merged.weights,
             residual=merged.residual,
+            carried=carried,
         )
         fault_point("aggregator.round.committed")
         self._publisher.version(manifest)
@@ -255,6 +259,8 @@ class Daemon:
             weights=merged.weights,
             residual=merged.residual,
         )
+        for warning in merged.warnings:
+            self._events.emit("warning", round=state.number, reason=warning)
         self._announce(after)
         tidy(self._store, self._policy.keep_versions)
 
@@ -302,5 +308,6 @@ def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -
         job.base.modules,
         job.rank,
         seed=job.seed + state.number,
+        memory=read_memory(store),
     )
     return merge(job.rule, view, settings=job.rule_settings)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from aggregator.devices import SCHEMA as DEVICES_SCHEMA
@@ -53,6 +54,17 @@ class Upload(NamedTuple):
     manifest: UploadManifest
     state: str
     reason: str
+
+
+class CarriedFile(NamedTuple):
+    """Name a file of what a rule carries to the next round, in `Store.memory_folder`."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+NONE_CARRIED: Mapping[str, CarriedFile] = MappingProxyType({})
 
 
 class Store:
@@ -161,8 +173,11 @@ class Store:
         seconds: float,
         weights: dict[str, float],
         residual: float,
+        carried: Mapping[str, CarriedFile] = NONE_CARRIED,
     ) -> None:
         """Commit a merge: its version, its figures and the state after it, in one transaction.
+
+        `carried` are the files that the next round is handed, by what they hold.
 
         Uploads that were not whole by then come too late, and go.
         """
@@ -177,8 +192,18 @@ class Store:
                 residual,
             )
             self._forget("state = 'receiving' AND round <= ?", number)
+            self._set_meta("carried", json.dumps(dict(carried)))
             self.set_round(after)
             fault_point("aggregator.round.settling")
+
+    def carried(self) -> dict[str, CarriedFile]:
+        """Return the files that the last merge handed on, by what they hold."""
+        known = json.loads(self._meta("carried") or "{}")
+        return {kind: CarriedFile(*fields) for kind, fields in known.items()}
+
+    @property
+    def memory_folder(self) -> Path:
+        return self.folder / "memory"
 
     def add_version(self, manifest: GlobalManifest) -> None:
         self._db.run(
