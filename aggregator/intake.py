@@ -29,6 +29,7 @@ from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolErro
 from protocol.events import EventLog
 from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
+from protocol.metrics import wrong_metric
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
@@ -255,6 +256,8 @@ class Intake:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
+        if why := wrong_metric(manifest.metrics):
+            return why
         if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
         if self._sent_too_much(manifest):
