@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
 from aggregator.merge import rules
@@ -51,6 +51,7 @@ class PolicySettings(BaseModel):
     quarantine_after: int = Field(5, ge=1, le=1_000_000)
     quarantine_s: float = Field(3600.0, ge=0, le=1e9)
     keep_versions: int = Field(10, ge=0, le=1_000_000)
+    late_updates: int = Field(0, ge=0, le=1_000_000)
 
     @field_validator("keep_versions")
     @classmethod
@@ -61,6 +62,16 @@ class PolicySettings(BaseModel):
                 "version before the newest"
             )
         return kept
+
+    @model_validator(mode="after")
+    def _check_late(self) -> PolicySettings:
+        if 0 < self.keep_versions <= self.late_updates:
+            raise ValueError(
+                f"late_updates = {self.late_updates} needs keep_versions = "
+                f"{self.late_updates + 1} at least, or 0 (all): the versions that late updates "
+                "start from"
+            )
+        return self
 
     def policy(self) -> Policy:
         return Policy(**self.model_dump())

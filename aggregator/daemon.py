@@ -14,6 +14,7 @@ from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake, read_update
 from aggregator.memory import read_memory, write_memory
 from aggregator.merge import Merged, RoundView, merge
+from aggregator.merge.round_view import completed
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
@@ -245,6 +246,7 @@ class Daemon:
             weights=merged.weights,
             residual=merged.residual,
             carried=carried,
+            late_updates=self._policy.late_updates,
         )
         fault_point("aggregator.round.committed")
         self._publisher.version(manifest)
@@ -298,10 +300,14 @@ class Daemon:
 
 def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
     """Merge the counted updates of a round by the job's rule."""
-    updates = [
-        read_update(job, versions, manifest, store.update_file(manifest).read_bytes())
-        for manifest in store.uploads_of(state.number, "counted")
-    ]
+    updates = []
+    for manifest in store.uploads_of(state.number, "counted"):
+        data = store.update_file(manifest).read_bytes()
+        update = read_update(job, versions, manifest, data)
+        if behind := state.number - manifest.round:
+            update = completed(update, versions.load(manifest.version))
+            update = replace(update, staleness=behind)
+        updates.append(update)
     view = RoundView(
         versions.load(state.version),
         updates,

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from aggregator.devices import SCHEMA as DEVICES_SCHEMA
@@ -38,6 +37,9 @@ CREATE TABLE IF NOT EXISTS uploads (
   reason TEXT NOT NULL DEFAULT '', changed REAL NOT NULL) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_of_a_device_counts ON uploads (device, round)
   WHERE state = 'counted';
+CREATE TABLE IF NOT EXISTS late (
+  upload TEXT PRIMARY KEY, device TEXT NOT NULL, round INTEGER NOT NULL,
+  UNIQUE (device, round)) STRICT;
 CREATE TABLE IF NOT EXISTS arrived (
   upload TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (upload, number)) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
@@ -62,9 +64,6 @@ class CarriedFile(NamedTuple):
     name: str
     sha256: str
     scale: float
-
-
-NONE_CARRIED: Mapping[str, CarriedFile] = MappingProxyType({})
 
 
 class Store:
@@ -173,13 +172,13 @@ class Store:
         seconds: float,
         weights: dict[str, float],
         residual: float,
-        carried: Mapping[str, CarriedFile] = NONE_CARRIED,
+        carried: Mapping[str, CarriedFile] | None = None,
+        late_updates: int = 0,
     ) -> None:
         """Commit a merge: its version, its figures and the state after it, in one transaction.
 
-        `carried` are the files that the next round is handed, by what they hold.
-
-        Uploads that were not whole by then come too late, and go.
+        `carried` are the files that the next round is handed, by what they hold. Uploads that were
+        not whole by then come too late, and go, but for those of the last `late_updates` rounds.
         """
         with self.transaction():
             self.add_version(manifest)
@@ -191,8 +190,8 @@ class Store:
                 json.dumps(weights),
                 residual,
             )
-            self._forget("state = 'receiving' AND round <= ?", number)
-            self._set_meta("carried", json.dumps(dict(carried)))
+            self._forget("state = 'receiving' AND round <= ?", number - late_updates)
+            self._set_meta("carried", json.dumps(carried or {}))
             self.set_round(after)
             fault_point("aggregator.round.settling")
 
@@ -238,9 +237,11 @@ class Store:
         return Upload(_manifest(row[0]), row[1], row[2]) if row else None
 
     def has_counted(self, device: str, round_number: int) -> bool:
-        """Say whether an update of a device counts in a round, of whichever attempt."""
-        query = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
-        return self._db.one(query, device, round_number) is not None
+        """Say whether an update that a device trained for a round counts, or a late one in it."""
+        trained = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
+        late = "SELECT upload FROM late WHERE device = ? AND round = ?"
+        which = (device, round_number) * 2
+        return self._db.one(f"{trained} UNION ALL {late}", *which) is not None
 
     def expect_upload(self, manifest: UploadManifest) -> None:
         """Begin an upload, or begin it again when the device now offers other bytes.
@@ -289,9 +290,15 @@ class Store:
         check_file(data, manifest.file.bytes, manifest.file.sha256)
         return data
 
-    def count_upload(self, manifest: UploadManifest) -> None:
-        """Keep a verified update and count it to its round: once, whatever happens."""
+    def count_upload(self, manifest: UploadManifest, *, late_for: int | None = None) -> None:
+        """Keep a verified update and count it to its round: once, whatever happens.
+
+        One that comes too late for its round counts in the round `late_for`.
+        """
         with self.transaction():
+            if late_for is not None:
+                late = manifest.upload, manifest.device, late_for
+                self._db.run("INSERT INTO late VALUES (?, ?, ?)", *late)
             self._parts.keep(manifest, self.update_file(manifest))
             self._settle_upload(manifest, "counted", "")
 
@@ -341,14 +348,20 @@ class Store:
 
     def _needed(self) -> list[UploadManifest]:
         merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
-        query = f"SELECT manifest FROM uploads WHERE state = 'counted' AND round >= {merged}"
+        query = f"""SELECT manifest FROM uploads WHERE state = 'counted' AND (round >= {merged} OR
+          upload IN (SELECT upload FROM late WHERE round >= {merged}))"""
         return [_manifest(row[0]) for row in self._db.rows(query)]
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
-        """Return the uploads of a round in these states, in the order of their devices' names."""
+        """Return the uploads of a round in these states, in the order of their devices' names.
+
+        What came late is of the round in which it counts.
+        """
         marks = ", ".join("?" * len(states))
-        query = f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks})"
-        rows = self._db.rows(f"{query} ORDER BY device", round_number, *states)
+        query = f"""SELECT manifest FROM uploads WHERE state IN ({marks})
+          AND (round = ? AND upload NOT IN (SELECT upload FROM late)
+            OR upload IN (SELECT upload FROM late WHERE round = ?)) ORDER BY device"""
+        rows = self._db.rows(query, *states, round_number, round_number)
         return [_manifest(row[0]) for row in rows]
 
     # -- private ---------------------------------------------------------------------------------
