@@ -36,6 +36,8 @@ def test_what_real_devices_tell(fleet: SmallFleet, weights: str) -> None:
     aggregator = fleet.aggregator()
     aggregator.wait_for("serving")
     desk, kitchen = fleet.device("desk"), fleet.device("kitchen")
+    for device in (desk, kitchen):
+        device.wait_for("plan")  # the first time they measure
     assert [desk.wait(), kitchen.wait(), aggregator.wait()] == [0, 0, 0]
     counted = sorted(aggregator.of("counted"), key=lambda e: str(e["device"]))
     assert not aggregator.of("warning")
