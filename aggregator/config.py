@@ -27,11 +27,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
 from aggregator.merge import rules
-from aggregator.merge.settings import RuleSettings
 from aggregator.mistakes import first_mistake
 from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
@@ -52,6 +51,7 @@ class PolicySettings(BaseModel):
     quarantine_after: int = Field(5, ge=1, le=1_000_000)
     quarantine_s: float = Field(3600.0, ge=0, le=1e9)
     keep_versions: int = Field(10, ge=0, le=1_000_000)
+    late_updates: int = Field(0, ge=0, le=1_000_000)
 
     @field_validator("keep_versions")
     @classmethod
@@ -62,6 +62,16 @@ class PolicySettings(BaseModel):
                 "version before the newest"
             )
         return kept
+
+    @model_validator(mode="after")
+    def _check_late(self) -> PolicySettings:
+        if 0 < self.keep_versions <= self.late_updates:
+            raise ValueError(
+                f"late_updates = {self.late_updates} needs keep_versions = "
+                f"{self.late_updates + 1} at least, or 0 (all): the versions that late updates "
+                "start from"
+            )
+        return self
 
     def policy(self) -> Policy:
         return Policy(**self.model_dump())
@@ -111,21 +121,12 @@ def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
     try:
         rule = rules.find_rule(job.rule)
         if isinstance(rule, rules.Rule):
-            _refuse_unwired(rule.read(job.rule_settings))
+            rule.read(job.rule_settings)
     except UnknownRule as error:
         raise ConfigError(f"{where}: rule: {error}") from None
     except BadRuleSettings as error:
         raise ConfigError(f"{where}: rule_settings: {error}") from None
     return job, policy
-
-
-def _refuse_unwired(settings: RuleSettings) -> None:
-    """Refuse what rules can do and a served job cannot yet: it would change nothing, in silence."""
-    for name in ("momentum", "error_feedback"):
-        if getattr(settings, name):
-            raise BadRuleSettings(f"{name}: the aggregator carries nothing between rounds yet")
-    if settings.weights in ("loss-reduction", "discrepancy"):
-        raise BadRuleSettings(f"weights: devices do not send yet what {settings.weights!r} needs")
 
 
 def known_settings() -> dict[str, list[str]]:

@@ -12,7 +12,9 @@ from dataclasses import replace
 from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake, read_update
+from aggregator.memory import read_memory, write_memory
 from aggregator.merge import Merged, RoundView, merge
+from aggregator.merge.round_view import completed
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
@@ -248,6 +250,8 @@ class Daemon:
             merged.adapter, version=state.version + 1, parent=state.version
         )
         fault_point("aggregator.version.written")
+        carried = write_memory(self._store, merged.memory, version=manifest.version)
+        fault_point("aggregator.memory.written")
         if state.number >= self._job.rounds:
             after = replace(state, state="finished", version=manifest.version, deadline=None)
         else:
@@ -259,6 +263,8 @@ class Daemon:
             seconds=seconds,
             weights=merged.weights,
             residual=merged.residual,
+            carried=carried,
+            late_updates=self._policy.late_updates,
         )
         fault_point("aggregator.round.committed")
         self._publisher.version(manifest)
@@ -273,6 +279,8 @@ class Daemon:
             weights=merged.weights,
             residual=merged.residual,
         )
+        for warning in merged.warnings:
+            self._events.emit("warning", round=state.number, reason=warning)
         self._announce(after)
         tidy(self._store, self._policy.keep_versions)
 
@@ -310,15 +318,20 @@ class Daemon:
 
 def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
     """Merge the counted updates of a round by the job's rule."""
-    updates = [
-        read_update(job, versions, manifest, store.update_file(manifest).read_bytes())
-        for manifest in store.uploads_of(state.number, "counted")
-    ]
+    updates = []
+    for manifest in store.uploads_of(state.number, "counted"):
+        data = store.update_file(manifest).read_bytes()
+        update = read_update(job, versions, manifest, data)
+        if behind := state.number - manifest.round:
+            update = completed(update, versions.load(manifest.version))
+            update = replace(update, staleness=behind)
+        updates.append(update)
     view = RoundView(
         versions.load(state.version),
         updates,
         job.base.modules,
         job.rank,
         seed=job.seed + state.number,
+        memory=read_memory(store),
     )
     return merge(job.rule, view, settings=job.rule_settings)

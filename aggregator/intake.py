@@ -29,6 +29,7 @@ from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolErro
 from protocol.events import EventLog
 from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
+from protocol.metrics import wrong_metric
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
@@ -226,12 +227,15 @@ class Intake:
                 manifest, f"its norm {largest:.3g} is over {self._job.limits.update_norm:.3g}"
             )
         fault_point("aggregator.upload.verified")
-        self._store.count_upload(manifest)
+        now = self._store.round().number
+        behind = now - manifest.round
+        self._store.count_upload(manifest, late_for=now if behind else None)
         self._store.devices.forgive(manifest.device)
         self._events.emit(
             "counted",
             device=manifest.device,
-            round=manifest.round,
+            round=now,
+            behind=behind,
             rank=manifest.rank,
             bytes=manifest.file.bytes,
             norm=change,
@@ -242,12 +246,17 @@ class Intake:
     def _late(self, manifest: UploadManifest) -> str:
         """Say why an upload is not wanted now, through no fault of it; empty if it is."""
         now = self._store.round()
-        if now.state != "open" or manifest.round != now.number:
+        behind = now.number - manifest.round
+        if now.state != "open" or not 0 <= behind <= self._policy.late_updates:
             return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
-        if manifest.attempt > now.attempt:
+        if behind and self._store.has_counted(manifest.device, now.number):
+            return f"another update of this device counts in round {now.number} already"
+        if not behind and manifest.attempt > now.attempt:
             return f"attempt {manifest.attempt} at round {now.number} has not begun"
-        if manifest.version != now.version:
-            return f"it starts from version {manifest.version}, the round from {now.version}"
+        if manifest.version != (started := now.version - behind):
+            return f"it starts from version {manifest.version}, the round from {started}"
+        if behind and self._store.version(started) is None:
+            return f"version {started}, from which it starts, is not kept any more"
         return ""
 
     def _kept_out(self, device: str) -> str:
@@ -265,6 +274,8 @@ class Intake:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
+        if why := wrong_metric(manifest.metrics):
+            return why
         if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
         if self._sent_too_much(manifest):

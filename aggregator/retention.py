@@ -14,7 +14,8 @@ from aggregator.store import Store
 def tidy(store: Store, keep_versions: int) -> None:
     """Forget all but the newest versions (0: none), and remove the files that nothing needs.
 
-    Updates are kept of the last merged round and of later ones. It is called when no file is being
+    Updates are kept of the last merged round and of later ones, and of what a rule carries what the
+    next round is handed. It is called when no file is being
     written, and after the broker has been told which versions there are.
 
     Raises:
@@ -23,6 +24,7 @@ def tidy(store: Store, keep_versions: int) -> None:
     if keep_versions:
         store.forget_versions(keep_versions)
     updates, versions = store.needed_updates(), store.version_numbers()
+    carried = {file.name for file in store.carried().values()}
     parts = store.needed_parts()
     with store.on_disk():
         for file in store.parts_folder.glob("*"):
@@ -30,6 +32,9 @@ def tidy(store: Store, keep_versions: int) -> None:
                 file.unlink(missing_ok=True)
         for file in store.updates_folder.glob("*"):
             if file not in updates:
+                file.unlink(missing_ok=True)
+        for file in store.memory_folder.glob("*"):
+            if file.name not in carried:
                 file.unlink(missing_ok=True)
         for folder in store.versions_folder.glob("*"):
             if folder.name not in versions:

@@ -38,6 +38,8 @@ class Policy:
     """For how long."""
     keep_versions: int = 10
     """Versions that the state keeps, the newest; 0: all."""
+    late_updates: int = 0
+    """Rounds by which an update may be late and still count, in the round that is open then."""
 
     def share(self, attempt: int) -> float:
         """Return the share of the fleet that is asked in an attempt; it never falls."""

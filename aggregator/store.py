@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -38,6 +38,9 @@ CREATE TABLE IF NOT EXISTS uploads (
   reason TEXT NOT NULL DEFAULT '', changed REAL NOT NULL) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_of_a_device_counts ON uploads (device, round)
   WHERE state = 'counted';
+CREATE TABLE IF NOT EXISTS late (
+  upload TEXT PRIMARY KEY, device TEXT NOT NULL, round INTEGER NOT NULL,
+  UNIQUE (device, round)) STRICT;
 CREATE TABLE IF NOT EXISTS arrived (
   upload TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (upload, number)) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
@@ -54,6 +57,14 @@ class Upload(NamedTuple):
     manifest: UploadManifest
     state: str
     reason: str
+
+
+class CarriedFile(NamedTuple):
+    """Name a file of what a rule carries to the next round, in `Store.memory_folder`."""
+
+    name: str
+    sha256: str
+    scale: float
 
 
 class Store:
@@ -162,10 +173,13 @@ class Store:
         seconds: float,
         weights: dict[str, float],
         residual: float,
+        carried: Mapping[str, CarriedFile] | None = None,
+        late_updates: int = 0,
     ) -> None:
         """Commit a merge: its version, its figures and the state after it, in one transaction.
 
-        Uploads that were not whole by then come too late, and go.
+        `carried` are the files that the next round is handed, by what they hold. Uploads that were
+        not whole by then come too late, and go, but for those of the last `late_updates` rounds.
         """
         with self.transaction():
             self.add_version(manifest)
@@ -177,9 +191,19 @@ class Store:
                 json.dumps(weights),
                 residual,
             )
-            self._forget("state = 'receiving' AND round <= ?", number)
+            self._forget("state = 'receiving' AND round <= ?", number - late_updates)
+            self._set_meta("carried", json.dumps(carried or {}))
             self.set_round(after)
             fault_point("aggregator.round.settling")
+
+    def carried(self) -> dict[str, CarriedFile]:
+        """Return the files that the last merge handed on, by what they hold."""
+        known = json.loads(self._meta("carried") or "{}")
+        return {kind: CarriedFile(*fields) for kind, fields in known.items()}
+
+    @property
+    def memory_folder(self) -> Path:
+        return self.folder / "memory"
 
     def add_version(self, manifest: GlobalManifest) -> None:
         self._db.run(
@@ -214,9 +238,11 @@ class Store:
         return Upload(_manifest(row[0]), row[1], row[2]) if row else None
 
     def has_counted(self, device: str, round_number: int) -> bool:
-        """Say whether an update of a device counts in a round, of whichever attempt."""
-        query = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
-        return self._db.one(query, device, round_number) is not None
+        """Say whether an update that a device trained for a round counts, or a late one in it."""
+        trained = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
+        late = "SELECT upload FROM late WHERE device = ? AND round = ?"
+        which = (device, round_number) * 2
+        return self._db.one(f"{trained} UNION ALL {late}", *which) is not None
 
     def expect_upload(self, manifest: UploadManifest) -> None:
         """Begin an upload, or begin it again when the device now offers other bytes.
@@ -265,9 +291,15 @@ class Store:
         check_file(data, manifest.file.bytes, manifest.file.sha256)
         return data
 
-    def count_upload(self, manifest: UploadManifest) -> None:
-        """Keep a verified update and count it to its round: once, whatever happens."""
+    def count_upload(self, manifest: UploadManifest, *, late_for: int | None = None) -> None:
+        """Keep a verified update and count it to its round: once, whatever happens.
+
+        One that comes too late for its round counts in the round `late_for`.
+        """
         with self.transaction():
+            if late_for is not None:
+                late = manifest.upload, manifest.device, late_for
+                self._db.run("INSERT INTO late VALUES (?, ?, ?)", *late)
             self._parts.keep(manifest, self.update_file(manifest))
             self._settle_upload(manifest, "counted", "")
 
@@ -317,14 +349,20 @@ class Store:
 
     def _needed(self) -> list[UploadManifest]:
         merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
-        query = f"SELECT manifest FROM uploads WHERE state = 'counted' AND round >= {merged}"
+        query = f"""SELECT manifest FROM uploads WHERE state = 'counted' AND (round >= {merged} OR
+          upload IN (SELECT upload FROM late WHERE round >= {merged}))"""
         return [_manifest(row[0]) for row in self._db.rows(query)]
 
     def uploads_of(self, round_number: int, *states: str) -> list[UploadManifest]:
-        """Return the uploads of a round in these states, in the order of their devices' names."""
+        """Return the uploads of a round in these states, in the order of their devices' names.
+
+        What came late is of the round in which it counts.
+        """
         marks = ", ".join("?" * len(states))
-        query = f"SELECT manifest FROM uploads WHERE round = ? AND state IN ({marks})"
-        rows = self._db.rows(f"{query} ORDER BY device", round_number, *states)
+        query = f"""SELECT manifest FROM uploads WHERE state IN ({marks})
+          AND (round = ? AND upload NOT IN (SELECT upload FROM late)
+            OR upload IN (SELECT upload FROM late WHERE round = ?)) ORDER BY device"""
+        rows = self._db.rows(query, *states, round_number, round_number)
         return [_manifest(row[0]) for row in rows]
 
     # -- private ---------------------------------------------------------------------------------

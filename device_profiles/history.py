@@ -48,6 +48,8 @@ class History:
             entry |= {"version": event["version"], "merge_s": event["seconds"]}
             for name, weight in event["weights"].items():
                 self._row(event["round"], name)["weight"] = weight
+        elif kind == "warning":
+            self._round(event["round"]).setdefault("warnings", []).append(event["reason"])
         elif kind == "finished":
             self.finished[device] = event
 

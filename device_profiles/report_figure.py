@@ -204,7 +204,7 @@ def count_of(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def some_of(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str], between: str = ", ") -> str:
     """Return up to three names, then how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return between.join(names[:3]) + more

@@ -267,9 +267,15 @@ def _weight_chart(summary: Summary) -> Chart | None:
     if not any(o.weight is not None for r in summary.history for o in r.devices.values()):
         return None
     few = len(summary.devices) <= COLOURS
-    note = "Each device's share in the merge of each round."
     figure = _weight_bars(summary) if few else _weight_map(summary)
+    note = _weight_note(summary)
     return Chart("weights", "Who weighed how much", note, figure, span=3 if few else 6)
+
+
+def _weight_note(summary: Summary) -> str:
+    note = "Each device's share in the merge of each round."
+    warned = [f"round {r.round}: {why}" for r in summary.history for why in r.warnings]
+    return f"{note} Warnings: {some_of(warned, '; ')}." if warned else note
 
 
 def _weight_bars(summary: Summary) -> Figure:

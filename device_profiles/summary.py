@@ -134,6 +134,8 @@ class Round(_Record):
     version: int | None = None
     """Version of the common adapter that the round's merge published."""
     merge_s: Measured = None
+    warnings: tuple[str, ...] = ()
+    """What the rule could not do as the job says, in words."""
     devices: dict[str, DeviceRound] = Field(default_factory=dict)
 
 

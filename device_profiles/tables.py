@@ -12,6 +12,7 @@ Events are dicts with an "event" and, but for the aggregator's own, a "device":
     evaluated  loss (held-out nats per token)
     alone      step, steps, loss       training without the fleet, after the last round
     merged     round, seconds, devices (how many); from the aggregator
+    warning    round, reason           of a merge; from the aggregator
     measuring  adapters, texts (how many of each); the replay's last work
 
 Other events, and fields that are missing, are passed over.
@@ -285,6 +286,8 @@ def plain_line(event: Event) -> str | None:
             return f"{device}: held-out loss {loss}"
         case "merged":
             return f"round {_number(event.get('round'))}: {_merge_text(event)}"
+        case "warning":
+            return f"round {_number(event.get('round'))}: {event.get('reason')}"
     return None
 
 

@@ -289,7 +289,9 @@ class Agent:
                 tail_before=learned.tail_before,
                 tail_after=learned.tail_after,
             )
-        manifest, data = make_update(job, now, self._settings.name, learned, held_out_loss=loss)
+        manifest, data = make_update(
+            job, now, self._settings.name, learned, self._learner.text, held_out_loss=loss
+        )
         self._outbox.put(manifest, data, rank=learned.rank)
         self._say("uploading")
         self._sender.offer(manifest.upload)

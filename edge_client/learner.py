@@ -27,6 +27,7 @@ from protocol.adapter import (
     without,
 )
 from protocol.messages import Job
+from protocol.metrics import LOSS_BEFORE, asked_for
 
 T = TypeVar("T")
 OnStep = Callable[[int, float], None]
@@ -179,6 +180,7 @@ class Learner:
             settings=settings.model_copy(update={"steps": steps}),
             learning_rate=learning_rate(self._job, rank),
             pruning=self._job.pruning if prune else None,
+            sampling=stream == "fleet" and LOSS_BEFORE in asked_for(self._job.rule_settings),
             on_progress=progress,
         )
         return answer

@@ -6,23 +6,26 @@ import math
 
 from edge_client.errors import TrainingDiverged
 from edge_client.learner import Learned
+from edge_client.trainer.worker import TextReport
 from protocol.bands import to_tensors
 from protocol.faults import fault_point
 from protocol.messages import Job, Round, UploadManifest, describe_file, upload_id
+from protocol.metrics import LOSS_AFTER, LOSS_BEFORE, TOKEN_BUCKETS, asked_for
 from protocol.tensors import encode
 
 
 def make_update(
-    job: Job, now: Round, device: str, learned: Learned, *, held_out_loss: float
+    job: Job, now: Round, device: str, learned: Learned, text: TextReport, *, held_out_loss: float
 ) -> tuple[UploadManifest, bytes]:
     """Return a device's upload for a round; `held_out_loss` is that of the adapter it received.
 
     Raises:
         TrainingDiverged: the loss is not finite.
     """
-    if not math.isfinite(learned.report.loss):
+    losses = (learned.report.loss, *(learned.report.sample_losses or ()))
+    if not math.isfinite(sum(losses)):
         raise TrainingDiverged(
-            f"training diverged in round {now.number}: its loss is {learned.report.loss}; the "
+            f"training diverged in round {now.number}: its loss is {losses[-1]}; the "
             f"job's learning_rate ({job.training.learning_rate:g}) is too high for this device's "
             "text"
         )
@@ -41,6 +44,21 @@ def make_update(
         encoding=job.encoding_up,
         file=describe_file(data),
         examples=learned.report.tokens,
-        metrics={"held_out_loss": held_out_loss, "train_loss": learned.report.loss},
+        metrics={
+            "held_out_loss": held_out_loss,
+            "train_loss": learned.report.loss,
+            **_asked_for(job, learned, text),
+        },
     )
     return manifest, data
+
+
+def _asked_for(job: Job, learned: Learned, text: TextReport) -> dict[str, float]:
+    """Return what the job wants to be told besides, and nothing that it does not want."""
+    known = dict(zip((LOSS_BEFORE, LOSS_AFTER), learned.report.sample_losses or (), strict=False))
+    total = max(sum(text.histogram), 1)
+    known |= {
+        name: round(count / total, 4)
+        for name, count in zip(TOKEN_BUCKETS, text.histogram, strict=False)
+    }
+    return {name: known[name] for name in asked_for(job.rule_settings) if name in known}

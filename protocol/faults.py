@@ -38,6 +38,7 @@ POINTS: Mapping[str, str] = {
     "aggregator.merge.before": "the round is ready to be merged",
     "aggregator.merge.after": "the round is merged in memory",
     "aggregator.version.written": "files of the new version are written, not committed",
+    "aggregator.memory.written": "what a rule carries is written, not committed",
     "aggregator.round.settling": "version and round are in a transaction that is not committed",
     "aggregator.round.committed": "version and round are committed, nothing is published",
     "aggregator.version.publishing": "bands of a version are published, its manifest is not",

@@ -176,7 +176,7 @@ class Foreign:
         if not isinstance(merged, Merged):
             raise MergeError(f"{self.where} returned {type(merged).__name__}, not Merged")
         try:
-            check(replace(view, previous=merged.adapter))
+            check(replace(view, previous=merged.adapter, memory=merged.memory))
         except MergeError as error:
             raise MergeError(f"{self.where} returned what is no result: {error}") from error
         return merged

@@ -1,11 +1,4 @@
-"""Shares that go by what devices tell of their training, in the metrics of their updates.
-
-    train_loss_before, train_loss_after    nats a token on the same training text
-    tokens_0 … tokens_15                   how many of its training tokens, or which part, fall in
-                                           each of 16 buckets of a hash of the token
-
-Sixteen buckets fit, with the losses, among the metrics that an upload may have.
-"""
+"""Shares that go by what devices tell of their training: the metrics of `protocol.metrics`."""
 
 from __future__ import annotations
 
@@ -16,9 +9,7 @@ import numpy as np
 from aggregator.merge.lowrank import Float64Array
 from aggregator.merge.round_view import RoundView
 from aggregator.merge.weighting import equal_share, sample_share
-
-LOSS_BEFORE, LOSS_AFTER = "train_loss_before", "train_loss_after"
-TOKEN_BUCKETS = tuple(f"tokens_{bucket}" for bucket in range(16))
+from protocol.metrics import LOSS_AFTER, LOSS_BEFORE, TOKEN_BUCKETS, wrong_metric
 
 
 class NotTold(Exception):
@@ -31,7 +22,7 @@ def loss_reduction_share(view: RoundView) -> Float64Array:
     Equal shares if nobody's went down. Source: Lorar.
 
     Raises:
-        NotTold: a device did not send both losses.
+        NotTold: a device did not send both losses, or none that can be.
     """
     losses = _told(view, (LOSS_BEFORE, LOSS_AFTER))
     reduction = np.maximum(losses[:, 0] - losses[:, 1], 0.0)
@@ -45,12 +36,12 @@ def discrepancy_share(view: RoundView, slope: float, offset: float) -> Float64Ar
     shares if that leaves nobody. Source: FedDisco, arXiv 2305.19229, there for classes.
 
     Raises:
-        NotTold: a device did not send a histogram.
+        NotTold: a device did not send a histogram, or none that can be.
         MergeError: no device has an example.
     """
     histograms = _told(view, TOKEN_BUCKETS)
     for update, row in zip(view.updates, histograms, strict=True):
-        if (row < 0).any() or not row.any():
+        if not row.any():
             raise NotTold(f"device {update.device} sent a token histogram that is none")
     histograms = histograms / histograms.sum(axis=1, keepdims=True)
     samples = sample_share(view)
@@ -65,4 +56,6 @@ def _told(view: RoundView, names: Sequence[str]) -> Float64Array:
         for name in names:
             if not np.isfinite(update.metrics.get(name, np.nan)):
                 raise NotTold(f"device {update.device} did not send the metric {name}")
+        if why := wrong_metric(update.metrics):
+            raise NotTold(f"device {update.device}: {why}")
     return np.array([[update.metrics[name] for name in names] for update in view.updates])

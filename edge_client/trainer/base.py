@@ -25,6 +25,8 @@ class TrainReport:
     loss: float
     """Mean over the steps, nats a token."""
     seconds: float
+    sample_losses: tuple[float, float] | None = None
+    """On the same rows of its training text before and after, if that was asked for."""
 
 
 class Trainer(Protocol):

@@ -13,7 +13,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from edge_client.trainer.pipe import receive, send
 from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
 from protocol.messages import Pruning, Training
+from protocol.metrics import token_histogram
 
 if TYPE_CHECKING:
     from edge_client.trainer.torch_trainer import TorchTrainer
@@ -59,6 +60,8 @@ class TextReport:
     train_tokens: int
     held_out_tokens: int
     problems: tuple[str, ...]
+    histogram: tuple[int, ...] = ()
+    """Training tokens in each bucket of `protocol.metrics`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,7 @@ class Worker:
             _tokens(self._rows["train"]),
             _tokens(self._rows["held_out"]),
             tuple(str(problem) for problem in reading.problems),
+            _histogram(self._rows["train"]),
         )
 
     def load(self, trained: Adapter | None, frozen: Adapter | None) -> None:
@@ -197,10 +201,12 @@ class Worker:
         settings: Training,
         learning_rate: float,
         pruning: Pruning | None,
+        sampling: bool = False,
     ) -> tuple[Adapter, TrainReport]:
         """Train what is loaded, reading on where `stream` stopped; then unload it.
 
-        A stream is the fleet's, or the local comparison's.
+        A stream is the fleet's, or the local comparison's. With `sampling` the loss on some of the
+        training text, as much as a step takes, is measured before and after.
         """
         from edge_client.data import BatchStream
 
@@ -209,6 +215,8 @@ class Worker:
             self._streams[stream] = BatchStream(
                 self._rows["train"], plan.micro_batch, seed=self._seed
             )
+        sample = self._rows["train"][: max(1, settings.tokens_per_step // plan.seq_len)]
+        before = self._loss(sample) if sampling else None
         report = trainer.train(
             self._streams[stream],
             settings=settings,
@@ -216,19 +224,24 @@ class Worker:
             pruning=pruning,
             on_step=lambda step, loss: self._progress((step, loss)),
         )
+        if before is not None:
+            report = replace(report, sample_losses=(before, self._loss(sample)))
         adapter = trainer.adapter()
         self._unload()
         return adapter, report
 
     def evaluate(self, split: str) -> float:
         """Return the loss on a split of the base with what is loaded; then unload it."""
+        loss = self._loss(self._rows[split])
+        self._unload()
+        return loss
+
+    def _loss(self, rows: list[Any]) -> float:
         from edge_client.data import evaluation_batches
 
         trainer, plan = self._ready()
         # Without gradients twice the rows take less than a training step.
-        loss = trainer.evaluate(evaluation_batches(self._rows[split], 2 * plan.micro_batch))
-        self._unload()
-        return loss
+        return trainer.evaluate(evaluation_batches(rows, 2 * plan.micro_batch))
 
     def _unload(self) -> None:
         """Leave the base model alone, so that the next adapters don't arrive beside the last."""
@@ -262,6 +275,13 @@ def _settle() -> None:
 
 def _tokens(rows: Iterable[Any]) -> int:
     return int(sum((row.labels >= 0).sum() for row in rows))
+
+
+def _histogram(rows: Iterable[Any]) -> tuple[int, ...]:
+    import numpy as np
+
+    counts = [token_histogram(row.labels[row.labels >= 0]) for row in rows]
+    return tuple(np.sum(counts, axis=0).tolist())
 
 
 def _probe_row(tokens: int) -> Any:

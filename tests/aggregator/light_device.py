@@ -56,6 +56,7 @@ class LightDevice:
         self.trained: list[tuple[int, int]] = []
         """Round and attempt."""
         self.round: Round | None = None
+        self.metrics: dict[str, float] = {}
         self._log = io.StringIO()
         self.outbox = Outbox(folder)
         key = SigningKey.load_or_create(folder / "device.key")
@@ -112,6 +113,7 @@ class LightDevice:
             "upload": upload_id(self.name, now.job, now.number, now.attempt),
             "version": now.version, "rank": RANK, "rank_trained": RANK, "held": self.job.rank,
             "encoding": self.job.encoding_up, "examples": 10,
+            "metrics": self.metrics,
         }  # fmt: skip
         wanted = upload_stacks(self.job, UploadManifest.model_construct(**fields))
         size = np.float32(self.learn(now))

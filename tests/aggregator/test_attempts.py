@@ -107,6 +107,22 @@ def test_a_cohort_that_is_too_small_is_widened_at_once(
     assert shares == sorted(shares)
 
 
+def test_what_a_rule_could_not_do_is_said_once_a_round(
+    tmp_path: Path, mosquitto: BrokerAddress, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = make_job(rounds=2, ladder=[2, 4], rule_settings={"weights": "loss-reduction"})
+    monkeypatch.setattr("tests.aggregator.test_attempts.JOB", asked)
+    fleet = Fleet(tmp_path, mosquitto, stack, min_devices=2, quorum=2)
+    kitchen, desk = (fleet.device(name, lambda now: 1e-3) for name in ("kitchen", "desk"))
+    kitchen.metrics = {"train_loss_before": 2.0, "train_loss_after": 1.0}
+    fleet.run(kitchen, desk)
+    why = "device desk did not send the metric train_loss_before; shares go by examples"
+    assert [(e["round"], e["reason"]) for e in fleet.aggregator.of("warning")] == [
+        (1, why),
+        (2, why),
+    ]
+
+
 # -- the aggregator -----------------------------------------------------------------------------
 
 

@@ -89,8 +89,7 @@ def test_the_same_in_json(tmp_path: Path, description: Path) -> None:
         ("[rule_settings]\nsplt = 1", "rule_settings: the rule has no setting 'splt'"),
         ("[rule_settings]\nclip = 0", "rule_settings: clip: must be a positive number or 'median'"),
         ("[rule_settings]\nbyzantine = 1", "rule_settings: the rule has no setting 'byzantine'"),
-        ("[rule_settings]\nmomentum = 0.9", "momentum: the aggregator carries nothing between"),
-        ('[rule_settings]\nweights = "discrepancy"', "weights: devices do not send yet"),
+        ("[rule_settings]\nmomentum = 1", "rule_settings: momentum: must be less than 1"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_it(

@@ -189,6 +189,12 @@ def refused(a: Aggregator, manifest: UploadManifest, data: bytes, reason: str) -
     assert answer.kind == "done"
 
 
+def test_a_metric_that_cannot_be_is_refused(aggregator: Aggregator) -> None:
+    data = encode(update(aggregator.job), "f32")
+    manifest = aggregator.manifest(data, metrics={"tokens_3": -1.0})
+    refused(aggregator, manifest, data, "its metric tokens_3 is -1, not a number from 0 to")
+
+
 def test_a_chunk_with_a_wrong_hash_length_or_index_is_dropped(aggregator: Aggregator) -> None:
     """Chunks are not signed: a wrong one may be anybody's, and says nothing about the upload."""
     data = encode(update(aggregator.job), "f32")

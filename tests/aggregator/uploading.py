@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aggregator.intake import Intake, upload_stacks
-from aggregator.rounds import RoundState
+from aggregator.rounds import Policy, RoundState
 from aggregator.store import Store
 from aggregator.versions import Versions, first_version
 from protocol import topics
@@ -42,8 +42,8 @@ def make_job(encoding: Encoding = "f32", **more: Any) -> Job:
 class Aggregator:
     """An intake on a store with an open round, and a device that talks to it."""
 
-    def __init__(self, folder: Path, job: Job) -> None:
-        self.folder, self.job = folder, job
+    def __init__(self, folder: Path, job: Job, policy: Policy | None = None) -> None:
+        self.folder, self.job, self.policy = folder, job, policy
         self.device_key, self.key = SigningKey.generate(), SigningKey.generate()
         self.store = Store(folder)
         self.store.bind_job(job.model_dump_json())
@@ -56,7 +56,7 @@ class Aggregator:
         self.events = io.StringIO()
         log = EventLog(as_json=True, stream=self.events)
         versions = Versions(self.job, self.store)
-        self.intake = Intake(self.job, self.store, versions, self.key, log)
+        self.intake = Intake(self.job, self.store, versions, self.key, log, policy=self.policy)
 
     def reopen(self) -> None:
         self.store.close()

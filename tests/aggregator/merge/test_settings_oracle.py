@@ -268,6 +268,33 @@ def test_a_device_that_did_not_tell_leaves_shares_by_examples(weights: str, miss
 
 
 @pytest.mark.parametrize(
+    ("weights", "metrics"),
+    [
+        ("loss-reduction", {"train_loss_before": 1e308, "train_loss_after": -1e308}),
+        ("loss-reduction", {"train_loss_before": 1e300, "train_loss_after": 0.0}),
+        ("discrepancy", {f"tokens_{i}": 1e308 for i in range(16)}),
+        ("discrepancy", {f"tokens_{i}": -1.0 if i else 2.0 for i in range(16)}),
+        ("discrepancy", {f"tokens_{i}": 0.0 for i in range(16)}),
+    ],
+)
+def test_a_device_that_tells_what_cannot_be_leaves_shares_by_examples(
+    weights: str, metrics: dict[str, float]
+) -> None:
+    view = plain_round(2, [6, 2])
+    good = {"train_loss_before": 2.0, "train_loss_after": 1.0}
+    good |= {f"tokens_{i}": 1.0 for i in range(16)}
+    told = [good | metrics, good]
+    view = replace(
+        view, updates=[replace(u, metrics=m) for u, m in zip(view.updates, told, strict=True)]
+    )
+    merged = merge("anchored", view, settings={"weights": weights})
+    assert merged.weights == merge("anchored", view).weights
+    (why,) = merged.warnings
+    assert why.startswith("device d0")
+    assert why.endswith("; shares go by examples")
+
+
+@pytest.mark.parametrize(
     ("rule", "given_", "said"),
     [
         ("anchored", {"momentun": 0.5}, "no setting 'momentun'; did you mean 'momentum'?"),
