@@ -21,6 +21,7 @@ from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
 from protocol.events import EventLog
+from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
@@ -302,5 +303,6 @@ def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -
         job.base.modules,
         job.rank,
         seed=job.seed + state.number,
+        trained=trained_factors(job.training.factors, state.number),
     )
     return merge(job.rule, view, settings=job.rule_settings)

@@ -27,6 +27,7 @@ from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
+from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
@@ -323,7 +324,8 @@ class Intake:
 def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
     """Return the tensors that an upload must have."""
     ranks = {name: len(at) for name, at in upload_directions(job, manifest).items()}
-    return stacks(job.base.modules, ranks)
+    trained = trained_factors(job.training.factors, manifest.round)
+    return stacks(job.base.modules, ranks, trained)
 
 
 def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
@@ -343,12 +345,15 @@ def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarra
 def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:
     """Return what an upload's bytes say: absolute factors of the directions it trained.
 
+    A factor that the round does not train is the one of the version that it started from.
+
     Raises:
         BadTensors: they are not what the manifest and the job imply.
     """
     chosen = upload_directions(job, manifest)
     ranks = {name: len(at) for name, at in chosen.items()}
-    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding)
+    trained = trained_factors(job.training.factors, manifest.round)
+    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding, trained)
     before = select(versions.load(manifest.version), chosen)
     return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
 

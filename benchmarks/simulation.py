@@ -35,6 +35,7 @@ from protocol.adapter import (
     module_directions,
     select,
 )
+from protocol.factors import Trained, trained_factors
 from protocol.messages import BaseModelInfo, Job, Training
 from protocol.tensors import round_trip
 
@@ -104,7 +105,14 @@ class Simulation:
                     job, device, ranks[device.name], shared, number, streams[device.name]
                 )
                 updates.append(update)
-            view = RoundView(shared, updates, job.base.modules, job.rank, job.seed + number)
+            view = RoundView(
+                shared,
+                updates,
+                job.base.modules,
+                job.rank,
+                job.seed + number,
+                trained=trained_factors(job.training.factors, number),
+            )
             shared = _rounded(merge(job.rule, view, settings=job.rule_settings).adapter, job)
         return shared
 
@@ -152,7 +160,8 @@ class Simulation:
         held = shared.truncated(max(device.held, rank) if job.remainder == "frozen" else rank)
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
-            return self._train(job, received, frozen, stream, job.training, True)
+            factors = trained_factors(job.training.factors, number)
+            return self._train(job, received, frozen, stream, job.training, True, factors)
 
         learned = learn(job, device.name, held, rank, number, train)
         directions = module_directions(
@@ -177,6 +186,7 @@ class Simulation:
         stream: BatchStream,
         settings: Training,
         prune: bool,
+        factors: Trained = "both",
     ) -> tuple[Adapter, TrainReport]:
         self._trainer.load(trained, frozen, self._plan)
         report = self._trainer.train(
@@ -185,6 +195,7 @@ class Simulation:
             learning_rate=learning_rate(job, trained.rank),
             pruning=job.pruning if prune else None,
             on_step=lambda step, loss: None,
+            factors=factors,
         )
         return self._trainer.adapter(), report
 

@@ -26,6 +26,7 @@ from protocol.adapter import (
     select,
     without,
 )
+from protocol.factors import Trained, trained_factors
 from protocol.messages import Job
 
 T = TypeVar("T")
@@ -93,10 +94,13 @@ class Learner:
 
     def _round(self, held: Adapter, rank: int, round_number: int, on_step: OnStep) -> Learned:
         held, rank = held.truncated(self.plan.held), min(rank, self.plan.rank)
+        factors = trained_factors(self._job.training.factors, round_number)
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             steps = self._job.training.steps
-            return self._train("fleet", received, frozen, received.rank, steps, on_step)
+            return self._train(
+                "fleet", received, frozen, received.rank, steps, on_step, factors=factors
+            )
 
         return learn(self._job, self._device, held, rank, round_number, train)
 
@@ -166,6 +170,7 @@ class Learner:
         on_step: OnStep,
         *,
         prune: bool = True,
+        factors: Trained = "both",
     ) -> tuple[Adapter, TrainReport]:
         settings = self._job.training
 
@@ -179,6 +184,7 @@ class Learner:
             settings=settings.model_copy(update={"steps": steps}),
             learning_rate=learning_rate(self._job, rank),
             pruning=self._job.pruning if prune else None,
+            factors=factors,
             on_progress=progress,
         )
         return answer

@@ -7,6 +7,7 @@ import math
 from edge_client.errors import TrainingDiverged
 from edge_client.learner import Learned
 from protocol.bands import to_tensors
+from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job, Round, UploadManifest, describe_file, upload_id
 from protocol.tensors import encode
@@ -27,7 +28,8 @@ def make_update(
             "text"
         )
     fault_point("device.update.made")
-    data = encode(to_tensors(learned.change), job.encoding_up)
+    trained = trained_factors(job.training.factors, now.number)
+    data = encode(to_tensors(learned.change, trained), job.encoding_up)
     manifest = UploadManifest(
         job=job.job,
         device=device,

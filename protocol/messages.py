@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_count, chunk_hash, file_hash, split
+from protocol.factors import Factoring
 from protocol.tensors import Encoding
 from protocol.topics import NAME
 
@@ -83,6 +84,8 @@ class Training(Message):
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_norm: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 2
+    factors: Factoring = "both"
+    """Train A and B in every round, or in turn; see `protocol.factors`."""
 
 
 class Pruning(Message):

@@ -24,6 +24,7 @@ from edge_client.prune import head_rank, penalty
 from edge_client.trainer.base import OnStep, TrainReport
 from edge_client.trainer.loss import chunked_cross_entropy, full_cross_entropy
 from protocol.adapter import Adapter, Factors
+from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 
 TRAINED, REMAINDER = "trained", "remainder"
@@ -62,8 +63,10 @@ class TorchTrainer:
         learning_rate: float,
         pruning: Pruning | None,
         on_step: OnStep,
+        factors: Trained = "both",
     ) -> TrainReport:
         started = time.monotonic()
+        self._train_only(factors)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         # The basis of A and B turns with every product merge: moments start anew each round.
         optimizer = torch.optim.AdamW(
@@ -114,6 +117,11 @@ class TorchTrainer:
             },
             self.scale,
         )
+
+    def _train_only(self, factors: Trained) -> None:
+        for name, parameter in self.model.named_parameters():
+            if f".{TRAINED}." in name:
+                parameter.requires_grad_(factors == "both" or f".lora_{factors}." in name)
 
     # -- a step ----------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from edge_client.trainer.base import TrainReport
 from edge_client.trainer.pipe import receive, send
 from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
+from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 
 if TYPE_CHECKING:
@@ -197,8 +198,9 @@ class Worker:
         settings: Training,
         learning_rate: float,
         pruning: Pruning | None,
+        factors: Trained = "both",
     ) -> tuple[Adapter, TrainReport]:
-        """Train what is loaded, reading on where `stream` stopped; then unload it.
+        """Train `factors` of what is loaded, reading on where `stream` stopped; then unload it.
 
         A stream is the fleet's, or the local comparison's.
         """
@@ -215,6 +217,7 @@ class Worker:
             learning_rate=learning_rate,
             pruning=pruning,
             on_step=lambda step, loss: self._progress((step, loss)),
+            factors=factors,
         )
         adapter = trainer.adapter()
         self._unload()
