@@ -29,6 +29,7 @@ from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolErro
 from protocol.events import EventLog
 from protocol.factors import trained_factors
 from protocol.faults import fault_point
+from protocol.layers import from_bitmap, only
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
@@ -63,7 +64,7 @@ class Intake:
         self._messages = Bucket()
         self._bytes = RoundBytes()
         self._window = ChunkWindow()
-        self._limits: dict[tuple[str, int, int, int], int] = {}
+        self._limits: dict[tuple[str, int, int, int, str | None], int] = {}
         self._asked_round = 0
         self._asked: set[tuple[str, int]] = set()
         """Chunks of this round that came broken and were asked for again: upload, index."""
@@ -256,6 +257,8 @@ class Intake:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
+        if why := _unfit_modules(self._job, manifest):
+            return why
         if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
         if self._sent_too_much(manifest):
@@ -278,7 +281,8 @@ class Intake:
 
     def _round_limit(self, manifest: UploadManifest) -> int:
         """Return the bytes that a device may send in an attempt; worked out once."""
-        key = (manifest.upload, manifest.rank, manifest.rank_trained, manifest.held)
+        ranks = manifest.rank, manifest.rank_trained, manifest.held
+        key = (manifest.upload, *ranks, manifest.modules)
         if key not in self._limits:
             if len(self._limits) >= LIMITS_KEPT:
                 self._limits.clear()
@@ -329,8 +333,8 @@ def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
 
 
 def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
-    """Return which directions of each module an upload changes."""
-    return module_directions(
+    """Return which directions of each module an upload changes; its `modules` are checked."""
+    chosen = module_directions(
         job.base.modules,
         job.directions,
         job=job.job,
@@ -340,6 +344,22 @@ def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarra
         held=manifest.held,
         rank=manifest.rank,
     )
+    if manifest.modules is None:
+        return chosen
+    return only(chosen, from_bitmap(job.base.modules, manifest.modules))
+
+
+def _unfit_modules(job: Job, manifest: UploadManifest) -> str:
+    """Say what is wrong with the modules that an upload claims; empty if nothing is."""
+    if manifest.modules is None:
+        return ""
+    if job.layers == "all":
+        return "it has some modules only, this job trains all"
+    try:
+        from_bitmap(job.base.modules, manifest.modules)
+    except ProtocolError as error:
+        return str(error)
+    return ""
 
 
 def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:

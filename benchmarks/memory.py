@@ -37,6 +37,8 @@ class Case:
     held: int
     micro_batch: int = 1
     steps_of: int = 1
+    blocks: int = 0
+    """The last so many are trained; 0: all."""
 
 
 QUICK = (
@@ -45,6 +47,7 @@ QUICK = (
     Case("f32", False, 64, 64),
     Case("bf16", True, 2, 64),
     Case("bf16", False, 16, 64, 2, 2),
+    Case("f32", False, 2, 64, blocks=1),
 )
 CASES = (
     *QUICK,

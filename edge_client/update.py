@@ -40,6 +40,7 @@ def make_update(
         rank=learned.rank,
         rank_trained=learned.rank_trained,
         held=learned.held,
+        modules=learned.modules,
         encoding=job.encoding_up,
         file=describe_file(data),
         examples=learned.report.tokens,

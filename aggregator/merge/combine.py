@@ -77,8 +77,9 @@ def factor_average(layer: LayerUpdates) -> Combined:
 
     B̄[:, h] = Σp_k B_k[:, h], Ā[h] = Σp_k A_k[h] (zero-padded to R). A foreign scale is folded
     into B alone. A frozen factor stays as it is, so that the average is the mean of the products
-    (LoRA-A², arXiv 2410.22815); a foreign scale goes to the other one. What is carried is a product: with it the average becomes one too, which is where
-    alone `split` has a meaning. Source: HetLoRA, arXiv 2401.06432.
+    (LoRA-A², arXiv 2410.22815); a foreign scale goes to the other one. What is carried is a
+    product: with it the average becomes one too, which is where alone `split` has a meaning.
+    Source: HetLoRA, arXiv 2401.06432.
     """
     d_out, d_in = layer.shape
     a, b = np.zeros((layer.rank, d_in)), np.zeros((d_out, layer.rank))

@@ -111,9 +111,9 @@ class TorchTrainer:
                     layer.lora_A[TRAINED].weight.detach().numpy().copy(),
                     layer.lora_B[TRAINED].weight.detach().numpy().copy(),
                 )
-                if TRAINED in layer.lora_A
-                else _empty(self.shapes[name])
-                for name, layer in self._layers.items()
+                if (layer := self._layers.get(name)) and TRAINED in layer.lora_A
+                else _empty(shape)
+                for name, shape in self.shapes.items()
             },
             self.scale,
         )

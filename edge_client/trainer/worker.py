@@ -34,6 +34,7 @@ from edge_client.trainer.pipe import receive, send
 from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
 from protocol.factors import Trained
+from protocol.layers import last_blocks, within
 from protocol.messages import Pruning, Training
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Worker:
         self._floor = 0.0
 
     def calibrate(
-        self, model: Path, dtype: str, threads: int, seq_len: int, scale: float
+        self, model: Path, dtype: str, threads: int, seq_len: int, scale: float, blocks: int
     ) -> ProbeReport:
         """Run probe rounds for each way of training with `dtype`; see edge_client.memory."""
         from edge_client.model import load_tokenizer
@@ -116,7 +117,9 @@ class Worker:
         for tokens in (long, short):
             for checkpointing in (True, False):
                 for _ in range(2):
-                    measured[tokens, checkpointing] = self._probe(tokens, checkpointing, scale)
+                    measured[tokens, checkpointing] = self._probe(
+                        tokens, checkpointing, scale, blocks
+                    )
         probes = {}
         for checkpointing in (True, False):
             long_peak_mib, start_mib = measured[long, checkpointing]
@@ -128,9 +131,11 @@ class Worker:
             )
         return ProbeReport(self._floor, weights_mib, probes)
 
-    def _probe(self, tokens: int, checkpointing: bool, scale: float) -> tuple[float, float]:
+    def _probe(
+        self, tokens: int, checkpointing: bool, scale: float, blocks: int
+    ) -> tuple[float, float]:
         """Do a round with two steps, as a device does; return their peak, and what it began at."""
-        self._plan = Plan(PROBE_RANK, PROBE_HELD, 1, tokens, checkpointing, "", 1, 0.0, 0.0)
+        self._plan = Plan(PROBE_RANK, PROBE_HELD, 1, tokens, checkpointing, "", 1, 0.0, 0.0, blocks)
         self._rows = {"train": [_probe_row(tokens)], "held_out": [_probe_row(tokens)]}
         self._streams = {}
         _settle()
@@ -151,8 +156,11 @@ class Worker:
         if rank is None:
             self.load(None, whole)
         else:
-            rest = {n: f.take(slice(rank, None)) for n, f in whole.layers.items()}
-            self.load(whole.truncated(rank), Adapter(rest, scale))
+            modules = last_blocks(trainer.shapes, self._plan.blocks if self._plan else 0)
+            rest = {
+                n: f.take(slice(rank if n in modules else 0, None)) for n, f in whole.layers.items()
+            }
+            self.load(within(whole.truncated(rank), modules), Adapter(rest, scale))
         del whole
         _settle()
 
@@ -228,8 +236,9 @@ class Worker:
         from edge_client.data import evaluation_batches
 
         trainer, plan = self._ready()
-        # Without gradients twice the rows take less than a training step.
-        loss = trainer.evaluate(evaluation_batches(self._rows[split], 2 * plan.micro_batch))
+        # Without gradients twice the rows take less than a training step of all blocks.
+        rows = plan.micro_batch * (1 if plan.blocks else 2)
+        loss = trainer.evaluate(evaluation_batches(self._rows[split], rows))
         self._unload()
         return loss
 

@@ -50,7 +50,9 @@ def test_an_upload_of_the_factor_of_its_round_is_counted_and_completed(
     first = versions.load(1)
     for module, at in sent.directions.items():
         before, after = first.layers[module].take(at), sent.adapter.layers[module]
-        np.testing.assert_array_equal(*((after.a, before.a) if number == 1 else (after.b, before.b)))
+        np.testing.assert_array_equal(
+            *((after.a, before.a) if number == 1 else (after.b, before.b))
+        )
         moved = after.b - before.b if number == 1 else after.a - before.a
         assert np.abs(moved).max() > 0.01
 

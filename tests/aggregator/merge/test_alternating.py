@@ -33,9 +33,7 @@ def round_of(seed: int, trained: Trained, *, mode: str, ranks: tuple[int, ...]) 
             mine.a + (0 if trained == "B" else moved.a), mine.b + (0 if trained == "A" else moved.b)
         )
         updates.append(Update(f"d{k}", Adapter({"m": after}, SCALE), {"m": at}, 1 + 3 * k, {}))
-    return RoundView(
-        Adapter({"m": before}, SCALE), updates, {"m": SHAPE}, RANK, 0, trained=trained
-    )
+    return RoundView(Adapter({"m": before}, SCALE), updates, {"m": SHAPE}, RANK, 0, trained=trained)
 
 
 @pytest.mark.parametrize("rule", AVERAGES)
