@@ -261,8 +261,7 @@ class Agent:
             self._train()
         elif self._private is not None and self._private.is_due(now):
             assert self._adapter is not None
-            self._private.train(self._learner, self._adapter, now.version)
-            self._say("idle")
+            self._private.train(self._learner, self._adapter)
         elif now.state == "finished":
             self._finish()
 

@@ -66,7 +66,7 @@ class Learning(Protocol):
     def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned: ...
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]: ...
     def train_private(
-        self, private: Adapter, shared: Adapter, on_step: OnStep
+        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
     ) -> tuple[Adapter, TrainReport]: ...
     def evaluate(
         self,
@@ -137,17 +137,16 @@ class Learner:
         return self._persist(attempt)
 
     def train_private(
-        self, private: Adapter, shared: Adapter, on_step: OnStep
+        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
     ) -> tuple[Adapter, TrainReport]:
-        """Train an adapter of the device's own for a round's steps; the shared one is frozen."""
+        """Train an adapter of the device's own; the shared one is frozen."""
 
         def attempt() -> tuple[Adapter, TrainReport]:
             held, modules = shared.truncated(self.plan.held), self._trained_modules
-            steps, rank = self._job.training.steps, private.rank
             frozen = stacked(held, beyond(private, modules), 1.0)
             mine = within(private, modules)
             trained, report = self._train(
-                "private", mine, frozen, rank, steps, on_step, prune=False
+                "private", mine, frozen, private.rank, steps, on_step, prune=False
             )
             layers = {n: (trained if n in modules else private).layers[n] for n in private.layers}
             return Adapter(layers, private.scale), report

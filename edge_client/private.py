@@ -1,9 +1,11 @@
-"""The device's private adapter in one job: trained after each round, kept, mixed at the end.
+"""The device's private adapter in one job: trained when the job is finished, kept, then mixed.
 
-It is trained once beside each version of the shared adapter that the device receives, when its
-update of the round has been taken; the last time beside the version that the job ends with. What is
-trained is kept before anything else happens, under a name that says beside which version: a device
-that is killed at any point trains no version twice but the one it was at. Nothing of it is sent.
+It is trained beside the version that the job ended with, which stays as it is, for as many steps as
+the job had, in parts. Each part is kept before the next begins, under a name that says how many
+there are: a device that is killed at any point does one part again. Nothing of it is sent.
+
+Source: FedDPA-F, arXiv 2403.19211. Its other form, FedDPA-T, trains beside every version: with as
+many steps in as many parts that came to the same loss, and it delays rounds.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from protocol.messages import Job, Round
 from protocol.tensors import encode
 
 KEPT = "private-kept"
+PART_STEPS = 50
+"""A part has as many steps as a round, and this many at least: with each Adam begins anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +66,36 @@ class Private:
     def __init__(self, job: Job, device: str, rank: int, state: Path, events: EventLog) -> None:
         self._job, self._rank, self._state, self._events = job, rank, state, events
         self._folder = state / KEPT
-        self._version = max(self._kept(), default=0)
-        """The version of the shared adapter that it was trained beside last."""
-        self._adapter = (
-            self._read(self._version) if self._version else first_private(job, device, rank)
-        )
+        self._steps = job.training.steps * job.rounds
+        self._part_steps = max(PART_STEPS, job.training.steps)
+        self._done = max(self._kept(), default=0)
+        """Parts that it has been trained for."""
+        self._adapter = self._read(self._done) if self._done else first_private(job, device, rank)
 
     def is_due(self, now: Round) -> bool:
-        """Say whether it has not been trained beside the version of the round."""
-        return now.state != "waiting" and now.version > self._version
+        """Say whether the job is finished, and steps of its training are left."""
+        return now.state == "finished" and self._done * self._part_steps < self._steps
 
-    def train(self, learner: Learning, shared: Adapter, version: int) -> None:
-        """Train it for as many steps as a round has, beside a version that stays as it is.
+    def train(self, learner: Learning, shared: Adapter) -> None:
+        """Train it for a part beside the shared adapter.
 
         What has diverged is not taken: it goes on from what it was.
         """
-        steps = self._job.training.steps
-        self._events.emit("state", state="training its private adapter")
+        before = self._done * self._part_steps
 
         def on_step(step: int, loss: float) -> None:
-            self._events.emit("private", step=step, steps=steps, loss=round(loss, 4))
+            self._events.emit("private", step=before + step, steps=self._steps, loss=round(loss, 4))
 
-        trained, report = learner.train_private(self._adapter, shared, on_step)
+        trained, report = learner.train_private(
+            self._adapter,
+            shared,
+            steps=min(self._part_steps, self._steps - before),
+            on_step=on_step,
+        )
         fine = _is_finite(trained)
-        self._keep(trained if fine else self._adapter, version)
+        self._keep(trained if fine else self._adapter, self._done + 1)
         self._events.emit(
-            "private-trained", version=version, rank=self._rank, loss=report.loss, taken=fine
+            "private-kept", part=self._done, loss=report.loss, steps=report.steps, diverged=not fine
         )
 
     def mix(self, learner: Learning, shared: Adapter) -> Mixed:
@@ -112,26 +120,26 @@ class Private:
 
     # -- on disk ---------------------------------------------------------------------------------
 
-    def _file(self, version: int) -> Path:
-        return self._folder / f"{self._job.job}.r{self._rank}.v{version}.safetensors"
+    def _file(self, done: int) -> Path:
+        return self._folder / f"{self._job.job}.r{self._rank}.part{done}.safetensors"
 
     def _kept(self) -> list[int]:
-        """Return the versions beside which it was trained and whose files are here."""
-        pattern = re.escape(self._file(0).name).replace("v0", r"v(\d+)")
+        """Return after how many parts there are files: of one, or of two after a kill."""
+        pattern = re.escape(self._file(0).name).replace("part0", r"part(\d+)")
         names = (path.name for path in self._folder.glob("*.safetensors"))
         return [int(found[1]) for name in names if (found := re.fullmatch(pattern, name))]
 
-    def _keep(self, adapter: Adapter, version: int) -> None:
+    def _keep(self, adapter: Adapter, done: int) -> None:
         older = self._kept()
         with keeping("the private adapter", self._state):
             data = encode(to_tensors(adapter), "f32")
-            write_durably(self._file(version), data, mode=PRIVATE)
+            write_durably(self._file(done), data, mode=PRIVATE)
             for one in older:
                 self._file(one).unlink()
-        self._adapter, self._version = adapter, version
+        self._adapter, self._done = adapter, done
 
-    def _read(self, version: int) -> Adapter:
-        job, path = self._job, self._file(version)
+    def _read(self, done: int) -> Adapter:
+        job, path = self._job, self._file(done)
         shapes = job.base.modules
         ranks = {name: module_rank(shape, self._rank) for name, shape in shapes.items()}
         try:

@@ -20,15 +20,19 @@ from edge_client.private import Private
 from edge_client.trainer.base import TrainReport
 from protocol.adapter import Adapter, Factors, initial_adapter
 from protocol.events import EventLog
-from protocol.messages import BaseModelInfo, Job, Round
+from protocol.messages import BaseModelInfo, Job, Round, Training
 
 MODULES = {"l.0.q": (6, 5), "l.0.k": (2, 5)}
 SHARED_RANK, RANK = 4, 3
+MOVED = 6 * 3 + 2 * 2
+"""Numbers in B: each part adds one to each."""
 JOB = Job(
     job="notes",
     base=BaseModelInfo(name="toy", sha256="0" * 64, parameters=1, modules=MODULES),
     scale=2.0,
     ladder=[2, SHARED_RANK],
+    rounds=10,
+    training=Training(steps=12),
 )
 
 
@@ -54,9 +58,9 @@ class Learning:
     best: float = 0.5
 
     def train_private(
-        self, private: Adapter, shared: Adapter, on_step: OnStep
+        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
     ) -> tuple[Adapter, TrainReport]:
-        self.trained.append(shared.rank)
+        self.trained.append(steps)
         on_step(1, 2.0)
         moved = {n: Factors(f.a, f.b + np.float32(self.step)) for n, f in private.layers.items()}
         return Adapter(moved, private.scale), TrainReport(1, 10, 2.0, 0.0)
@@ -72,10 +76,8 @@ def made(folder: Path, rank: int = RANK) -> Private:
     return Private(JOB, "desk", rank, folder, EventLog(as_json=True, stream=io.StringIO()))
 
 
-def at(version: int, state: str = "open") -> Round:
-    return Round.model_validate(
-        {"job": "notes", "number": version, "state": state, "version": version}
-    )
+def at(state: str) -> Round:
+    return Round.model_validate({"job": "notes", "number": 2, "state": state, "version": 3})
 
 
 def numbers(private: Private) -> float:
@@ -103,47 +105,48 @@ def test_a_stack_adds_the_scaled_deltas_exactly(weight: float) -> None:
         np.testing.assert_allclose(2.0 * factors.b @ factors.a, wanted, atol=1e-5)
 
 
-def test_it_is_trained_once_beside_each_version_and_goes_on_after_a_restart(
+def test_it_is_trained_part_by_part_once_the_job_is_finished_and_goes_on_after_a_restart(
     tmp_path: Path,
 ) -> None:
     private, learning = made(tmp_path), Learning()
-    assert not private.is_due(at(1, "waiting"))
-    for version in (1, 2):
-        assert private.is_due(at(version))
-        private.train(learning, drawn(SHARED_RANK, 1), version)
-        assert not private.is_due(at(version))
-    before = numbers(private)
-    again = made(tmp_path)
-    assert numbers(again) == before != 0
-    assert not again.is_due(at(2, "finished"))
-    assert again.is_due(at(3, "finished"))
+    assert not private.is_due(at("waiting"))
+    assert not private.is_due(at("open"))
+    for part in (1, 2, 3):
+        assert private.is_due(at("finished"))
+        private.train(learning, drawn(SHARED_RANK, 1))
+        again = made(tmp_path)
+        assert numbers(again) == numbers(private) == part * MOVED
+        private = again
+    assert not private.is_due(at("finished"))
+    assert learning.trained == [50, 50, 20]
     (kept,) = (tmp_path / "private-kept").iterdir()
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
 def test_another_rank_begins_anew_and_leaves_the_other_be(tmp_path: Path) -> None:
-    made(tmp_path).train(Learning(), drawn(SHARED_RANK, 1), 1)
+    first = made(tmp_path)
+    first.train(Learning(), drawn(SHARED_RANK, 1))
     other = made(tmp_path, rank=2)
-    assert other.is_due(at(1))
     assert numbers(other) == 0
-    other.train(Learning(), drawn(SHARED_RANK, 1), 1)
-    assert not made(tmp_path).is_due(at(1))
+    other.train(Learning(), drawn(SHARED_RANK, 1))
+    assert numbers(made(tmp_path)) == numbers(first) != 0
 
 
 def test_what_has_diverged_is_not_taken(tmp_path: Path) -> None:
     private = made(tmp_path)
-    private.train(Learning(), drawn(SHARED_RANK, 1), 1)
+    private.train(Learning(), drawn(SHARED_RANK, 1))
     before = numbers(private)
-    private.train(Learning(step=float("nan")), drawn(SHARED_RANK, 1), 2)
+    private.train(Learning(step=float("nan")), drawn(SHARED_RANK, 1))
     assert numbers(private) == numbers(made(tmp_path)) == before
-    assert not private.is_due(at(2))
+    (kept,) = (tmp_path / "private-kept").iterdir()
+    assert kept.name == "notes.r3.part2.safetensors"
 
 
 def test_a_damaged_file_is_said_in_one_line(tmp_path: Path) -> None:
-    made(tmp_path).train(Learning(), drawn(SHARED_RANK, 1), 1)
+    made(tmp_path).train(Learning(), drawn(SHARED_RANK, 1))
     (kept,) = (tmp_path / "private-kept").iterdir()
     kept.write_bytes(kept.read_bytes()[:100])
-    with pytest.raises(StorageError, match=r"private adapter in .*v1\.safetensors is damaged"):
+    with pytest.raises(StorageError, match=r"private adapter in .*part1\.safetensors is damaged"):
         made(tmp_path)
 
 
@@ -151,7 +154,7 @@ def test_the_weight_is_chosen_on_the_trust_split_and_the_losses_are_of_held_out_
     tmp_path: Path,
 ) -> None:
     private, learning, shared = made(tmp_path), Learning(), drawn(SHARED_RANK, 1)
-    private.train(learning, shared, 1)
+    private.train(learning, shared)
     mixed = private.mix(learning, shared)
     assert (mixed.weight, mixed.loss_shared, mixed.loss_mixed) == (0.5, 1.5, 1.0)
     assert {split for weight, split in learning.splits if weight not in (0.0, 0.5)} == {"trust"}
@@ -167,7 +170,7 @@ def test_what_does_not_help_is_left_out(
     tmp_path: Path, worse: Callable[[float], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private, learning, shared = made(tmp_path), Learning(), drawn(SHARED_RANK, 1)
-    private.train(learning, shared, 1)
+    private.train(learning, shared)
 
     def evaluate(adapter: object, split: str, *, private: object, weight: float) -> float:
         return worse(weight) if weight else 1.0

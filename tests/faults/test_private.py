@@ -12,9 +12,11 @@ from edge_client.evaluate import evaluate_peft
 from tests.faults.processes import SmallFleet
 
 pytestmark = pytest.mark.timeout(240)  # seconds where nobody else uses the machine: below 60
-RANK = 2
+RANK, STEPS = 2, 40
+"""Two rounds of these are two parts, of 50 and 30 steps."""
 
 
+@pytest.mark.parametrize("fleet", [STEPS], indirect=True)
 def test_a_private_adapter_outlives_kills_and_is_mixed_at_the_end(
     fleet: SmallFleet, tmp_path: Path
 ) -> None:
@@ -22,23 +24,26 @@ def test_a_private_adapter_outlives_kills_and_is_mixed_at_the_end(
     aggregator.wait_for("serving")
     desk = fleet.device("desk")
     first = fleet.device("kitchen", "--private-rank", RANK)
+    for number in (1, 2):
+        first.wait_for("step", round=number, step=1)
     first.wait_for("private", step=1)
     first.end(signal.SIGKILL)
-    assert not first.of("private-trained")
+    assert not first.of("private-kept")
 
     second = fleet.device("kitchen", "--private-rank", RANK)
-    assert second.wait_for("private-trained")["version"] == 1
+    assert second.wait_for("private-kept")["part"] == 1
     second.end(signal.SIGKILL)
 
     third = fleet.device("kitchen", "--private-rank", RANK, fault="file.written:1")
     assert third.wait() == -signal.SIGKILL
-    assert third.of("private")  # beside version 2, and not kept
-    assert not third.of("private-trained")
+    assert third.of("private")  # of the second part, which is not kept
+    assert not third.of("private-kept")
 
     last = fleet.device("kitchen", "--private-rank", RANK)
     assert [last.wait(), desk.wait(), aggregator.wait()] == [0, 0, 0]
     fleet.counted_once(aggregator)
-    assert [event["version"] for event in last.of("private-trained")] == [2, 3]
+    assert [event["part"] for event in last.of("private-kept")] == [2]
+    assert [event["step"] for event in last.of("private")] == list(range(51, 81))
     sizes = {e["device"]: e["bytes"] for e in aggregator.of("counted")}
     assert sizes["kitchen"] == sizes["desk"], "nothing more is sent"
 
