@@ -57,7 +57,7 @@ def test_a_private_adapter_outlives_kills_and_is_mixed_at_the_end(
     through_peft = evaluate_peft(
         str(base_tiny.PATH), folders, [tmp_path / "kitchen.txt"], max_tokens=64, seed=0
     )
-    assert [losses[0] for losses in through_peft] == pytest.approx(
+    assert [next(iter(losses.values())) for losses in through_peft] == pytest.approx(
         [mixed["loss_shared"], mixed["loss_mixed"]], abs=0.02
     )
     assert "private" not in desk.of("finished")[0]
