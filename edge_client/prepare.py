@@ -77,11 +77,12 @@ def find_base(settings: Settings, job: Job) -> Path:
 def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = inf) -> Plan:
     """Measure what training takes on this device, and choose how to train.
 
-    `below_mib` is a predicted peak that was too much (`Outbox.ceiling_mib`).
+    `below_mib` is a predicted peak that was too much (`Outbox.ceiling_mib`). Fewer blocks than all
+    are measured only where no plan of more blocks fits, or the owner wants it so.
 
     Raises:
         NoPlanFits: the device's memory is too small for the job.
-        ConfigError: its memory is unknown.
+        ConfigError: its memory is unknown, or the owner asks for blocks that there are not.
     """
     refused: NoPlanFits | None = None
     for blocks in block_choices(settings, job):
