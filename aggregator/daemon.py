@@ -24,6 +24,7 @@ from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
 from protocol.events import EventLog
+from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
@@ -319,12 +320,14 @@ class Daemon:
 def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
     """Merge the counted updates of a round by the job's rule."""
     updates = []
+    trained = trained_factors(job.training.factors, state.number)
     for manifest in store.uploads_of(state.number, "counted"):
         data = store.update_file(manifest).read_bytes()
         update = read_update(job, versions, manifest, data)
         if behind := state.number - manifest.round:
             update = completed(update, versions.load(manifest.version))
             update = replace(update, staleness=behind)
+            trained = "both"  # it has other rows than the previous global of what it left frozen
         updates.append(update)
     view = RoundView(
         versions.load(state.version),
@@ -333,5 +336,6 @@ def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -
         job.rank,
         seed=job.seed + state.number,
         memory=read_memory(store),
+        trained=trained,
     )
     return merge(job.rule, view, settings=job.rule_settings)

@@ -27,7 +27,9 @@ from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
+from protocol.factors import trained_factors
 from protocol.faults import fault_point
+from protocol.layers import from_bitmap, only
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.metrics import wrong_metric
 from protocol.signing import SigningKey, open_message
@@ -63,7 +65,7 @@ class Intake:
         self._messages = Bucket()
         self._bytes = RoundBytes()
         self._window = ChunkWindow()
-        self._limits: dict[tuple[str, int, int, int], int] = {}
+        self._limits: dict[tuple[str, int, int, int, str | None], int] = {}
         self._asked_round = 0
         self._asked: set[tuple[str, int]] = set()
         """Chunks of this round that came broken and were asked for again: upload, index."""
@@ -274,7 +276,7 @@ class Intake:
             return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
         if manifest.encoding != self._job.encoding_up:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
-        if why := wrong_metric(manifest.metrics):
+        if why := wrong_metric(manifest.metrics) or _unfit_modules(self._job, manifest):
             return why
         if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
@@ -298,7 +300,8 @@ class Intake:
 
     def _round_limit(self, manifest: UploadManifest) -> int:
         """Return the bytes that a device may send in an attempt; worked out once."""
-        key = (manifest.upload, manifest.rank, manifest.rank_trained, manifest.held)
+        ranks = manifest.rank, manifest.rank_trained, manifest.held
+        key = (manifest.upload, *ranks, manifest.modules)
         if key not in self._limits:
             if len(self._limits) >= LIMITS_KEPT:
                 self._limits.clear()
@@ -342,12 +345,13 @@ class Intake:
 def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
     """Return the tensors that an upload must have."""
     ranks = {name: len(at) for name, at in upload_directions(job, manifest).items()}
-    return stacks(job.base.modules, ranks)
+    trained = trained_factors(job.training.factors, manifest.round)
+    return stacks(job.base.modules, ranks, trained)
 
 
 def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
-    """Return which directions of each module an upload changes."""
-    return module_directions(
+    """Return which directions of each module an upload changes; its `modules` are checked."""
+    chosen = module_directions(
         job.base.modules,
         job.directions,
         job=job.job,
@@ -357,17 +361,36 @@ def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarra
         held=manifest.held,
         rank=manifest.rank,
     )
+    if manifest.modules is None:
+        return chosen
+    return only(chosen, from_bitmap(job.base.modules, manifest.modules))
+
+
+def _unfit_modules(job: Job, manifest: UploadManifest) -> str:
+    """Say what is wrong with the modules that an upload claims; empty if nothing is."""
+    if manifest.modules is None:
+        return ""
+    if job.layers == "all":
+        return "it has some modules only, this job trains all"
+    try:
+        from_bitmap(job.base.modules, manifest.modules)
+    except ProtocolError as error:
+        return str(error)
+    return ""
 
 
 def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:
     """Return what an upload's bytes say: absolute factors of the directions it trained.
+
+    A factor that the round does not train is the one of the version that it started from.
 
     Raises:
         BadTensors: they are not what the manifest and the job imply.
     """
     chosen = upload_directions(job, manifest)
     ranks = {name: len(at) for name, at in chosen.items()}
-    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding)
+    trained = trained_factors(job.training.factors, manifest.round)
+    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding, trained)
     before = select(versions.load(manifest.version), chosen)
     return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
 

@@ -7,7 +7,7 @@ would on the wire.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +23,7 @@ from edge_client.data import (
     tokenize,
 )
 from edge_client.learner import learn, learning_rate
+from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.model import load_tokenizer
 from edge_client.plan import Plan
 from edge_client.trainer.base import TrainReport
@@ -35,6 +36,8 @@ from protocol.adapter import (
     module_directions,
     select,
 )
+from protocol.factors import Trained, trained_factors
+from protocol.layers import last_blocks, only
 from protocol.messages import BaseModelInfo, Job, Training
 from protocol.tensors import round_trip
 
@@ -49,6 +52,8 @@ class SimulatedDevice:
     rank: int
     held: int
     data: tuple[Path, ...]
+    blocks: int = 0
+    """The last so many are trained; 0: all."""
 
 
 class Simulation:
@@ -94,6 +99,11 @@ class Simulation:
 
     def federated(self, job: Job) -> Adapter:
         """Run a job to its end; return the shared adapter."""
+        *_, last = self.versions(job)
+        return last
+
+    def versions(self, job: Job) -> Iterator[Adapter]:
+        """Run a job; yield the shared adapter as each round leaves it."""
         streams = {d.name: self._stream(d) for d in self.devices}
         ranks = {d.name: d.rank for d in self.devices}
         shared = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
@@ -104,9 +114,38 @@ class Simulation:
                     job, device, ranks[device.name], shared, number, streams[device.name]
                 )
                 updates.append(update)
-            view = RoundView(shared, updates, job.base.modules, job.rank, job.seed + number)
+            view = RoundView(
+                shared,
+                updates,
+                job.base.modules,
+                job.rank,
+                job.seed + number,
+                trained=trained_factors(job.training.factors, number),
+            )
             shared = _rounded(merge(job.rule, view, settings=job.rule_settings).adapter, job)
-        return shared
+            yield shared
+
+    def mixed(
+        self, job: Job, rank: int, versions: Sequence[Adapter], steps: int
+    ) -> dict[str, tuple[float, float]]:
+        """Return each device's mixing weight, and its held-out loss with a private adapter.
+
+        It trains `steps` beside each of the shared adapters in turn, and is mixed with the last.
+        """
+        settings = job.training.model_copy(update={"steps": steps})
+        found = {}
+        for device in self.devices:
+            private, stream = first_private(job, device.name, rank), self._stream(device)
+            for shared in versions:
+                private, _ = self._train(job, private, shared, stream, settings, False)
+
+            def loss(weight: float, split: str, of: Adapter = private, d: Any = device) -> float:
+                self._trainer.load(NOTHING, stacked(versions[-1], of, weight), self._plan)
+                return self._loss(d, split)
+
+            _, weight = min((loss(weight, "trust"), weight) for weight in WEIGHTS)
+            found[device.name] = weight, loss(weight, "held_out")
+        return found
 
     def alone(self, job: Job) -> tuple[float, float]:
         """Train every device by itself with the whole job's budget; return `losses` of that."""
@@ -152,9 +191,10 @@ class Simulation:
         held = shared.truncated(max(device.held, rank) if job.remainder == "frozen" else rank)
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
-            return self._train(job, received, frozen, stream, job.training, True)
+            factors = trained_factors(job.training.factors, number)
+            return self._train(job, received, frozen, stream, job.training, True, factors)
 
-        learned = learn(job, device.name, held, rank, number, train)
+        learned = learn(job, device.name, held, rank, number, train, blocks=device.blocks)
         directions = module_directions(
             job.base.modules,
             job.directions,
@@ -165,6 +205,7 @@ class Simulation:
             held=learned.held,
             rank=learned.rank,
         )
+        directions = only(directions, last_blocks(job.base.modules, device.blocks))
         absolute = add(select(shared, directions), _rounded(learned.change, job))
         examples = learned.report.tokens
         return Update(device.name, absolute, dict(directions), examples, {}), learned.rank
@@ -177,6 +218,7 @@ class Simulation:
         stream: BatchStream,
         settings: Training,
         prune: bool,
+        factors: Trained = "both",
     ) -> tuple[Adapter, TrainReport]:
         self._trainer.load(trained, frozen, self._plan)
         report = self._trainer.train(
@@ -185,6 +227,7 @@ class Simulation:
             learning_rate=learning_rate(job, trained.rank),
             pruning=job.pruning if prune else None,
             on_step=lambda step, loss: None,
+            factors=factors,
         )
         return self._trainer.adapter(), report
 

@@ -20,6 +20,7 @@ from edge_client.learner import Learning
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.prepare import Equip, Equipment, TrainingEquipment
+from edge_client.private import Private
 from edge_client.sender import Sender
 from edge_client.standing import Standing
 from edge_client.storage import keep_adapter, keeping
@@ -64,6 +65,7 @@ class Agent:
         self._plan: Plan | None = None
         self._rank_start = 0
         self._learner: Learning | None = None
+        self._private: Private | None = None
         self._download: Download | None = None
         self._version: int | None = None
         self._adapter: Adapter | None = None
@@ -130,6 +132,10 @@ class Agent:
         self._plan = plan = self._make_plan(job.job)
         self._learner = learner = self._equipment.learner(plan, self._step_down)
         self._rank_start = plan.rank
+        if rank := self._settings.private_rank:
+            self._private = Private(
+                job, self._settings.name, rank, self._settings.state, self._events
+            )
         for problem in learner.text.problems[:20]:
             self._events.emit("skipped", where=problem)
         self._events.emit(
@@ -247,14 +253,17 @@ class Agent:
             self._fetch(self._job.job, now.version)
         elif self._outbox.pending():
             self._sender.offer(self._outbox.pending()[0])
-        elif now.state == "finished":
-            self._finish()
         elif (
             now.state == "open"
             and self._outbox.is_due(now)
             and in_cohort(self._settings.name, self._job.job, now.number, now.fraction)
         ):
             self._train()
+        elif self._private is not None and self._private.is_due(now):
+            assert self._adapter is not None
+            self._private.train(self._learner, self._adapter)
+        elif now.state == "finished":
+            self._finish()
 
     def _fetch(self, job: str, version: int) -> None:
         if self._download is not None and self._download.manifest.version != version:
@@ -308,6 +317,7 @@ class Agent:
         rank_end = self._rank
         if self._settings.compare_alone:
             loss["local"] = self._alone(self._job)
+        mixed = self._private.mix(self._learner, self._adapter) if self._private else None
         floor_mib, peak_mib = self._learner.memory()
         self._bytes()
         self._say("stopped", detail="the job is finished")
@@ -315,6 +325,7 @@ class Agent:
             "finished",
             adapter=str(folder),
             loss=loss,
+            **({"private": mixed.as_dict()} if mixed else {}),
             rank_start=self._rank_start,
             rank_end=rank_end,
             held_rank=self._adapter.rank,

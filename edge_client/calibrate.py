@@ -42,8 +42,11 @@ def calibrate(
     seq_len: int,
     scale: float,
     cache: Path,
+    blocks: int = 0,
 ) -> Calibration:
     """Return the constants for each dtype, measured now or remembered.
+
+    With `blocks` they are those of training the last so many; 0 stands for all.
 
     Raises:
         WorkerError: a probe's process died, for its memory perhaps; the dtype can't be used.
@@ -51,10 +54,10 @@ def calibrate(
     """
 
     def one(dtype: str) -> ProbeReport:
-        name = _name(base.sha256, dtype, threads, seq_len)
+        name = _name(base.sha256, dtype, threads, seq_len, blocks)
         return _remembered(
             cache / f"{name}.json",
-            lambda: _measure(model, dtype, threads, seq_len, scale),
+            lambda: _measure(model, dtype, threads, seq_len, scale, blocks),
         )
 
     with ThreadPoolExecutor(len(dtypes)) as pool:
@@ -63,17 +66,27 @@ def calibrate(
         floor_mib=max(r.floor_mib for r in reports.values()),
         weights_mib={dtype: r.weights_mib for dtype, r in reports.items()},
         activations={
-            way: fit(report.probes[way.checkpointing], base.modules, report.weights_mib, way)
+            way: fit(
+                report.probes[way.checkpointing], base.modules, report.weights_mib, way, blocks
+            )
             for dtype, report in reports.items()
             for way in (Way(dtype, checkpointing) for checkpointing in report.probes)
         },
     )
 
 
-def _measure(model: Path, dtype: str, threads: int, seq_len: int, scale: float) -> ProbeReport:
+def _measure(
+    model: Path, dtype: str, threads: int, seq_len: int, scale: float, blocks: int
+) -> ProbeReport:
     with TrainingProcess() as process:
         report: ProbeReport = process.call(
-            "calibrate", model=model, dtype=dtype, threads=threads, seq_len=seq_len, scale=scale
+            "calibrate",
+            model=model,
+            dtype=dtype,
+            threads=threads,
+            seq_len=seq_len,
+            scale=scale,
+            blocks=blocks,
         )
     return report
 
@@ -117,7 +130,9 @@ def _from_json(text: str) -> ProbeReport:
     )
 
 
-def _name(model_hash: str, dtype: str, threads: int, seq_len: int) -> str:
+def _name(model_hash: str, dtype: str, threads: int, seq_len: int, blocks: int) -> str:
     libraries = [f"{name}={version(name)}" for name in ("torch", "transformers", "peft")]
     what = [FORMAT, model_hash, dtype, threads, seq_len, *libraries]
+    if blocks:
+        what.append(f"blocks={blocks}")
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]

@@ -86,6 +86,12 @@ def run(
     compare_alone: Annotated[
         bool, typer.Option(help="At the end, train as much alone and report both.")
     ] = False,
+    private_rank: Annotated[
+        int, typer.Option(help="Rank of a private adapter that never leaves (default: none).")
+    ] = 0,
+    train_blocks: Annotated[
+        int, typer.Option(help="Train the last so many blocks alone, where the job lets you.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Take part in a job: train on own text, publish deltas, receive what the fleet learned."""
@@ -121,6 +127,8 @@ def run(
         seed=seed,
         exit_when_done=exit_when_done,
         compare_alone=compare_alone,
+        private_rank=private_rank,
+        train_blocks=train_blocks,
         wait_for_broker=not no_wait,
     )
     with lock_folder(settings.state, "edge-client"):

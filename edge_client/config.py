@@ -42,7 +42,12 @@ class Settings:
     seed: int = 0
     exit_when_done: bool = False
     compare_alone: bool = False
+    private_rank: int = 0
+    """Rank of an adapter of the device's own beside the shared one; 0: none."""
     wait_for_broker: bool = True
+
+    train_blocks: int = 0
+    """Train the last so many blocks alone, where the job lets a device; 0: as many as fit."""
 
     def __post_init__(self) -> None:
         """Check what a person gives.
@@ -56,6 +61,8 @@ class Settings:
             ("--memory-scale", 0 < self.memory_scale <= 1e9, "above 0, to 1e9"),
             ("--threads", 1 <= self.threads <= 1024, "from 1 to 1024, or 0: all cores but one"),
             ("--seed", 0 <= self.seed < 1 << 48, "from 0 to below 2^48"),
+            ("--private-rank", 0 <= self.private_rank <= 4096, "from 1 to 4096, or 0: none"),
+            ("--train-blocks", 0 <= self.train_blocks <= 4096, "from 1, or 0: as many as fit"),
             ("--job", not self.job or bool(re.fullmatch(NAME, self.job)), f"a name: {NAMES}"),
         ]
         for option, fine, what in bounds:

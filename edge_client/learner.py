@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edge_client.errors import WorkerKilled
+from edge_client.mixing import stacked
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, rank_after, tail_product
 from edge_client.trainer.base import TrainReport
@@ -26,6 +27,8 @@ from protocol.adapter import (
     select,
     without,
 )
+from protocol.factors import Trained, trained_factors
+from protocol.layers import beyond, last_blocks, only, to_bitmap, within
 from protocol.messages import Job
 from protocol.metrics import LOSS_BEFORE, asked_for
 
@@ -48,6 +51,8 @@ class Learned:
     report: TrainReport
     held: int
     """Directions that were held while training."""
+    modules: str | None = None
+    """The modules that were trained, as they travel; None: all."""
 
 
 StepDown = Callable[[Plan], Plan]
@@ -61,7 +66,17 @@ class Learning(Protocol):
 
     def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned: ...
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]: ...
-    def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float: ...
+    def train_private(
+        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
+    ) -> tuple[Adapter, TrainReport]: ...
+    def evaluate(
+        self,
+        adapter: Adapter | None,
+        split: str = "held_out",
+        *,
+        private: Adapter | None = None,
+        weight: float = 1.0,
+    ) -> float: ...
     def memory(self) -> tuple[float, float]: ...
     def stop(self) -> None: ...
 
@@ -94,12 +109,17 @@ class Learner:
 
     def _round(self, held: Adapter, rank: int, round_number: int, on_step: OnStep) -> Learned:
         held, rank = held.truncated(self.plan.held), min(rank, self.plan.rank)
+        factors = trained_factors(self._job.training.factors, round_number)
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             steps = self._job.training.steps
-            return self._train("fleet", received, frozen, received.rank, steps, on_step)
+            return self._train(
+                "fleet", received, frozen, received.rank, steps, on_step, factors=factors
+            )
 
-        return learn(self._job, self._device, held, rank, round_number, train)
+        return learn(
+            self._job, self._device, held, rank, round_number, train, blocks=self.plan.blocks
+        )
 
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
         """Train what the whole job trains, on the same text, with no exchange and in one go.
@@ -112,16 +132,45 @@ class Learner:
 
         def attempt() -> tuple[Adapter, TrainReport]:
             reach = min(rank, self.plan.rank)
-            start = whole.truncated(reach)
+            start = within(whole.truncated(reach), self._trained_modules)
             return self._train("alone", start, None, reach, steps, on_step, prune=False)
 
         return self._persist(attempt)
 
-    def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float:
-        """Return the loss on a split of the device's text, nats a token."""
+    def train_private(
+        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
+    ) -> tuple[Adapter, TrainReport]:
+        """Train an adapter of the device's own; the shared one is frozen."""
+
+        def attempt() -> tuple[Adapter, TrainReport]:
+            held, modules = shared.truncated(self.plan.held), self._trained_modules
+            frozen = stacked(held, beyond(private, modules), 1.0)
+            mine = within(private, modules)
+            trained, report = self._train(
+                "private", mine, frozen, private.rank, steps, on_step, prune=False
+            )
+            layers = {n: (trained if n in modules else private).layers[n] for n in private.layers}
+            return Adapter(layers, private.scale), report
+
+        return self._persist(attempt)
+
+    def evaluate(
+        self,
+        adapter: Adapter | None,
+        split: str = "held_out",
+        *,
+        private: Adapter | None = None,
+        weight: float = 1.0,
+    ) -> float:
+        """Return the loss on a split of the device's text, nats a token.
+
+        A `private` adapter times `weight` is added to the other, which the plan may cut.
+        """
 
         def attempt() -> float:
             held = adapter.truncated(self.plan.held) if adapter else None
+            if held is not None and private is not None:
+                held = stacked(held, private, weight)
             self._ask("load", trained=None, frozen=held)
             loss: float = self._ask("evaluate", split=split)
             return loss
@@ -138,6 +187,10 @@ class Learner:
         if self._process is not None:
             self._process.stop()
             self._process = None
+
+    @property
+    def _trained_modules(self) -> frozenset[str]:
+        return last_blocks(self._job.base.modules, self.plan.blocks)
 
     def _persist(self, work: Callable[[], T]) -> T:
         """Do something in the training process; where that is killed, again in a smaller one."""
@@ -167,6 +220,7 @@ class Learner:
         on_step: OnStep,
         *,
         prune: bool = True,
+        factors: Trained = "both",
     ) -> tuple[Adapter, TrainReport]:
         settings = self._job.training
 
@@ -181,17 +235,26 @@ class Learner:
             learning_rate=learning_rate(self._job, rank),
             pruning=self._job.pruning if prune else None,
             sampling=stream == "fleet" and LOSS_BEFORE in asked_for(self._job.rule_settings),
+            factors=factors,
             on_progress=progress,
         )
         return answer
 
 
 def learn(
-    job: Job, device: str, held: Adapter, rank: int, round_number: int, train: Train
+    job: Job,
+    device: str,
+    held: Adapter,
+    rank: int,
+    round_number: int,
+    train: Train,
+    *,
+    blocks: int = 0,
 ) -> Learned:
     """Return what a round comes to: draw directions, train them, cut what they do not need.
 
-    `train` gets the adapter to be trained and the frozen remainder, if the job keeps one.
+    `train` gets the adapter to be trained and the frozen remainder, if the job keeps one. Of the
+    modules those of the last `blocks` blocks are trained (0: all); the others are in the remainder.
     """
     chosen = module_directions(
         job.base.modules,
@@ -202,6 +265,10 @@ def learn(
         rank_trained=rank,
         held=held.rank,
     )
+    modules = None
+    if blocks:
+        mine = last_blocks(job.base.modules, blocks)
+        chosen, modules = only(chosen, mine), to_bitmap(job.base.modules, mine)
     received = select(held, chosen)
     frozen = without(held, chosen) if job.remainder == "frozen" else None
     rank = received.rank
@@ -210,7 +277,7 @@ def learn(
     before, after = tail_product(received, head), tail_product(trained, head)
     kept = rank_after(before, after, rank, head) if job.pruning.enabled else rank
     change = difference(trained.truncated(kept), received.truncated(kept))
-    return Learned(change, rank, kept, before, after, report, held.rank)
+    return Learned(change, rank, kept, before, after, report, held.rank, modules)
 
 
 def learning_rate(job: Job, rank: int) -> float:

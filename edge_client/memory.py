@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.adapter import Shapes, module_rank, parameter_count
+from protocol.layers import last_blocks
 
 MIB = float(1 << 20)
 WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES = 4, 4, 8
@@ -86,11 +87,17 @@ def lora_mib(shapes: Shapes, rank: int, *, gradients: bool = True) -> float:
     return parameter_count(shapes, rank) * each / MIB
 
 
-def remainder_mib(shapes: Shapes, rank: int, held: int, dtype: str) -> float:
-    """Return the frozen directions that a device of `rank` holds beside, up to `held`."""
-    if held <= rank:
+def remainder_mib(
+    shapes: Shapes, rank: int, held: int, dtype: str, trained: Shapes | None = None
+) -> float:
+    """Return the frozen directions that a device of `rank` holds beside, up to `held`.
+
+    Of modules that are not `trained` (None: all are) those are all that it holds.
+    """
+    mine = shapes if trained is None else trained
+    if held <= rank and mine is shapes:
         return 0.0
-    rest = parameter_count(shapes, held) - parameter_count(shapes, rank)
+    rest = parameter_count(shapes, max(held, rank)) - parameter_count(mine, rank)
     return rest * FROZEN_BYTES[dtype] / MIB
 
 
@@ -99,14 +106,24 @@ def intermediate_mib(shapes: Shapes, rank: int) -> float:
     return sum(module_rank(s, rank) for s in shapes.values()) * INTERMEDIATE_BYTES / MIB
 
 
-def fit(probes: tuple[Probe, Probe], shapes: Shapes, weights_mib: float, way: Way) -> Activations:
-    """Return the constants that two probes of different length imply.
+def fit(
+    probes: tuple[Probe, Probe], shapes: Shapes, weights_mib: float, way: Way, blocks: int = 0
+) -> Activations:
+    """Return the constants that two probes of different length, of training `blocks`, imply.
 
     With checkpointing one block's intermediates exist at a time, so they are left to the slope.
     """
 
     def rest(probe: Probe) -> float:
-        known = _step_mib(shapes, way, probe.rank, probe.held, probe.tokens, accumulates=False)
+        known = _step_mib(
+            shapes,
+            way,
+            probe.rank,
+            probe.held,
+            probe.tokens,
+            accumulates=False,
+            trained=_trained(shapes, blocks),
+        )
         return probe.peak_mib - weights_mib - known
 
     short, long = sorted(probes, key=lambda p: p.tokens)
@@ -124,28 +141,44 @@ def predict_mib(
     held: int,
     tokens: int,
     accumulates: bool,
+    blocks: int = 0,
 ) -> float:
     """Return the predicted peak above the floor of training `tokens` positions at a time.
 
-    `accumulates`: a step has several micro-batches, so gradients lie beside activations.
+    `accumulates`: a step has several micro-batches, so gradients lie beside activations. `blocks`:
+    the last so many are trained (0: all), as they were where `activations` was measured.
     """
-    step = _step_mib(shapes, way, rank, held, tokens, accumulates=accumulates)
-    remainder = remainder_mib(shapes, rank, held, way.dtype)
+    trained = _trained(shapes, blocks)
+    step = _step_mib(shapes, way, rank, held, tokens, accumulates=accumulates, trained=trained)
+    remainder = remainder_mib(shapes, rank, held, way.dtype, trained)
     sent = parameter_count(shapes, max(rank, held)) * WEIGHT_BYTES / MIB
-    placed = parameter_count(shapes, rank) * WEIGHT_BYTES / MIB + remainder
+    placed = parameter_count(trained, rank) * WEIGHT_BYTES / MIB + remainder
     return (
         weights_mib
         + activations.fixed_mib
         + max(
             step + activations.beside_mib(tokens),
-            lora_mib(shapes, rank) + remainder,
+            lora_mib(trained, rank) + remainder,
             sent + placed,
         )
     )
 
 
+def _trained(shapes: Shapes, blocks: int) -> Shapes:
+    if not blocks:
+        return shapes
+    return {name: shapes[name] for name in last_blocks(shapes, blocks)}
+
+
 def _step_mib(
-    shapes: Shapes, way: Way, rank: int, held: int, tokens: int, *, accumulates: bool
+    shapes: Shapes,
+    way: Way,
+    rank: int,
+    held: int,
+    tokens: int,
+    *,
+    accumulates: bool,
+    trained: Shapes,
 ) -> float:
     """Return what can be counted of what lies beside the activations when they are largest.
 
@@ -153,10 +186,10 @@ def _step_mib(
     gone, and there are none yet unless micro-batches went before. With it, it is where it ends.
     """
     gradients = way.checkpointing or accumulates
-    total = lora_mib(shapes, rank, gradients=gradients)
-    total += remainder_mib(shapes, rank, held, way.dtype)
+    total = lora_mib(trained, rank, gradients=gradients)
+    total += remainder_mib(shapes, rank, held, way.dtype, trained)
     if not way.checkpointing:
-        total += tokens * intermediate_mib(shapes, rank)
+        total += tokens * intermediate_mib(trained, rank)
     return total
 
 

@@ -54,6 +54,8 @@ class Plan:
     """Predicted peak above the floor."""
     budget_mib: float
     """What may be used above the floor."""
+    blocks: int = 0
+    """The last so many blocks are trained; 0: all."""
 
     @property
     def way(self) -> Way:
@@ -61,9 +63,10 @@ class Plan:
 
     def __str__(self) -> str:
         way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype
-        return (
-            f"rank {self.rank} of {self.held} held, {self.micro_batch}×{self.seq_len} tokens, {way}"
-        )
+        rank = f"rank {self.rank} of {self.held} held"
+        if self.blocks:
+            rank += f" in the last {self.blocks} block{'s' if self.blocks > 1 else ''}"
+        return f"{rank}, {self.micro_batch}×{self.seq_len} tokens, {way}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -112,11 +115,15 @@ def choose_plan(
     native_bf16: bool,
     threads: int,
     below_mib: float = inf,
+    private_rank: int = 0,
+    blocks: int = 0,
 ) -> Plan:
     """Return the best plan for a process that may take `budget_mib` in all.
 
     Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`:
-    the prediction of a plan that was too large for the kernel.
+    the prediction of a plan that was too large for the kernel. It is the larger of two where the
+    device trains an adapter of `private_rank` too, beside all that it holds. With `blocks` the last
+    so many are trained; the calibration is one of that.
 
     A device that can hold the whole shared adapter does (`shared_rank`; 0 when the job drops the
     remainder): training in its context is worth more than rank. Then comes the largest rank; at
@@ -156,6 +163,7 @@ def choose_plan(
             for plan in _candidates(
                 shapes, calibration, way, budget, seq_len,
                 ladder=ladder, shared_rank=shared_rank, training=training, threads=threads,
+                private_rank=private_rank, blocks=blocks,
             )
         ]  # fmt: skip
         least = min(least, *((needs_mib(plan), plan.budget_mib) for plan in every))
@@ -181,6 +189,8 @@ def _candidates(
     shared_rank: int,
     training: Training,
     threads: int,
+    private_rank: int,
+    blocks: int,
 ) -> Iterator[Plan]:
     """Yield every plan of one way and length, with its prediction, whether it fits or not."""
     for rank in ladder:
@@ -189,15 +199,22 @@ def _candidates(
                 tokens = micro_batch * seq_len
                 if micro_batch > 1 and tokens > training.tokens_per_step:
                     break
-                predicted_mib = predict_mib(
-                    shapes,
-                    weights_mib=calibration.weights_mib[way.dtype],
-                    activations=calibration.activations[way],
-                    way=way,
-                    rank=rank,
-                    held=held,
-                    tokens=tokens,
-                    accumulates=tokens < training.tokens_per_step,
+                trained = [(rank, held)]
+                if private_rank:
+                    trained.append((private_rank, held + private_rank))
+                predicted_mib = max(
+                    predict_mib(
+                        shapes,
+                        weights_mib=calibration.weights_mib[way.dtype],
+                        activations=calibration.activations[way],
+                        way=way,
+                        rank=own,
+                        held=whole,
+                        tokens=tokens,
+                        accumulates=tokens < training.tokens_per_step,
+                        blocks=blocks,
+                    )
+                    for own, whole in trained
                 )
                 yield Plan(
                     rank=rank,
@@ -209,6 +226,7 @@ def _candidates(
                     threads=threads,
                     predicted_mib=predicted_mib,
                     budget_mib=budget_mib,
+                    blocks=blocks,
                 )
 
 

@@ -10,12 +10,13 @@ from typing import Protocol
 from device_profiles.schema import DeviceProfile
 from edge_client.calibrate import calibrate
 from edge_client.config import Settings
-from edge_client.errors import ConfigError, ModelError
+from edge_client.errors import ConfigError, ModelError, NoPlanFits
 from edge_client.learner import Learner, Learning, StepDown
 from edge_client.model import find_model, model_hash
 from edge_client.plan import Plan, choose_plan, memory_budget
 from edge_client.profile import native_bf16
 from edge_client.trainer.worker import Text
+from protocol.layers import block_count
 from protocol.messages import Job
 
 
@@ -76,12 +77,48 @@ def find_base(settings: Settings, job: Job) -> Path:
 def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = inf) -> Plan:
     """Measure what training takes on this device, and choose how to train.
 
-    `below_mib` is a predicted peak that was too much (`Outbox.ceiling_mib`).
+    `below_mib` is a predicted peak that was too much (`Outbox.ceiling_mib`). Fewer blocks than all
+    are measured only where no plan of more blocks fits, or the owner wants it so.
 
     Raises:
         NoPlanFits: the device's memory is too small for the job.
-        ConfigError: its memory is unknown.
+        ConfigError: its memory is unknown, or the owner asks for blocks that there are not.
     """
+    refused: NoPlanFits | None = None
+    for blocks in block_choices(settings, job):
+        try:
+            return _plan_of(settings, job, model, blocks, below_mib)
+        except NoPlanFits as error:
+            refused = refused or error
+    assert refused is not None, "there is a choice at least"
+    raise refused
+
+
+def block_choices(settings: Settings, job: Job) -> list[int]:
+    """Return how many of the last blocks to train, best first; 0 stands for all.
+
+    Raises:
+        ConfigError: the owner asks for some, and the job or its model has no such choice.
+    """
+    count, asked = block_count(job.base.modules), settings.train_blocks
+    if asked and job.layers == "all":
+        raise ConfigError(
+            f"--train-blocks {asked}: job {job.job!r} has every device train all blocks "
+            "(layers = 'all'); leave it out, or ask for a job with layers = 'fit'"
+        )
+    if asked > count:
+        raise ConfigError(f"--train-blocks {asked}: the job's model has {count} blocks")
+    if asked:
+        return [asked if asked < count else 0]
+    choices = [0]
+    while job.layers == "fit" and count > 1:
+        count //= 2
+        choices.append(count)
+    return choices
+
+
+def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
+    """Measure what training some blocks takes, and choose how to train them."""
     fast = native_bf16(settings.profile)
     calibration = calibrate(
         model,
@@ -91,6 +128,7 @@ def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = i
         seq_len=job.training.max_tokens,
         scale=job.scale,
         cache=settings.cache,
+        blocks=blocks,
     )
     return choose_plan(
         job.base.modules,
@@ -103,6 +141,8 @@ def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = i
         native_bf16=fast,
         threads=settings.threads,
         below_mib=below_mib,
+        private_rank=settings.private_rank,
+        blocks=blocks,
     )
 
 

@@ -8,6 +8,7 @@ from edge_client.errors import TrainingDiverged
 from edge_client.learner import Learned
 from edge_client.trainer.worker import TextReport
 from protocol.bands import to_tensors
+from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job, Round, UploadManifest, describe_file, upload_id
 from protocol.metrics import LOSS_AFTER, LOSS_BEFORE, TOKEN_BUCKETS, asked_for
@@ -30,7 +31,8 @@ def make_update(
             "text"
         )
     fault_point("device.update.made")
-    data = encode(to_tensors(learned.change), job.encoding_up)
+    trained = trained_factors(job.training.factors, now.number)
+    data = encode(to_tensors(learned.change, trained), job.encoding_up)
     manifest = UploadManifest(
         job=job.job,
         device=device,
@@ -41,6 +43,7 @@ def make_update(
         rank=learned.rank,
         rank_trained=learned.rank_trained,
         held=learned.held,
+        modules=learned.modules,
         encoding=job.encoding_up,
         file=describe_file(data),
         examples=learned.report.tokens,

@@ -16,6 +16,7 @@ import numpy as np
 
 from protocol.adapter import Adapter, Factors, Shapes, module_rank, parameter_count
 from protocol.errors import ProtocolError
+from protocol.factors import Trained
 from protocol.tensors import Encoding, decode
 
 # As in topics: other scripts' digits would name the same band twice.
@@ -140,10 +141,10 @@ class Stack(NamedTuple):
         return len(self.modules), self.rows, self.columns
 
 
-def stacks(shapes: Shapes, ranks: Mapping[str, int]) -> list[Stack]:
+def stacks(shapes: Shapes, ranks: Mapping[str, int], trained: Trained = "both") -> list[Stack]:
     """Return the tensors that an adapter with these ranks has on the wire, no more and no fewer.
 
-    A module of rank 0 is in none.
+    A module of rank 0 is in none. Where one factor was `trained`, the other does not travel.
     """
     members: dict[tuple[str, int, int], list[str]] = {}
     for module in sorted(shapes):
@@ -151,28 +152,39 @@ def stacks(shapes: Shapes, ranks: Mapping[str, int]) -> list[Stack]:
         if rank:
             members.setdefault(("A", rank, d_in), []).append(module)
             members.setdefault(("B", d_out, rank), []).append(module)
-    return [Stack(*shape, tuple(modules)) for shape, modules in members.items()]
+    return [
+        Stack(*shape, tuple(modules))
+        for shape, modules in members.items()
+        if trained in ("both", shape[0])
+    ]
 
 
-def to_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+def to_tensors(adapter: Adapter, trained: Trained = "both") -> dict[str, np.ndarray]:
     """Return an adapter as the tensors that travel; modules of rank 0 are left out."""
     layers = adapter.layers
     shapes = {name: (f.b.shape[0], f.a.shape[1]) for name, f in layers.items()}
     return {
         s.name: np.stack([layers[m].a if s.factor == "A" else layers[m].b for m in s.modules])
-        for s in stacks(shapes, {name: f.rank for name, f in layers.items()})
+        for s in stacks(shapes, {name: f.rank for name, f in layers.items()}, trained)
     }
 
 
 def read_adapter(
-    data: bytes, shapes: Shapes, ranks: Mapping[str, int], scale: float, encoding: Encoding
+    data: bytes,
+    shapes: Shapes,
+    ranks: Mapping[str, int],
+    scale: float,
+    encoding: Encoding,
+    trained: Trained = "both",
 ) -> Adapter:
     """Return the adapter in a file from a stranger, which has these ranks and nothing else.
+
+    A factor that was not `trained`, and so is not in the file, is zero.
 
     Raises:
         BadTensors: the file is not that; says which tensor, and of which module.
     """
-    expected = stacks(shapes, ranks)
+    expected = stacks(shapes, ranks, trained)
     tensors = decode(
         data,
         {s.name: s.shape for s in expected},
@@ -186,7 +198,7 @@ def read_adapter(
     }
     layers = {}
     for name, (d_out, d_in) in shapes.items():
-        a = found.get((name, "A"), np.zeros((0, d_in), np.float32))
-        b = found.get((name, "B"), np.zeros((d_out, 0), np.float32))
+        a = found.get((name, "A"), np.zeros((ranks[name], d_in), np.float32))
+        b = found.get((name, "B"), np.zeros((d_out, ranks[name]), np.float32))
         layers[name] = Factors(a, b)
     return Adapter(layers, scale)

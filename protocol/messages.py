@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_count, chunk_hash, file_hash, split
+from protocol.factors import Factoring
 from protocol.tensors import Encoding
 from protocol.topics import NAME
 
@@ -33,6 +34,7 @@ Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Bitmap = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,1024}$")]
 ENTRIES = 32
 MODULES = 4096
 CANDIDATES = 64
@@ -85,6 +87,8 @@ class Training(Message):
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_norm: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 2
+    factors: Factoring = "both"
+    """Train A and B in every round, or in turn; see `protocol.factors`."""
 
 
 class Pruning(Message):
@@ -127,6 +131,8 @@ class Job(Message):
     rule_settings: dict[Text, Any] = {}
     remainder: Literal["frozen", "dropped"] = "frozen"
     directions: Literal["top", "rotating"] = "rotating"
+    layers: Literal["all", "fit"] = "all"
+    """Whether a device may train some modules alone, where its memory does not hold all."""
     training: Training = Training()
     pruning: Pruning = Pruning()
     limits: Limits = Limits()
@@ -145,6 +151,11 @@ class Job(Message):
             raise ValueError(
                 "directions = 'rotating' needs remainder = 'frozen': a device that dropped the "
                 "other directions has nothing to rotate over"
+            )
+        if self.layers == "fit" and self.remainder == "dropped":
+            raise ValueError(
+                "layers = 'fit' needs remainder = 'frozen': a device that dropped what it does not "
+                "train would train its modules without all the others"
             )
         return self
 
@@ -268,6 +279,8 @@ class UploadManifest(Message):
     """The rank it started with: `protocol.adapter.directions` draws that many."""
     held: Rank
     """How many directions of the version the device had: its draw was among them."""
+    modules: Bitmap | None = None
+    """The modules that it trained, as `protocol.layers` writes them; None: all."""
     encoding: Encoding
     file: FileInfo
     examples: Annotated[int, Field(ge=1, lt=1 << 40)]

@@ -22,7 +22,7 @@ from aggregator.merge.lowrank import (
     truncate,
 )
 from aggregator.merge.round_view import Directions
-from protocol.adapter import Factors
+from protocol.adapter import Factors, FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class LayerUpdates:
     """Hold all that a combination needs of one module of `shape` (d_out, d_in).
 
     `rank` and `scale` are the result's; `seed` is the module's own. `carried` is what earlier
-    rounds add to the sum.
+    rounds add to the sum. `frozen_a` (R, d_in) or `frozen_b` (d_out, R) is a factor that nobody
+    trained: all contributions have their rows or columns of it.
     """
 
     shape: tuple[int, int]
@@ -59,6 +60,8 @@ class LayerUpdates:
     split: Split
     seed: int
     carried: tuple[Term, ...] = ()
+    frozen_a: FloatArray | None = None
+    frozen_b: FloatArray | None = None
 
     @property
     def terms(self) -> list[Term]:
@@ -73,14 +76,22 @@ def factor_average(layer: LayerUpdates) -> Combined:
     """Average A and B apart, direction by direction; who lacks a direction counts as zero in it.
 
     B̄[:, h] = Σp_k B_k[:, h], Ā[h] = Σp_k A_k[h] (zero-padded to R). A foreign scale is folded
-    into B alone. What is carried is a product: with it the average becomes one too, which is where
-    alone `split` has a meaning. Source: HetLoRA, arXiv 2401.06432.
+    into B alone. A frozen factor stays as it is, so that the average is the mean of the products
+    (LoRA-A², arXiv 2410.22815); a foreign scale goes to the other one. What is carried is a
+    product: with it the average becomes one too, which is where alone `split` has a meaning.
+    Source: HetLoRA, arXiv 2401.06432.
     """
     d_out, d_in = layer.shape
     a, b = np.zeros((layer.rank, d_in)), np.zeros((d_out, layer.rank))
     for c in layer.contributions:
-        a[c.directions] += c.weights[:, None] * c.factors.a
-        b[:, c.directions] += c.weights * c.factors.b * (c.scale / layer.scale)
+        scaled = c.weights * (c.scale / layer.scale)
+        a_weights = c.weights if layer.frozen_b is None else scaled
+        a[c.directions] += a_weights[:, None] * c.factors.a
+        b[:, c.directions] += scaled * c.factors.b
+    if layer.frozen_a is not None:
+        a = layer.frozen_a.astype(np.float64)
+    if layer.frozen_b is not None:
+        b = layer.frozen_b.astype(np.float64)
     average, values = revived(Factors(a, b), layer.seed), np.zeros(0)
     if layer.carried:
         own = Term(Factors(a, b), np.full(layer.rank, layer.scale))

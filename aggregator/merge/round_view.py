@@ -11,6 +11,7 @@ import numpy.typing as npt
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import Float64Array, norm
 from protocol.adapter import Adapter, Factors, Shapes, module_rank
+from protocol.factors import Trained
 
 Directions = npt.NDArray[np.intp]
 """Ascending indices (r,) of the shared adapter's directions: one a row of A and column of B."""
@@ -56,7 +57,8 @@ class RoundView:
 
     `previous` is the global version of rank `rank` that every update started from, `rank` also
     that of the result; a module narrower than it has the rank it can have. `seed` decides the
-    rows of A that re-seed dead directions; `memory` is what the last round handed on.
+    rows of A that re-seed dead directions; `memory` is what the last round handed on. Of a factor
+    that is not among the `trained` ones every update has what `previous` has.
     """
 
     previous: Adapter
@@ -65,6 +67,7 @@ class RoundView:
     rank: int
     seed: int
     memory: Memory = NOTHING_CARRIED
+    trained: Trained = "both"
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,8 @@ class Rule:
             settings.split,
             module_seed(view.seed, module),
             carried_terms(view, module, settings),
+            previous.a if view.trained == "B" else None,
+            previous.b if view.trained == "A" else None,
         )
 
 

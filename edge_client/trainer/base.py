@@ -9,6 +9,7 @@ from typing import Protocol
 from edge_client.data import Batch
 from edge_client.plan import Plan
 from protocol.adapter import Adapter
+from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 
 OnStep = Callable[[int, float], None]
@@ -44,8 +45,12 @@ class Trainer(Protocol):
         learning_rate: float,
         pruning: Pruning | None,
         on_step: OnStep,
+        factors: Trained = "both",
     ) -> TrainReport:
-        """Run `settings.steps` optimiser steps of `settings.tokens_per_step` tokens each."""
+        """Run `settings.steps` optimiser steps of `settings.tokens_per_step` tokens each.
+
+        The factor that is not among `factors` stays as it was loaded.
+        """
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> float:

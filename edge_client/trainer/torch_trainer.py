@@ -24,6 +24,7 @@ from edge_client.prune import head_rank, penalty
 from edge_client.trainer.base import OnStep, TrainReport
 from edge_client.trainer.loss import chunked_cross_entropy, full_cross_entropy
 from protocol.adapter import Adapter, Factors
+from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 
 TRAINED, REMAINDER = "trained", "remainder"
@@ -62,8 +63,10 @@ class TorchTrainer:
         learning_rate: float,
         pruning: Pruning | None,
         on_step: OnStep,
+        factors: Trained = "both",
     ) -> TrainReport:
         started = time.monotonic()
+        self._train_only(factors)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         # The basis of A and B turns with every product merge: moments start anew each round.
         optimizer = torch.optim.AdamW(
@@ -108,12 +111,17 @@ class TorchTrainer:
                     layer.lora_A[TRAINED].weight.detach().numpy().copy(),
                     layer.lora_B[TRAINED].weight.detach().numpy().copy(),
                 )
-                if TRAINED in layer.lora_A
-                else _empty(self.shapes[name])
-                for name, layer in self._layers.items()
+                if (layer := self._layers.get(name)) and TRAINED in layer.lora_A
+                else _empty(shape)
+                for name, shape in self.shapes.items()
             },
             self.scale,
         )
+
+    def _train_only(self, factors: Trained) -> None:
+        for name, parameter in self.model.named_parameters():
+            if f".{TRAINED}." in name:
+                parameter.requires_grad_(factors == "both" or f".lora_{factors}." in name)
 
     # -- a step ----------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ from edge_client.trainer.base import TrainReport
 from edge_client.trainer.pipe import receive, send
 from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
+from protocol.factors import Trained
+from protocol.layers import last_blocks, within
 from protocol.messages import Pruning, Training
 from protocol.metrics import token_histogram
 
@@ -98,7 +100,7 @@ class Worker:
         self._floor = 0.0
 
     def calibrate(
-        self, model: Path, dtype: str, threads: int, seq_len: int, scale: float
+        self, model: Path, dtype: str, threads: int, seq_len: int, scale: float, blocks: int
     ) -> ProbeReport:
         """Run probe rounds for each way of training with `dtype`; see edge_client.memory."""
         from edge_client.model import load_tokenizer
@@ -118,7 +120,9 @@ class Worker:
         for tokens in (long, short):
             for checkpointing in (True, False):
                 for _ in range(2):
-                    measured[tokens, checkpointing] = self._probe(tokens, checkpointing, scale)
+                    measured[tokens, checkpointing] = self._probe(
+                        tokens, checkpointing, scale, blocks
+                    )
         probes = {}
         for checkpointing in (True, False):
             long_peak_mib, start_mib = measured[long, checkpointing]
@@ -130,9 +134,11 @@ class Worker:
             )
         return ProbeReport(self._floor, weights_mib, probes)
 
-    def _probe(self, tokens: int, checkpointing: bool, scale: float) -> tuple[float, float]:
+    def _probe(
+        self, tokens: int, checkpointing: bool, scale: float, blocks: int
+    ) -> tuple[float, float]:
         """Do a round with two steps, as a device does; return their peak, and what it began at."""
-        self._plan = Plan(PROBE_RANK, PROBE_HELD, 1, tokens, checkpointing, "", 1, 0.0, 0.0)
+        self._plan = Plan(PROBE_RANK, PROBE_HELD, 1, tokens, checkpointing, "", 1, 0.0, 0.0, blocks)
         self._rows = {"train": [_probe_row(tokens)], "held_out": [_probe_row(tokens)]}
         self._streams = {}
         _settle()
@@ -153,8 +159,11 @@ class Worker:
         if rank is None:
             self.load(None, whole)
         else:
-            rest = {n: f.take(slice(rank, None)) for n, f in whole.layers.items()}
-            self.load(whole.truncated(rank), Adapter(rest, scale))
+            modules = last_blocks(trainer.shapes, self._plan.blocks if self._plan else 0)
+            rest = {
+                n: f.take(slice(rank if n in modules else 0, None)) for n, f in whole.layers.items()
+            }
+            self.load(within(whole.truncated(rank), modules), Adapter(rest, scale))
         del whole
         _settle()
 
@@ -202,8 +211,9 @@ class Worker:
         learning_rate: float,
         pruning: Pruning | None,
         sampling: bool = False,
+        factors: Trained = "both",
     ) -> tuple[Adapter, TrainReport]:
-        """Train what is loaded, reading on where `stream` stopped; then unload it.
+        """Train `factors` of what is loaded, reading on where `stream` stopped; then unload it.
 
         A stream is the fleet's, or the local comparison's. With `sampling` the loss on some of the
         training text, as much as a step takes, is measured before and after.
@@ -223,6 +233,7 @@ class Worker:
             learning_rate=learning_rate,
             pruning=pruning,
             on_step=lambda step, loss: self._progress((step, loss)),
+            factors=factors,
         )
         if before is not None:
             report = replace(report, sample_losses=(before, self._loss(sample)))
@@ -240,8 +251,9 @@ class Worker:
         from edge_client.data import evaluation_batches
 
         trainer, plan = self._ready()
-        # Without gradients twice the rows take less than a training step.
-        return trainer.evaluate(evaluation_batches(rows, 2 * plan.micro_batch))
+        # Without gradients twice the rows take less than a training step of all blocks.
+        at_once = plan.micro_batch * (1 if plan.blocks else 2)
+        return trainer.evaluate(evaluation_batches(rows, at_once))
 
     def _unload(self) -> None:
         """Leave the base model alone, so that the next adapters don't arrive beside the last."""

@@ -126,6 +126,15 @@ def test_what_is_wrong_is_one_line_that_names_it(
             "directions = 'rotating' needs remainder = 'frozen': a device that dropped the other "
             "directions has nothing to rotate over",
         ),
+        (
+            'layers = "fit"\ndirections = "top"\nremainder = "dropped"',
+            "layers = 'fit' needs remainder = 'frozen': a device that dropped what it does not "
+            "train would train its modules without all the others",
+        ),
+        (
+            '[training]\nfactors = "A"',
+            "training.factors: must be 'both' or 'alternating', not \"A\"",
+        ),
         ("training = 5", "training: must be a table of settings, not 5"),
         ("policy = [1]", "policy: must be a table of settings"),
         ("[policy]\nfraction = 1.5", "policy.fraction: must be at most 1.0, not 1.5"),

@@ -20,6 +20,7 @@ from edge_client.model import describe_model, find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.trainer.torch_trainer import TorchTrainer
 from protocol.adapter import Adapter, Factors, Shapes, initial_adapter, module_rank
+from protocol.factors import Trained
 from protocol.files import write_peft
 from protocol.messages import Pruning, Training
 
@@ -278,3 +279,33 @@ def test_peft_loads_what_we_export_and_it_means_the_same(make: Make, tmp_path: P
     theirs = float(model(input_ids=ids, labels=ids).loss.detach())
     assert theirs == pytest.approx(ours, abs=1e-3)
     assert abs(theirs - bare) > 1e-3
+
+
+@pytest.mark.parametrize("factors", ["A", "B"])
+def test_in_a_round_of_one_factor_the_other_has_no_gradient_and_stays(
+    tmp_path: Path, factors: Trained
+) -> None:
+    trainer = opened(llama(tmp_path))
+    whole = random_adapter(trainer.shapes, 8)
+    received = part(whole, 0, 4)
+    trainer.load(received, part(whole, 4, 8), PLAN)
+    losses: list[float] = []
+    trainer.train(
+        repeat(batches(sequences())[0]),
+        settings=Training(steps=6, tokens_per_step=16, max_tokens=LENGTH),
+        learning_rate=5e-3,
+        pruning=Pruning(),
+        on_step=lambda step, loss: losses.append(loss),
+        factors=factors,
+    )
+    assert losses[-1] < losses[0]
+    trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trained) == len(trainer.shapes)
+    assert all(f".lora_{factors}.trained." in name for name in trained)
+    for name, after in trainer.adapter().layers.items():
+        before = received.layers[name]
+        same, moved = (after.b, before.b), (after.a, before.a)
+        if factors == "B":
+            same, moved = moved, same
+        np.testing.assert_array_equal(*same)
+        assert (moved[0] != moved[1]).any()

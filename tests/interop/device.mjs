@@ -280,6 +280,12 @@ function directions(job, round, module, rank, held) {
   return first.sort((a, b) => a - b)
 }
 
+// The factors of a round: their tensors' names begin with one of these letters.
+function factors(job, round) {
+  if (job.training.factors !== 'alternating') return 'AB'
+  return round.number % 2 ? 'B' : 'A'
+}
+
 // -- what the device has --------------------------------------------------------------------------
 
 const boot = (loadJson('boot.json') ?? 0) + 1
@@ -401,7 +407,8 @@ function train() {
       })
     }
   }
-  const wanted = layout(modules, (name) => drawn[name].length)
+  const whole = layout(modules, (name) => drawn[name].length)
+  const wanted = new Map([...whole].filter(([name]) => factors(job, round).includes(name[0])))
   const data = encode(delta, wanted, job.encoding_up)
   const { attempt = 0 } = round
   const again = attempt ? `|${attempt}` : ''

@@ -110,8 +110,13 @@ def change(
 
 
 @pytest.mark.parametrize(
-    ("mqtt", "up", "down", "killed"),
-    [("5", "bf16", "bf16", False), ("3.1.1", "int8", "f32", True), ("5", "f32", "int8", False)],
+    ("mqtt", "up", "down", "killed", "factors"),
+    [
+        ("5", "bf16", "bf16", False, "both"),
+        ("3.1.1", "int8", "f32", True, "both"),
+        ("5", "f32", "int8", False, "both"),
+        ("5", "f32", "f32", False, "alternating"),
+    ],
 )
 def test_a_device_in_node_takes_part(
     tmp_path: Path,
@@ -121,13 +126,16 @@ def test_a_device_in_node_takes_part(
     up: str,
     down: str,
     killed: bool,
+    factors: str,
 ) -> None:
     place, job = tmp_path / "fleet", tmp_path / "job.json"
     port, enrol_port = free_ports(2)
     ports = ["--port", port, "--enroll-port", enrol_port]
     aggregator("init", place, "--host", "localhost", "--bind", "127.0.0.1", *ports)
     base = {"name": "toy", "sha256": "0" * 64, "parameters": 1000, "modules": MODULES}
-    settings = {"rounds": 2, "ladder": LADDER, "encoding_up": up, "encoding_down": down}
+    rounds = 3 if factors == "alternating" else 2
+    settings = {"training": {"factors": factors}}
+    settings |= {"rounds": rounds, "ladder": LADDER, "encoding_up": up, "encoding_down": down}
     job.write_text(json.dumps({"job": JOB, "base": base, **settings}))
     stack.enter_context(running_broker(FleetFolder(place)))
     serve = ["serve", job, "--dir", place, "--json", "--exit-when-done"]
@@ -150,27 +158,34 @@ def test_a_device_in_node_takes_part(
         device.wait_for("offered")
         device.end(signal.SIGKILL)
         runs.append(device := start())
-    device.wait_for("stopped", version=3)
+    device.wait_for("stopped", version=rounds + 1)
     assert device.wait() == 0, device.stderr
     assert serving.wait() == 0, serving.stderr
 
     counted = [(event["device"], event["round"]) for event in serving.of("counted")]
-    assert counted == [(DEVICE, 1), (DEVICE, 2)]
+    assert counted == [(DEVICE, number + 1) for number in range(rounds)]
     merged = [(e["round"], e["version"], e["devices"]) for e in serving.of("merged")]
-    assert merged == [(1, 2, 1), (2, 3, 1)]
+    assert merged == [(number + 1, number + 2, 1) for number in range(rounds)]
     assert serving.of("refused") == serving.of("rejected") == []
     said = [event for run in runs for event in run.events]
     assert not [event for event in said if event["event"] in ("refused", "reject")]
     asked = {i for event in said if event["event"] == "sent" for i in event["chunks"]}
     assert asked == {"f32": {0, 1, 2}, "bf16": {0, 1}, "int8": {0}}[up]
+    sizes = [event["bytes"] for event in serving.of("counted")]
+    assert (sizes[0] < sizes[1] / 10) == (factors == "alternating"), "B is small here, A large"
 
     state = place / "state" / JOB
     received = {e["version"]: e["modules"] for e in said if e["event"] == "version"}
-    assert set(received) == {1, 2, 3}
-    versions = {n: exported(state, tmp_path / f"version-{n}", n) for n in (2, 3)}
+    last = rounds + 1
+    assert set(received) == set(range(1, last + 1))
+    versions = {n: exported(state, tmp_path / f"version-{n}", n) for n in range(2, last + 1)}
     for number, adapter in versions.items():
         assert received[number] == checksums(adapter)
-    for name, expected in change(versions[2], 2):
-        (a0, b0), (a1, b1) = versions[2][name], versions[3][name]
+    if factors == "alternating":  # round 2 trains A, whose pattern is zero
+        for name, (a0, b0) in versions[2].items():
+            a1, b1 = versions[3][name]
+            assert np.abs(b1 @ a1 - b0 @ a0).max() < 1e-3
+    for name, expected in change(versions[rounds], rounds):
+        (a0, b0), (a1, b1) = versions[rounds][name], versions[last][name]
         got = b1 @ a1 - b0 @ a0
         assert np.linalg.norm(got - expected) < 0.03 * np.linalg.norm(expected), name

@@ -1,0 +1,89 @@
+"""What the options of local training cost or gain: `python -m benchmarks.options [--quick]`.
+
+The demo's six texts and ranks with the anchored rule, in one process, seed 0. Alternating factors
+are shown after as many rounds, and after twice as many, which is as many bytes. Each has the
+learning rate of RATES with which it does best on the trust split; losses are of the held-out split,
+in nats a token, means over devices. Writes runs/bench/options.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from benchmarks.claims import Claim, write_claims
+from benchmarks.quality import best, demo_simulation
+from benchmarks.simulation import Simulation
+from device_profiles.replay import DEMO_TRAINING
+from protocol.layers import block_count
+from protocol.messages import Job
+
+RATES = (2e-3, 4e-3, 8e-3)
+ROUNDS, PRIVATE_RANK = 6, 8
+SHORT_OF_MEMORY = ("pi-3b-plus", "pi-4b-2gb")
+"""Who trains half of the blocks."""
+
+
+def job(fleet: Simulation, rate: float, rounds: int = ROUNDS, **training: Any) -> Job:
+    """Return the demo's job with some settings."""
+    return fleet.job(
+        rounds=rounds, training={**DEMO_TRAINING, "learning_rate": rate, **training}, layers="fit"
+    )
+
+
+def in_part(fleet: Simulation) -> None:
+    """Have the devices that are short of memory train the last half of the blocks."""
+    half = block_count(job(fleet, RATES[0]).base.modules) // 2
+    fleet.devices = [
+        replace(device, blocks=half) if device.name in SHORT_OF_MEMORY else device
+        for device in fleet.devices
+    ]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one learning rate")
+    rates = RATES[:1] if parser.parse_args().quick else RATES
+    fleet = demo_simulation(0)
+    found: dict[str, float] = {}
+
+    def show(arm: str, loss: float, more: str = "") -> None:
+        found[arm] = loss
+        print(f"{arm:38} {loss:.3f} {more}", flush=True)
+
+    def federated(rounds: int, factors: str) -> tuple[float, float]:
+        return best(
+            lambda rate: fleet.losses(fleet.federated(job(fleet, rate, rounds, factors=factors))),
+            rates,
+        )
+
+    show("base", fleet.losses(None)[1])
+    rate, loss = federated(ROUNDS, "both")
+    show("shared", loss, f"at {rate:g}")
+    chosen = job(fleet, rate)
+    shared = fleet.federated(chosen)
+    steps = chosen.training.steps * ROUNDS
+    mixed = fleet.mixed(chosen, PRIVATE_RANK, [shared], steps)
+    weights = ", ".join(f"{weight:g}" for weight, _ in mixed.values())
+    show(f"shared and private of rank {PRIVATE_RANK}", fmean(loss for _, loss in mixed.values()),
+         f"weights {weights}")  # fmt: skip
+    show("local only, as many steps", fleet.alone(chosen)[1])
+    show("local only, twice as many steps", fleet.alone(job(fleet, rate, 2 * ROUNDS))[1])
+    for rounds in (ROUNDS, 2 * ROUNDS):
+        rate, loss = federated(rounds, "alternating")
+        show(f"alternating factors, {rounds} rounds", loss, f"at {rate:g}")
+    in_part(fleet)
+    show("two devices train half of the blocks", fleet.losses(fleet.federated(chosen))[1])
+    against = found[f"shared and private of rank {PRIVATE_RANK}"] / found["shared"]
+    write_claims(
+        "options",
+        [Claim("shared and private against shared alone", against, "< 1", against < 1)],
+        losses=found,
+    )
+
+
+if __name__ == "__main__":
+    main()
