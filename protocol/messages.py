@@ -270,6 +270,8 @@ class UploadManifest(Message):
     """How many directions of the version the device had: its draw was among them."""
     encoding: Encoding
     file: FileInfo
+    probe_bytes: Count = 0
+    """How many of the file's last bytes are the answer to the job's probe (`protocol.probe`)."""
     examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     """Tokens it trained on; the sample share of a merge rule."""
     metrics: Annotated[dict[Text, Finite], Field(max_length=ENTRIES), FEW] = {}
@@ -279,6 +281,8 @@ class UploadManifest(Message):
     def _check(self) -> UploadManifest:
         if not self.rank <= self.rank_trained <= self.held:
             raise ValueError("rank ≤ rank_trained ≤ held does not hold")
+        if self.probe_bytes > self.file.bytes:
+            raise ValueError(f"probe_bytes {self.probe_bytes} are more than the file's")
         return self
 
 

@@ -8,10 +8,8 @@ of all rows. Who measures what, and when, is wired elsewhere. Source of the thre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from aggregator.errors import BadRuleSettings, MergeError
 from aggregator.merge.lowrank import (
@@ -25,17 +23,7 @@ from aggregator.merge.lowrank import (
 from aggregator.merge.round_view import RoundView, check
 from aggregator.merge.rules import as_float32
 from protocol.adapter import Adapter, Factors
-
-
-@dataclass(frozen=True, slots=True)
-class TopLogits:
-    """Hold one adapter's k largest logits at each position of the public probe.
-
-    `indices` and `values` are (positions, k): token ids, and their logits; all others count 0.
-    """
-
-    indices: npt.NDArray[np.integer]
-    values: npt.NDArray[np.floating]
+from protocol.probe import TopLogits
 
 
 def softmax_rows(scores: Float64Array, temperature: float = 1.0) -> Float64Array:

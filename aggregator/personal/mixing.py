@@ -10,13 +10,14 @@ import numpy as np
 from aggregator.merge.lowrank import Float64Array
 from aggregator.merge.round_view import Merged, RoundView
 from aggregator.merge.rules import RULES
-from aggregator.merge.trust import TopLogits, personal, softmax_rows
+from aggregator.merge.trust import personal, softmax_rows
 from aggregator.personal.answers import Answer
 from aggregator.personal.candidates import draw
 from aggregator.personal.scores import round_scores
 from aggregator.personal.settings import Strategy, TrustSettings
 from aggregator.personal.state import TrustState
 from protocol.adapter import Adapter
+from protocol.probe import TopLogits
 
 COMMON = "flexlora"
 """The common adapter: full adapters by sample share, as a product. Where all started from one

@@ -14,7 +14,6 @@ from aggregator.merge import RULES, RoundView, Update, merge
 from aggregator.merge.combine import Contribution, LayerUpdates, factor_average
 from aggregator.merge.lowrank import Term, gram, inner, norm, stacked, truncate
 from aggregator.merge.trust import (
-    TopLogits,
     cosine_scores,
     personal,
     prediction_distance,
