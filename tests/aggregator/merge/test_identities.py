@@ -22,6 +22,7 @@ from aggregator.merge.trust import (
     validation_scores,
 )
 from protocol.adapter import Adapter, Factors, initial_adapter, module_rank
+from protocol.probe import TopLogits
 
 Dense = npt.NDArray[np.float64]
 SCALE = 2.0
