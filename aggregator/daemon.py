@@ -12,7 +12,10 @@ from dataclasses import replace
 from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake, read_update
-from aggregator.merge import Merged, RoundView, merge
+from aggregator.merge import RoundView, merge
+from aggregator.outcome import Outcome
+from aggregator.personal import strategy_of
+from aggregator.personal.serving import merge_personal
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
@@ -149,7 +152,7 @@ class Daemon:
         state = self._store.round()
         manifest = self._store.version(state.version)
         assert manifest is not None, "a round's version is committed before the round is"
-        self._publisher.version(manifest)
+        self._publisher.version(manifest, again=True)
         self._publisher.job()
         self._publisher.round(state, self._policy.share(state.attempt))
 
@@ -223,12 +226,14 @@ class Daemon:
         """Merge the round, publish its version, and go on to the next round."""
         fault_point("aggregator.merge.before")
         started = time.monotonic()
-        merged = merge_round(self._job, self._store, self._versions, state)
+        outcome = merge_round(self._job, self._store, self._versions, state)
+        merged = outcome.merged
         seconds = time.monotonic() - started
         fault_point("aggregator.merge.after")
         manifest = self._versions.write(
             merged.adapter, version=state.version + 1, parent=state.version
         )
+        manifest = outcome.write(manifest, last=state.number >= self._job.rounds)
         fault_point("aggregator.version.written")
         if state.number >= self._job.rounds:
             after = replace(state, state="finished", version=manifest.version, deadline=None)
@@ -241,6 +246,7 @@ class Daemon:
             seconds=seconds,
             weights=merged.weights,
             residual=merged.residual,
+            beside=outcome.commit,
         )
         fault_point("aggregator.round.committed")
         self._publisher.version(manifest)
@@ -255,6 +261,8 @@ class Daemon:
             weights=merged.weights,
             residual=merged.residual,
         )
+        for event, fields in outcome.told().items():
+            self._events.emit(event, round=state.number, **fields)
         self._announce(after)
         tidy(self._store, self._policy.keep_versions)
 
@@ -290,8 +298,10 @@ class Daemon:
         return time.time() + self._policy.deadline_s
 
 
-def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
+def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Outcome:
     """Merge the counted updates of a round by the job's rule."""
+    if (strategy := strategy_of(job.rule)) is not None:
+        return merge_personal(job, strategy, store, versions, state)
     updates = [
         read_update(job, versions, manifest, store.update_file(manifest).read_bytes())
         for manifest in store.uploads_of(state.number, "counted")
@@ -303,4 +313,4 @@ def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -
         job.rank,
         seed=job.seed + state.number,
     )
-    return merge(job.rule, view, settings=job.rule_settings)
+    return Outcome(merge(job.rule, view, settings=job.rule_settings))

@@ -16,6 +16,7 @@ import numpy as np
 from aggregator.enrol.registry import Registry
 from aggregator.merge import Update
 from aggregator.merge.lowrank import gram
+from aggregator.personal.refusals import probe_limit, wrong_personal
 from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
 from aggregator.rounds import Policy
 from aggregator.store import Store
@@ -29,6 +30,7 @@ from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolErro
 from protocol.events import EventLog
 from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
+from protocol.probe import TopLogits, decode_probe
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
@@ -207,6 +209,7 @@ class Intake:
             data = self._store.assembled(manifest)
             fault_point("aggregator.upload.assembled")
             update = read_update(self._job, self._versions, manifest, data)
+            read_probe(self._job, manifest, data)
         except (BadTensors, BadChunk) as error:
             return self._reject(manifest, str(error))
         change = update_norm(self._versions, manifest, update)
@@ -257,9 +260,16 @@ class Intake:
             return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
         if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
+        if why := self._wrong_personal(manifest):
+            return why
         if self._sent_too_much(manifest):
             return self._too_much(manifest)
         return ""
+
+    def _wrong_personal(self, manifest: UploadManifest) -> str:
+        round_starts = self._store.version(manifest.version)
+        assert round_starts is not None, "it is the open round's"
+        return wrong_personal(manifest, round_starts, self._job)
 
     def _attempt(self) -> Attempt:
         now = self._store.round()
@@ -273,6 +283,7 @@ class Intake:
         """Return the bytes that an upload of this rank can have."""
         shapes = {s.name: s.shape for s in upload_stacks(self._job, manifest)}
         largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
+        largest += probe_limit(self._job.probe)
         return min(largest, self._job.limits.upload_bytes)
 
     def _round_limit(self, manifest: UploadManifest) -> int:
@@ -348,14 +359,26 @@ def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: by
     """
     chosen = upload_directions(job, manifest)
     ranks = {name: len(at) for name, at in chosen.items()}
+    data = data[: len(data) - manifest.probe_bytes]
     change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding)
-    before = select(versions.load(manifest.version), chosen)
+    before = select(versions.base(manifest), chosen)
     return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
+
+
+def read_probe(job: Job, manifest: UploadManifest, data: bytes) -> TopLogits | None:
+    """Return an upload's answer to the job's probe, if it brings one.
+
+    Raises:
+        BadTensors: the bytes are no such answer.
+    """
+    if not manifest.probe_bytes or job.probe is None:
+        return None
+    return decode_probe(data[len(data) - manifest.probe_bytes :], job.probe)
 
 
 def update_norm(versions: Versions, manifest: UploadManifest, update: Update) -> float:
     """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
-    before = select(versions.load(manifest.version), update.directions)
+    before = select(versions.base(manifest), update.directions)
     products = gram([update.adapter, before])
     return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))
 

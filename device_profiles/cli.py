@@ -100,11 +100,12 @@ def run(
     """
     from dataclasses import replace
 
+    from aggregator.probe_text import with_probe_text
     from device_profiles.fleet import demo_fleet, merge_settings, read_fleet, with_demo_text
     from device_profiles.replay import Options, check_replay, name_latest, replay, run_folder
     from device_profiles.watch import Watch
 
-    job = parse_settings(settings or [])
+    job = with_probe_text(parse_settings(settings or []), Path(), "the command line")
     found = read_fleet(fleet) if fleet else demo_fleet()
     if rule:
         job["rule"] = rule
@@ -126,12 +127,14 @@ def run(
 def for_rule(job: dict[str, Any]) -> dict[str, Any]:
     """Fill in what a published rule goes with, where the job does not say otherwise.
 
-    Every rule but the anchored one was published for devices that cut the shared adapter to
+    Every merge rule but the anchored one was published for devices that cut the shared adapter to
     their own rank: the remainder dropped, the top directions trained, one learning rate for all.
+    Trust strategies mix whole adapters.
     """
+    from aggregator.personal import STRATEGIES
     from device_profiles.fleet import merge_settings
 
-    if job.get("rule", "anchored") == "anchored":
+    if job.get("rule", "anchored") in ("anchored", *STRATEGIES):
         return job
     published = {
         "remainder": "dropped",

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.errors import ConfigError
+from aggregator.probe_text import with_probe_text
 from aggregator.settings_file import read_settings
 from device_profiles.demo_text import write_demo_text
 from device_profiles.errors import FleetError
@@ -94,7 +95,7 @@ def read_fleet(path: Path) -> Fleet:
         ProfileError: a device names a profile that is not there.
     """
     try:
-        fields = read_settings(path, "fleet file")
+        fields = with_probe_text(read_settings(path, "fleet file"), path.parent, str(path))
     except ConfigError as error:
         raise FleetError(str(error)) from None
     rows = fields.pop("device", [])

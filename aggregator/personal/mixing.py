@@ -31,12 +31,14 @@ class PersonalRound:
     `mixtures` are the adapters of the devices that have answered; the others get `common`.
     `trials` are mixtures at another temperature, and `candidates` full adapters by the device that
     trained them, both to be tried. `rows` (K, K) are the weights, in the order of `devices`;
-    devices without a mixture have the shares of `common`.
+    devices without a mixture have the shares of `common`. `scores` (K, K) are what they came from,
+    −inf where nobody has measured.
     """
 
     common: Merged
     devices: tuple[str, ...]
     rows: Float64Array
+    scores: Float64Array
     temperatures: dict[str, float]
     mixtures: dict[str, Adapter] = field(default_factory=dict)
     trials: dict[str, Adapter] = field(default_factory=dict)
@@ -87,6 +89,7 @@ def personal_round(
         common,
         devices,
         rows,
+        scores,
         {devices[i]: heat[i] for i in mixed},
         mixtures={devices[i]: next(adapters) for i in mixed},
         trials={devices[i]: next(adapters) for i in tried},
