@@ -26,7 +26,8 @@ from protocol.adapter import (
     select,
     without,
 )
-from protocol.messages import Job
+from protocol.messages import Job, Probe
+from protocol.probe import TopLogits
 
 T = TypeVar("T")
 OnStep = Callable[[int, float], None]
@@ -61,6 +62,7 @@ class Learning(Protocol):
     def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned: ...
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]: ...
     def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float: ...
+    def predict(self, adapter: Adapter, probe: Probe) -> TopLogits: ...
     def memory(self) -> tuple[float, float]: ...
     def stop(self) -> None: ...
 
@@ -124,6 +126,17 @@ class Learner:
             self._ask("load", trained=None, frozen=held)
             loss: float = self._ask("evaluate", split=split)
             return loss
+
+        return self._persist(attempt)
+
+    def predict(self, adapter: Adapter, probe: Probe) -> TopLogits:
+        """Return the largest logits with an adapter at each position of the public probe."""
+
+        def attempt() -> TopLogits:
+            self._ask("load", trained=None, frozen=adapter.truncated(self.plan.held))
+            window = self._job.training.max_tokens
+            answer: TopLogits = self._ask("predict", probe=probe, window=window)
+            return answer
 
         return self._persist(attempt)
 

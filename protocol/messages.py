@@ -7,7 +7,7 @@ fields are ignored, so that a minor version may add some; every number is bounde
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -35,6 +35,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ENTRIES = 32
 MODULES = 4096
+PersonalRule = Literal["trust-weights", "trust-validation", "trust-predictions"]
+"""Rules whose devices get adapters of their own."""
 CANDIDATES = 64
 DEVICES = 4096
 
@@ -147,6 +149,11 @@ class Job(Message):
                 "other directions has nothing to rotate over"
             )
         return self
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether devices get adapters of their own, and say how those do that they try."""
+        return self.rule in get_args(PersonalRule)
 
     @property
     def rank(self) -> int:

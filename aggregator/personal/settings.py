@@ -8,8 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from aggregator.merge.lowrank import Split
 from aggregator.merge.settings import Settings, read_settings
+from protocol.messages import PersonalRule
 
-Strategy = Literal["trust-weights", "trust-validation", "trust-predictions"]
+Strategy = PersonalRule
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
