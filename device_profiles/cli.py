@@ -43,8 +43,9 @@ Rule = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="How updates are merged: anchored, fedavg, hetlora, flexlora, segment, flora, or an "
-        "installed rule (default: what the fleet says, else anchored).",
+        help="How updates are merged: anchored, fedavg, hetlora, flexlora, segment, flora, "
+        "trust-weights, trust-validation, trust-predictions, or an installed rule (default: what "
+        "the fleet says, else anchored).",
     ),
 ]
 Rounds = Annotated[
@@ -101,7 +102,13 @@ def run(
     from dataclasses import replace
 
     from aggregator.probe_text import with_probe_text
-    from device_profiles.fleet import demo_fleet, merge_settings, read_fleet, with_demo_text
+    from device_profiles.fleet import (
+        demo_fleet,
+        merge_settings,
+        read_fleet,
+        with_demo_text,
+        with_probe,
+    )
     from device_profiles.replay import Options, check_replay, name_latest, replay, run_folder
     from device_profiles.watch import Watch
 
@@ -113,6 +120,8 @@ def run(
         job["rounds"] = rounds
     model = str(job.pop("model", found.model))
     found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
+    if not fleet and found.job.get("rule") == "trust-predictions":
+        found = with_probe(found)
     where = f"{fleet} with the command line" if fleet else "the command line"
     check_replay(found, seed, broker, where)
     with run_folder(out) as folder:

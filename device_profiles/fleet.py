@@ -73,6 +73,12 @@ def demo_fleet() -> Fleet:
     return Fleet(DEFAULT_MODEL, devices)
 
 
+def with_probe(fleet: Fleet) -> Fleet:
+    """Give a fleet's job a public text of all the demo's kinds to predict, if it has none."""
+    text = Path(__file__).with_name("probe.txt").read_text(encoding="utf-8")
+    return replace(fleet, job=merge_settings({"probe": {"text": text}}, fleet.job))
+
+
 def with_demo_text(fleet: Fleet, folder: Path, *, seed: int) -> Fleet:
     """Give each device of the demo a part of the running Python's standard library, in a folder.
 

@@ -294,6 +294,7 @@ class Agent:
             "finished",
             adapter=str(state / "adapter"),
             kept=str(held.source),
+            personal=held.personal,
             loss=loss,
             rank_start=self._rank_start,
             rank_end=rank_end,
