@@ -118,13 +118,15 @@ def test_by_validation_who_answers_gets_a_mixture(fleet_of: Begin) -> None:
     assert third.personal == dict.fromkeys(("attic", "barn", "cellar"), 3), "den told nothing"
     assert third.trials == ["attic", "barn", "cellar"] and third.candidates == 3
     assert Place("personal", 3, "den") not in fleet.devices["den"].places()
-    trust = fleet.trust(2)
-    scores = trust["scores"][trust["devices"].index("barn")]
+    kept = fleet.store().issued.trust(2)
+    assert kept is not None
+    scores = kept.scores[kept.devices.index("barn")]
     told = {offered[int(n)]: 2.0 - loss for n, loss in numbers.items()} | {"barn": 0.5}
-    assert dict(zip(trust["devices"], scores, strict=True)) == {
+    assert dict(zip(kept.devices, scores, strict=True)) == {
         name: pytest.approx(told[name]) if name in told else None for name in EVERYBODY
     }
-    weights = trust["weights"]
+    weights = fleet.trust(2)["weights"]
+    assert weights == kept.weights
     assert weights[3] == pytest.approx([0.25] * 4), "den has the shares of the common adapter"
     fleet.run_rounds(3)
     assert fleet.aggregators[0].wait() == 0
