@@ -48,6 +48,9 @@ class History:
             entry |= {"version": event["version"], "merge_s": event["seconds"]}
             for name, weight in event["weights"].items():
                 self._row(event["round"], name)["weight"] = weight
+        elif kind == "trust":
+            kept = ("devices", "weights", "temperatures")
+            self._round(event["round"])["trust"] = {key: event[key] for key in kept}
         elif kind == "finished":
             self.finished[device] = event
 

@@ -24,6 +24,7 @@ from device_profiles.report_figure import (
 )
 from device_profiles.report_rounds import round_charts
 from device_profiles.report_rows import row_charts
+from device_profiles.report_trust import trust_charts
 from device_profiles.summary import (
     MEMORY_BAND,
     DeviceSummary,
@@ -38,7 +39,7 @@ from device_profiles.summary import (
 
 LEVEL = 0.005
 """A difference in loss smaller than this share is called level."""
-ORDER = ("loss-rounds", "loss-devices", "memory", "traffic", "ranks", "weights")
+ORDER = ("loss-rounds", "loss-devices", "memory", "traffic", "ranks", "weights", "trust")
 """Order of the charts on the page."""
 DASH_ARRAYS = {"solid": "none", "dash": "5 3", "dot": "1.5 3", "dashdot": "6 3 1.5 3"}
 """Dashes of plotly.js as SVG draws them; any other is a long dash."""
@@ -58,9 +59,8 @@ def render_report(summary: Summary) -> str:
     """Return the report as HTML."""
     from plotly.offline import get_plotlyjs  # heavy: only the report needs it
 
-    charts = sorted(
-        (*round_charts(summary), *row_charts(summary)), key=lambda chart: ORDER.index(chart.slug)
-    )
+    found = (*round_charts(summary), *row_charts(summary), *trust_charts(summary))
+    charts = sorted(found, key=lambda chart: ORDER.index(chart.slug))
     return _fill(
         _part("html"),
         {

@@ -134,6 +134,23 @@ class DeviceRound(_Record):
     """Its share in the merge, 0 to 1."""
 
 
+class Trust(_Record):
+    """Tell how the devices of one round were mixed."""
+
+    devices: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+    """(K, K): row i is what the adapter of device i was mixed of; each row sums to 1."""
+    temperatures: dict[str, float] = Field(default_factory=dict)
+    """Of the devices that got an adapter of their own."""
+
+    @model_validator(mode="after")
+    def _square(self) -> Trust:
+        count = len(self.devices)
+        if [len(row) for row in self.weights] != [count] * count:
+            raise ValueError(f"weights must be {count} rows of {count}")
+        return self
+
+
 class Round(_Record):
     """Tell what one round did; a device that took no part is missing from `devices`."""
 
@@ -142,6 +159,8 @@ class Round(_Record):
     """Version of the common adapter that the round's merge published."""
     merge_s: Measured = None
     devices: dict[str, DeviceRound] = Field(default_factory=dict)
+    trust: Trust | None = None
+    """Only with a rule that makes personal adapters."""
 
 
 class Summary(_Record):

@@ -38,7 +38,8 @@ MODULES = 4096
 PersonalRule = Literal["trust-weights", "trust-validation", "trust-predictions"]
 """Rules whose devices get adapters of their own."""
 CANDIDATES = 64
-DEVICES = 4096
+DEVICES = 2048
+"""With the longest names as many, with a version each and a trial, fit in a message."""
 
 
 def _at_most(entries: int) -> BeforeValidator:

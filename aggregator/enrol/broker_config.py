@@ -70,12 +70,13 @@ def access_rules() -> str:
     """Return the ACL file: the table of topics, with %u for the name in a certificate.
 
     Patterns hold for everybody, the aggregator too. Mosquitto warns of those without %u; there is
-    no other way to let every user read a topic.
+    no other way to let every user read a topic. The aggregator reads what it has written as well:
+    it has to find what the broker keeps for a device to take a job off.
     """
     mine = {"job": "+", "version": "+", "number": "+", "band": "+", "index": "+", "upload": "+"}
     rules = [f"user {AGGREGATOR}"]
     for kind, row in topics.TABLE.items():
-        may = "write" if row.publisher == "aggregator" else "read"
+        may = "readwrite" if row.publisher == "aggregator" else "read"
         rules.append(f"topic {may} {topics.subscription(kind)}")
     rules.append("")
     for row in topics.TABLE.values():

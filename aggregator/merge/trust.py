@@ -1,8 +1,8 @@
 """Trust weights: one merged adapter a device, from the devices it has most in common with.
 
 Pure functions: scores (K, K) of how far device i trusts adapter j, their softmax, and the merge
-of all rows. Who measures what, and when, is wired elsewhere. Source of the three scores: arXiv
-2404.09753; the formulas here are those of docs/algorithms.md.
+of all rows. Who measures what, and when, is in `aggregator.personal`. Source of the three scores:
+arXiv 2404.09753; the formulas here are those of docs/algorithms.md.
 """
 
 from __future__ import annotations

@@ -89,19 +89,21 @@ class PersonalOutcome(Outcome):
 
     def write(self, manifest: GlobalManifest, *, last: bool) -> GlobalManifest:
         mixed, version = self._round, manifest.version
-        trials = {} if last else mixed.trials
+        personal = self._personal(version)
+        new = [device for device, own in personal.items() if own == version]
+        trials = [] if last else [device for device in new if device in mixed.trials]
         candidates = {} if last else mixed.candidates
-        for device, adapter in mixed.mixtures.items():
-            self._write(Place("personal", version, device), device, adapter)
-        for device, adapter in trials.items():
-            self._write(Place("trial", version, device), device, adapter)
+        for device in new:
+            self._write(Place("personal", version, device), device, mixed.mixtures[device])
+        for device in trials:
+            self._write(Place("trial", version, device), device, mixed.trials[device])
         for number, (device, adapter) in enumerate(candidates.items()):
             self._write(Place("candidate", version, str(number)), device, adapter)
         fault_point("aggregator.personal.written")
         return manifest.model_copy(
             update={
-                "personal": self._personal(version),
-                "trials": sorted(trials),
+                "personal": personal,
+                "trials": trials,
                 "candidates": len(candidates),
             }
         )
@@ -113,7 +115,9 @@ class PersonalOutcome(Outcome):
         self._store.issued.add_trust(self._state.number, self._matrix())
 
     def told(self) -> Told:
-        return {"trust": self._matrix()._asdict()}
+        matrix = self._matrix()
+        told = ("devices", "weights", "temperatures")
+        return {"trust": {name: getattr(matrix, name) for name in told}}
 
     def _write(self, place: Place, device: str, adapter: Adapter) -> None:
         manifest = self._versions.write_at(place, adapter, self._state.version)

@@ -88,12 +88,16 @@ def test_a_job_that_can_not_be_withdrawn() -> None:
 
 
 def test_in_a_fleet_with_certificates(tmp_path: Path) -> None:
-    """A device's status is its own to write; what calls devices into the job goes."""
+    """A device's status is its own to write; what calls devices into the job goes, and adapters."""
     key = SigningKey.generate()
     with running_fleet(tmp_path) as fleet:
         topic = topics.topic("job", job="notes")
         aggregator = fleet.aggregator()
         aggregator.publish(topic, key.seal(make_job(), topic), retain=True).check()
+        fields = {"job": "notes", "version": 2}
+        for kind, who in (("personal", "device"), ("trial", "device"), ("candidate", "number")):
+            one = {**fields, who: "kitchen" if who == "device" else 0}
+            aggregator.publish(topics.topic(f"{kind}_manifest", **one), b"x", retain=True).check()
         aggregator.close()
         device = fleet.link(fleet.join("kitchen"), "kitchen")
         own = topics.topic("status", job="notes", device="kitchen")
@@ -103,5 +107,6 @@ def test_in_a_fleet_with_certificates(tmp_path: Path) -> None:
         device.publish(own, key.seal(status, own), retain=True).check()
         done = withdraw("notes", "--dir", fleet.folder.path)
         assert done.exit_code == 0, (done.output, done.exception)
-        assert "1 messages cleared; statuses that only their devices may clear: 1" in done.output
-        assert list(kept_messages(device, "notes", [topic])) == []
+        assert "4 messages cleared; statuses that only their devices may clear: 1" in done.output
+        every = f"{topics.ROOT.format(job='notes')}/#"
+        assert [m.topic for m in kept_messages(device, "notes", [every])] == []
