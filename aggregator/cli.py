@@ -228,16 +228,19 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
     state: State = None,
     version: Annotated[int | None, typer.Option(help="Version (default: the newest).")] = None,
+    device: Annotated[
+        str, typer.Option(help="The device whose own adapter it is to be, in a job that has such.")
+    ] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was written as JSON.")
     ] = False,
 ) -> None:
-    """Write the shared adapter as a directory that PeftModel.from_pretrained loads."""
+    """Write the shared adapter, or a device's own, as a directory for PeftModel.from_pretrained."""
     from dataclasses import asdict
 
     from aggregator.export import export_adapter
 
-    done = export_adapter(state or DEFAULT_STATE, out, version=version)
+    done = export_adapter(state or DEFAULT_STATE, out, version=version, device=device)
     if as_json:
         typer.echo(json.dumps(asdict(done)))
         return

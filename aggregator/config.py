@@ -32,10 +32,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
 from aggregator.merge import rules
 from aggregator.mistakes import first_mistake
+from aggregator.personal import STRATEGIES, Strategy, read_trust_settings, strategy_of
+from aggregator.probe_text import with_probe_text
 from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
 from aggregator.settings_file import read_settings
-from protocol.messages import BaseModelInfo, Job
+from protocol.messages import BaseModelInfo, Job, Probe
 
 STAND_IN = {"name": "any", "sha256": "0" * 64, "parameters": 1, "modules": {"any": (1, 1)}}
 """A base in the place of one that is not described yet."""
@@ -83,7 +85,8 @@ def read_job(path: Path) -> tuple[Job, Policy]:
     Raises:
         ConfigError: it is not there, not TOML, or a field is missing, unknown or wrong.
     """
-    return build_job(read_settings(path, "job file"), str(path))
+    fields = with_probe_text(read_settings(path, "job file"), path.parent, str(path))
+    return build_job(fields, str(path))
 
 
 def build_job(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
@@ -119,19 +122,47 @@ def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_mistake(error)}") from None
     try:
+        strategy = strategy_of(job.rule)
+        if strategy is not None:
+            read_trust_settings(job.rule_settings)
+            _check_personal(strategy, job, where)
+            return job, policy
         rule = rules.find_rule(job.rule)
         if isinstance(rule, rules.Rule):
             rule.read(job.rule_settings)
     except UnknownRule as error:
+        error = UnknownRule(error.name, [*error.known, *STRATEGIES])
         raise ConfigError(f"{where}: rule: {error}") from None
     except BadRuleSettings as error:
         raise ConfigError(f"{where}: rule_settings: {error}") from None
     return job, policy
 
 
+def _check_personal(strategy: Strategy, job: Job, where: str) -> None:
+    """Refuse a job for personal adapters that can't come to any.
+
+    Raises:
+        ConfigError: says which setting to change.
+    """
+    if job.remainder == "dropped":
+        raise ConfigError(
+            f"{where}: rule {strategy!r} needs remainder = 'frozen': what is mixed are whole "
+            "adapters, and a device that dropped what it does not train has not trained beside it"
+        )
+    if strategy == "trust-predictions" and job.probe is None:
+        raise ConfigError(
+            f"{where}: rule {strategy!r} needs a public text that all devices predict: [probe] "
+            'with file = "probe.txt", or text'
+        )
+
+
 def known_settings() -> dict[str, list[str]]:
     """Return the names of the settings in each table of a job file; those at the top under ""."""
-    tables = {"": ["model", "policy", *Job.model_fields], "policy": [*PolicySettings.model_fields]}
+    tables = {
+        "": ["model", "policy", *Job.model_fields],
+        "policy": [*PolicySettings.model_fields],
+        "probe": [*Probe.model_fields, "file"],
+    }
     for name, field in Job.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             tables[name] = [*field.annotation.model_fields]

@@ -11,15 +11,19 @@ from dataclasses import replace
 
 from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
-from aggregator.intake import Intake, read_update
+from aggregator.intake import Intake
 from aggregator.memory import read_memory, write_memory
-from aggregator.merge import Merged, RoundView, merge
+from aggregator.merge import RoundView, merge
 from aggregator.merge.round_view import completed
+from aggregator.outcome import Outcome
+from aggregator.personal import strategy_of
+from aggregator.personal.serving import merge_personal
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
+from aggregator.updates import read_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
@@ -161,7 +165,7 @@ class Daemon:
         state = self._store.round()
         manifest = self._store.version(state.version)
         assert manifest is not None, "a round's version is committed before the round is"
-        self._publisher.version(manifest)
+        self._publisher.version(manifest, again=True)
         self._publisher.job()
         self._publisher.round(state, self._policy.share(state.attempt))
 
@@ -244,12 +248,14 @@ class Daemon:
         """Merge the round, publish its version, and go on to the next round."""
         fault_point("aggregator.merge.before")
         started = time.monotonic()
-        merged = merge_round(self._job, self._store, self._versions, state)
+        outcome = merge_round(self._job, self._store, self._versions, state)
+        merged = outcome.merged
         seconds = time.monotonic() - started
         fault_point("aggregator.merge.after")
         manifest = self._versions.write(
             merged.adapter, version=state.version + 1, parent=state.version
         )
+        manifest = outcome.write(manifest, last=state.number >= self._job.rounds)
         fault_point("aggregator.version.written")
         carried = write_memory(self._store, merged.memory, version=manifest.version)
         fault_point("aggregator.memory.written")
@@ -266,6 +272,7 @@ class Daemon:
             residual=merged.residual,
             carried=carried,
             late_updates=self._policy.late_updates,
+            beside=outcome.commit,
         )
         fault_point("aggregator.round.committed")
         self._publisher.version(manifest)
@@ -282,6 +289,8 @@ class Daemon:
         )
         for warning in merged.warnings:
             self._events.emit("warning", round=state.number, reason=warning)
+        for event, fields in outcome.told().items():
+            self._events.emit(event, round=state.number, **fields)
         self._announce(after)
         tidy(self._store, self._policy.keep_versions)
 
@@ -317,8 +326,10 @@ class Daemon:
         return time.time() + self._policy.deadline_s
 
 
-def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
+def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Outcome:
     """Merge the counted updates of a round by the job's rule."""
+    if (strategy := strategy_of(job.rule)) is not None:
+        return merge_personal(job, strategy, store, versions, state)
     updates = []
     trained = trained_factors(job.training.factors, state.number)
     for manifest in store.uploads_of(state.number, "counted"):
@@ -338,4 +349,4 @@ def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -
         memory=read_memory(store),
         trained=trained,
     )
-    return merge(job.rule, view, settings=job.rule_settings)
+    return Outcome(merge(job.rule, view, settings=job.rule_settings))

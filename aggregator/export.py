@@ -1,4 +1,4 @@
-"""Write a version of the shared adapter as the PEFT directory that everybody can load."""
+"""Write an adapter, the shared one or a device's own, as the PEFT directory everybody can load."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.errors import StoreError
+from aggregator.places import Place, common
 from aggregator.store import Store
 from aggregator.versions import Versions
 from protocol.adapter import Adapter
@@ -28,8 +29,12 @@ class Exported:
     """File in the folder → its size in bytes."""
 
 
-def export_adapter(state: Path, out: Path, *, version: int | None = None) -> Exported:
+def export_adapter(
+    state: Path, out: Path, *, version: int | None = None, device: str = ""
+) -> Exported:
     """Export a version (the newest by default) into a new folder, or over an earlier export.
+
+    With a device it is the device's own adapter, the one it goes on with unless there is a version.
 
     Raises:
         StoreError: the folder of state holds no job or not that version, or the other one holds
@@ -46,17 +51,17 @@ def export_adapter(state: Path, out: Path, *, version: int | None = None) -> Exp
     if text is None:
         raise StoreError(f"no job has been served from {state} yet")
     job = Job.model_validate_json(text)
-    number = _find_version(store, version)
+    place = _find_own(store, device, version) if device else common(_find_version(store, version))
     try:
-        adapter = Versions(job, store).load(number)
+        adapter = Versions(job, store).load_at(place)
     except (OSError, BadTensors) as error:
-        raise StoreError(f"version {number} in {state} is damaged: {os_words(error)}") from None
+        raise StoreError(f"{place} in {state} is damaged: {os_words(error)}") from None
     try:
         write_peft(adapter, out, base_model=job.base.name)
         files = {name: (out / name).stat().st_size for name in PEFT_FILES}
     except OSError as error:
         raise StoreError(f"can't write the adapter to {out}: {os_words(error)}") from None
-    return Exported(str(out), number, adapter.rank, _parameters(adapter), files)
+    return Exported(str(out), place.version, adapter.rank, _parameters(adapter), files)
 
 
 def _check_free(out: Path) -> None:
@@ -86,6 +91,18 @@ def _find_version(store: Store, wanted: int | None) -> int:
     if wanted is not None and store.version(wanted) is None:
         raise StoreError(f"there is no version {wanted} in {store.folder}; the newest is {newest}")
     return newest if wanted is None else wanted
+
+
+def _find_own(store: Store, device: str, wanted: int | None) -> Place:
+    newest = store.version(_find_version(store, None))
+    assert newest is not None, "it has been found"
+    number = newest.personal.get(device) if wanted is None else wanted
+    kept = store.issued.own_versions(device)
+    if number not in kept:
+        has = f"kept are {', '.join(map(str, kept))}" if kept else "it goes on with the shared one"
+        which = "now" if wanted is None else f"of version {wanted}"
+        raise StoreError(f"{device!a} has no adapter of its own {which} in {store.folder}; {has}")
+    return Place("personal", number, device)
 
 
 def _parameters(adapter: Adapter) -> int:

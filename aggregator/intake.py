@@ -11,25 +11,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from aggregator.enrol.registry import Registry
-from aggregator.merge import Update
-from aggregator.merge.lowrank import gram
+from aggregator.personal.refusals import probe_limit, wrong_personal
 from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
 from aggregator.rounds import Policy
 from aggregator.store import Store
+from aggregator.updates import factor_norm, read_probe, read_update, update_norm, upload_stacks
 from aggregator.versions import Versions
 from aggregator.window import ChunkWindow
 from protocol import topics
-from protocol.adapter import add, module_directions, select
-from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
-from protocol.factors import trained_factors
 from protocol.faults import fault_point
-from protocol.layers import from_bitmap, only
+from protocol.layers import from_bitmap
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
 from protocol.metrics import wrong_metric
 from protocol.signing import SigningKey, open_message
@@ -220,6 +215,7 @@ class Intake:
             data = self._store.assembled(manifest)
             fault_point("aggregator.upload.assembled")
             update = read_update(self._job, self._versions, manifest, data)
+            read_probe(self._job, manifest, data)
         except (BadTensors, BadChunk) as error:
             return self._reject(manifest, str(error))
         change = update_norm(self._versions, manifest, update)
@@ -280,9 +276,16 @@ class Intake:
             return why
         if manifest.file.bytes > self._largest(manifest):
             return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
+        if why := self._wrong_personal(manifest):
+            return why
         if self._sent_too_much(manifest):
             return self._too_much(manifest)
         return ""
+
+    def _wrong_personal(self, manifest: UploadManifest) -> str:
+        round_starts = self._store.version(manifest.version)
+        assert round_starts is not None, "it is the open round's"
+        return wrong_personal(manifest, round_starts, self._job)
 
     def _attempt(self) -> Attempt:
         now = self._store.round()
@@ -296,6 +299,7 @@ class Intake:
         """Return the bytes that an upload of this rank can have."""
         shapes = {s.name: s.shape for s in upload_stacks(self._job, manifest)}
         largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
+        largest += probe_limit(self._job.probe)
         return min(largest, self._job.limits.upload_bytes)
 
     def _round_limit(self, manifest: UploadManifest) -> int:
@@ -342,30 +346,6 @@ class Intake:
         return topic, self._key.seal(message, topic)
 
 
-def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
-    """Return the tensors that an upload must have."""
-    ranks = {name: len(at) for name, at in upload_directions(job, manifest).items()}
-    trained = trained_factors(job.training.factors, manifest.round)
-    return stacks(job.base.modules, ranks, trained)
-
-
-def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
-    """Return which directions of each module an upload changes; its `modules` are checked."""
-    chosen = module_directions(
-        job.base.modules,
-        job.directions,
-        job=job.job,
-        device=manifest.device,
-        round_number=manifest.round,
-        rank_trained=manifest.rank_trained,
-        held=manifest.held,
-        rank=manifest.rank,
-    )
-    if manifest.modules is None:
-        return chosen
-    return only(chosen, from_bitmap(job.base.modules, manifest.modules))
-
-
 def _unfit_modules(job: Job, manifest: UploadManifest) -> str:
     """Say what is wrong with the modules that an upload claims; empty if nothing is."""
     if manifest.modules is None:
@@ -377,37 +357,3 @@ def _unfit_modules(job: Job, manifest: UploadManifest) -> str:
     except ProtocolError as error:
         return str(error)
     return ""
-
-
-def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:
-    """Return what an upload's bytes say: absolute factors of the directions it trained.
-
-    A factor that the round does not train is the one of the version that it started from.
-
-    Raises:
-        BadTensors: they are not what the manifest and the job imply.
-    """
-    chosen = upload_directions(job, manifest)
-    ranks = {name: len(at) for name, at in chosen.items()}
-    trained = trained_factors(job.training.factors, manifest.round)
-    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding, trained)
-    before = select(versions.load(manifest.version), chosen)
-    return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
-
-
-def update_norm(versions: Versions, manifest: UploadManifest, update: Update) -> float:
-    """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
-    before = select(versions.load(manifest.version), update.directions)
-    products = gram([update.adapter, before])
-    return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))
-
-
-def factor_norm(update: Update) -> float:
-    """Return the larger of ‖A'‖_F and ‖s·B'‖_F over all modules.
-
-    A factor of zeros hides the other from the product, and not from a factor average.
-    """
-    layers = update.adapter.layers.values()
-    a = np.linalg.norm([np.linalg.norm(f.a.astype(np.float64)) for f in layers])
-    b = np.linalg.norm([np.linalg.norm(f.b.astype(np.float64)) for f in layers])
-    return float(max(a, update.adapter.scale * b))

@@ -27,6 +27,7 @@ RULES = {
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "string_type": "must be text",
+    "string_too_short": "must not be empty",
     "string_too_long": "must have at most {max_length} characters",
     "literal_error": "must be {expected}",
     "list_type": "must be a list",

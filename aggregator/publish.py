@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aggregator.errors import StoreError
+from aggregator.places import Place, beside, common
 from aggregator.rounds import RoundState
 from aggregator.store import Store
 from protocol import topics
@@ -56,54 +57,71 @@ class Publisher:
         )
         self._send([(topic, self._key.seal(message, topic))])
 
-    def version(self, manifest: GlobalManifest) -> None:
-        """Publish a version whole, its manifest last, and clear the one that is too old.
+    def version(self, manifest: GlobalManifest, *, again: bool = False) -> None:
+        """Publish a version whole, its manifest last, and clear what is too old.
+
+        What there is beside the common adapter comes before it: what is new with this version, or
+        `again` all that its manifest names, for a broker that may have lost it.
 
         Raises:
             StoreError: a file of it is not there, or not what it was.
         """
+        for place in beside(manifest):
+            if again or place.version == manifest.version:
+                theirs = self._store.issued.manifest(place)
+                assert theirs is not None, "it is committed with the manifest that names it"
+                self._publish(place, theirs)
+                fault_point("aggregator.personal.published")
+        self._publish(common(manifest.version), manifest)
+        self._clear_after(manifest)
+
+    def _publish(self, place: Place, manifest: GlobalManifest) -> None:
         for band, info in manifest.bands.items():
-            data = self._read(manifest.version, band, info)
+            chunks = split(self._read(place, band, info))
             self._send(
                 [
-                    (self._chunk_topic(manifest.version, band, index), chunk)
-                    for index, chunk in enumerate(split(data))
+                    (place.chunk_topic(self._job.job, band, index), chunk)
+                    for index, chunk in enumerate(chunks)
                 ]
             )
             fault_point("aggregator.version.publishing")
-        topic = topics.topic("global_manifest", job=self._job.job, version=manifest.version)
+        topic = place.manifest_topic(self._job.job)
         self._send([(topic, self._key.seal(manifest, topic))])
-        old = self._store.version(manifest.version - VERSIONS_KEPT)
-        if old is not None:
-            self._clear(old)
 
-    def _read(self, version: int, band: str, info: FileInfo) -> bytes:
-        path = self._store.band_file(version, band)
+    def _read(self, place: Place, band: str, info: FileInfo) -> bytes:
+        path = self._store.band_file(place, band)
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise StoreError(f"can't read version {version}: {os_words(error)}") from None
+            raise StoreError(f"can't read {place}: {os_words(error)}") from None
         if describe_file(data) != info:
             raise StoreError(
-                f"{path} is not what version {version} was published as; bring the state folder "
+                f"{path} is not what {place} was published as; bring the state folder "
                 "back from a backup, or begin anew with another --state folder and job name"
             )
         return data
 
-    def _clear(self, manifest: GlobalManifest) -> None:
-        """Take a version off the broker: an empty retained message each, its manifest first."""
-        names = [topics.topic("global_manifest", job=self._job.job, version=manifest.version)]
+    def _clear_after(self, manifest: GlobalManifest) -> None:
+        """Clear the version that is too old, and what no newer one has beside it."""
+        old = self._store.version(manifest.version - VERSIONS_KEPT)
+        if old is None:
+            return
+        self._clear(common(old.version), old)
+        newer = map(self._store.version, range(old.version + 1, manifest.version + 1))
+        needed = {place for kept in newer if kept is not None for place in beside(kept)}
+        for place in beside(old):
+            theirs = self._store.issued.manifest(place)
+            if place not in needed and theirs is not None:
+                self._clear(place, theirs)
+
+    def _clear(self, place: Place, manifest: GlobalManifest) -> None:
+        """Take an adapter off the broker: an empty retained message each, its manifest first."""
+        names = [place.manifest_topic(self._job.job)]
         for band, info in manifest.bands.items():
             names += [
-                self._chunk_topic(manifest.version, band, index)
-                for index in range(len(info.chunks))
+                place.chunk_topic(self._job.job, band, index) for index in range(len(info.chunks))
             ]
         self._send([(name, b"") for name in names])
-
-    def _chunk_topic(self, version: int, band: str, index: int) -> str:
-        return topics.topic(
-            "global_chunk", job=self._job.job, version=version, band=band, index=index
-        )
 
     def _send(self, messages: list[tuple[str, bytes]]) -> None:
         for delivery in self._link.publish_all(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -19,8 +19,11 @@ from typing import NamedTuple
 from aggregator.devices import SCHEMA as DEVICES_SCHEMA
 from aggregator.devices import Devices
 from aggregator.errors import StoreError
+from aggregator.issued import SCHEMA as ISSUED_SCHEMA
+from aggregator.issued import Issued
 from aggregator.mistakes import first_difference
 from aggregator.parts import Parts
+from aggregator.places import Place
 from aggregator.rounds import RoundState
 from protocol.chunks import check_file
 from protocol.database import Database, DatabaseDamaged
@@ -76,7 +79,7 @@ class Store:
         try:
             self._db = Database(
                 folder / "store.sqlite",
-                SCHEMA + DEVICES_SCHEMA,
+                SCHEMA + DEVICES_SCHEMA + ISSUED_SCHEMA,
                 self.on_disk,
                 before_commit=self._parts.sync,
                 after_commit=self._parts.settle,
@@ -90,6 +93,7 @@ class Store:
                 "that can be written to with --state"
             ) from None
         self.devices = Devices(self._db)
+        self.issued = Issued(self._db)
         self._finish_keeping()
 
     def close(self) -> None:
@@ -175,11 +179,13 @@ class Store:
         residual: float,
         carried: Mapping[str, CarriedFile] | None = None,
         late_updates: int = 0,
+        beside: Callable[[], None] = lambda: None,
     ) -> None:
         """Commit a merge: its version, its figures and the state after it, in one transaction.
 
-        `carried` are the files that the next round is handed, by what they hold. Uploads that were
-        not whole by then come too late, and go, but for those of the last `late_updates` rounds.
+        `carried` are the files that the next round is handed, by what they hold; `beside` is called
+        for what is to be committed beside the common version. Uploads that were not whole by then
+        come too late, and go, but for those of the last `late_updates` rounds.
         """
         with self.transaction():
             self.add_version(manifest)
@@ -193,6 +199,7 @@ class Store:
             )
             self._forget("state = 'receiving' AND round <= ?", number - late_updates)
             self._set_meta("carried", json.dumps(carried or {}))
+            beside()
             self.set_round(after)
             fault_point("aggregator.round.settling")
 
@@ -214,7 +221,7 @@ class Store:
 
     def version(self, number: int) -> GlobalManifest | None:
         row = self._db.one("SELECT manifest FROM versions WHERE version = ?", number)
-        return GlobalManifest.model_validate_json(row[0]) if row else None
+        return _global_manifest(row[0]) if row else None
 
     def version_numbers(self) -> set[str]:
         return {str(row[0]) for row in self._db.rows("SELECT version FROM versions")}
@@ -228,8 +235,12 @@ class Store:
     def versions_folder(self) -> Path:
         return self.folder / "versions"
 
-    def band_file(self, version: int, band: str) -> Path:
-        return self.versions_folder / str(version) / f"{band}.safetensors"
+    @property
+    def personal_folder(self) -> Path:
+        return self.folder / "personal"
+
+    def band_file(self, place: Place, band: str) -> Path:
+        return self.folder / place.folder / f"{band}.safetensors"
 
     # -- uploads ---------------------------------------------------------------------------------
 
@@ -394,3 +405,9 @@ class Store:
 def _manifest(text: str) -> UploadManifest:
     """Read a manifest, whose hashes are many and which is asked for with each of its chunks."""
     return UploadManifest.model_validate_json(text)
+
+
+@lru_cache(maxsize=4)
+def _global_manifest(text: str) -> GlobalManifest:
+    """Read the manifest of a version, which is asked for with each upload of its round."""
+    return GlobalManifest.model_validate_json(text)

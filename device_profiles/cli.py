@@ -43,8 +43,9 @@ Rule = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="How updates are merged: anchored, fedavg, hetlora, flexlora, segment, flora, or an "
-        "installed rule (default: what the fleet says, else anchored).",
+        help="How updates are merged: anchored, fedavg, hetlora, flexlora, segment, flora, "
+        "trust-weights, trust-validation, trust-predictions, or an installed rule (default: what "
+        "the fleet says, else anchored).",
     ),
 ]
 Rounds = Annotated[
@@ -100,11 +101,18 @@ def run(
     """
     from dataclasses import replace
 
-    from device_profiles.fleet import demo_fleet, merge_settings, read_fleet, with_demo_text
+    from aggregator.probe_text import with_probe_text
+    from device_profiles.fleet import (
+        demo_fleet,
+        merge_settings,
+        read_fleet,
+        with_demo_text,
+        with_probe,
+    )
     from device_profiles.replay import Options, check_replay, name_latest, replay, run_folder
     from device_profiles.watch import Watch
 
-    job = parse_settings(settings or [])
+    job = with_probe_text(parse_settings(settings or []), Path(), "the command line")
     found = read_fleet(fleet) if fleet else demo_fleet()
     if rule:
         job["rule"] = rule
@@ -112,6 +120,8 @@ def run(
         job["rounds"] = rounds
     model = str(job.pop("model", found.model))
     found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
+    if not fleet and found.job.get("rule") == "trust-predictions":
+        found = with_probe(found)
     where = f"{fleet} with the command line" if fleet else "the command line"
     check_replay(found, seed, broker, where)
     with run_folder(out) as folder:
@@ -126,12 +136,14 @@ def run(
 def for_rule(job: dict[str, Any]) -> dict[str, Any]:
     """Fill in what a published rule goes with, where the job does not say otherwise.
 
-    Every rule but the anchored one was published for devices that cut the shared adapter to
+    Every merge rule but the anchored one was published for devices that cut the shared adapter to
     their own rank: the remainder dropped, the top directions trained, one learning rate for all.
+    Trust strategies mix whole adapters.
     """
+    from aggregator.personal import STRATEGIES
     from device_profiles.fleet import merge_settings
 
-    if job.get("rule", "anchored") == "anchored":
+    if job.get("rule", "anchored") in ("anchored", *STRATEGIES):
         return job
     published = {
         "remainder": "dropped",

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.errors import ConfigError
+from aggregator.probe_text import with_probe_text
 from aggregator.settings_file import read_settings
 from device_profiles.demo_text import write_demo_text
 from device_profiles.errors import FleetError
@@ -72,6 +73,12 @@ def demo_fleet() -> Fleet:
     return Fleet(DEFAULT_MODEL, devices)
 
 
+def with_probe(fleet: Fleet) -> Fleet:
+    """Give a fleet's job a public text of all the demo's kinds to predict, if it has none."""
+    text = Path(__file__).with_name("probe.txt").read_text(encoding="utf-8")
+    return replace(fleet, job=merge_settings({"probe": {"text": text}}, fleet.job))
+
+
 def with_demo_text(fleet: Fleet, folder: Path, *, seed: int) -> Fleet:
     """Give each device of the demo a part of the running Python's standard library, in a folder.
 
@@ -94,7 +101,7 @@ def read_fleet(path: Path) -> Fleet:
         ProfileError: a device names a profile that is not there.
     """
     try:
-        fields = read_settings(path, "fleet file")
+        fields = with_probe_text(read_settings(path, "fleet file"), path.parent, str(path))
     except ConfigError as error:
         raise FleetError(str(error)) from None
     rows = fields.pop("device", [])

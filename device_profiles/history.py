@@ -50,6 +50,9 @@ class History:
                 self._row(event["round"], name)["weight"] = weight
         elif kind == "warning":
             self._round(event["round"]).setdefault("warnings", []).append(event["reason"])
+        elif kind == "trust":
+            kept = ("devices", "weights", "temperatures")
+            self._round(event["round"])["trust"] = {key: event[key] for key in kept}
         elif kind == "finished":
             self.finished[device] = event
 

@@ -11,14 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import psutil
 
 from aggregator.config import check_settings
 from aggregator.errors import JobInUse
@@ -26,6 +23,7 @@ from aggregator.withdraw import withdraw
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
+from device_profiles.measuring import Measured, measure
 from device_profiles.processes import Event, Processes
 from device_profiles.report import write_report
 from protocol.errors import TransportError
@@ -36,8 +34,6 @@ REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
 JOB = "replay"
 TIMEOUT_S = 7 * 24 * 3600.0
-SAMPLE_ROWS = 2
-"""Rows of each text on which adapters are compared across the fleet."""
 DEMO_TRAINING = {"steps": 6, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
 
 
@@ -101,9 +97,10 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             if len(history.finished) == len(fleet.devices):
                 break
     max_tokens = history.serving["training"]["max_tokens"]
-    merged, across = _losses(fleet, options, max_tokens, on_event)
-    summary = _summary(fleet, options, base, scale, history, merged)
-    summary["across"] = across
+    own = [name for name in names if history.finished[name]["personal"] is not None]
+    measured = measure(fleet, options, own, max_tokens, on_event, _ask)
+    summary = _summary(fleet, options, base, scale, history, measured)
+    summary["across"] = measured.across
     summary["wall_s"] = round(time.monotonic() - started, 1)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     write_report(summary, out / "report.html")
@@ -282,57 +279,21 @@ def _device_arguments(
 # -- after -----------------------------------------------------------------------------------------
 
 
-def _losses(
-    fleet: Fleet, options: Options, max_tokens: int, on_event: OnEvent
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Measure adapters as anybody would: loaded by PEFT, in float32.
-
-    Returns:
-        The shared adapter's held-out loss on each device's text; and the mean over the whole
-        fleet's text of the base, of adapters trained alone, and of the shared one, on a sample.
-    """
-    from aggregator.export import export_adapter
-
-    shared = options.out / "adapter"
-    export_adapter(options.out / "aggregator", shared)
-    first = {device.name: str(device.data[0]) for device in fleet.devices}
-    common = ["evaluate", "--model", fleet.model, "--seed", str(options.seed)]
-    common += ["--max-tokens", str(max_tokens)]
-    common += [word for path in sorted(set(first.values())) for word in ("--data", path)]
-    alone = [options.out / "devices" / d.name / "alone" for d in fleet.devices]
-    adapters = [shared, *(alone if options.compare_alone else [])]
-    texts = len(set(first.values()))
-    on_event({"event": "measuring", "adapters": len(adapters), "texts": texts})
-    sample = [word for path in adapters for word in ("--adapter", str(path))]
-    questions = [
-        [*common, "--adapter", str(shared)],
-        [*common, *sample, "--max-rows", str(SAMPLE_ROWS)],
-    ]
-    with ThreadPoolExecutor(len(questions)) as pool:
-        try:
-            whole, sampled = (json.loads(answer) for answer in pool.map(_ask, questions))
-        except BaseException:  # a signal: the pool would wait for the answers, minutes perhaps
-            for process in psutil.Process().children():
-                process.kill()
-            raise
-    means = {name: fmean(row.values()) for name, row in sampled.items()}
-    across = {"base": means["base"], "merged": means[str(shared)]}
-    if options.compare_alone:
-        across["local"] = fmean(means[str(path)] for path in alone)
-    return {name: whole[str(shared)][path] for name, path in first.items()}, across
-
-
 def _summary(
     fleet: Fleet,
     options: Options,
     base: dict[str, Any],
     scale: float,
     history: History,
-    merged: dict[str, float],
+    measured: Measured,
 ) -> dict[str, Any]:
     served = history.serving
-    devices = [_device_summary(device, history, merged) for device in fleet.devices]
+    devices = [_device_summary(device, history, measured) for device in fleet.devices]
     kinds = ("base", "local", "merged", "merged_on_device")
+    loss = {kind: _mean([d["loss"].get(kind) for d in devices]) for kind in kinds}
+    if measured.personal:  # who has none goes on with the common one
+        known = [d["loss"].get("personal", d["loss"]["merged"]) for d in devices]
+        loss["personal"] = _mean(known)
     return {
         "rule": served["rule"],
         "seed": options.seed,
@@ -346,18 +307,21 @@ def _summary(
         "remainder": served["remainder"],
         "directions": served["directions"],
         "broker": options.broker or "embedded",
-        "loss": {kind: _mean([d["loss"].get(kind) for d in devices]) for kind in kinds},
+        "loss": loss,
         "devices": devices,
         "history": history.rounds(),
     }
 
 
-def _device_summary(
-    device: FleetDevice, history: History, merged: dict[str, float]
-) -> dict[str, Any]:
+def _device_summary(device: FleetDevice, history: History, measured: Measured) -> dict[str, Any]:
     end, plan = history.finished[device.name], history.plans[device.name]
     same = ("rank_start", "rank_end", "held_rank", "floor_mib", "predicted_mib", "peak_mib")
     counts = ("bytes_up", "bytes_down", "tokens")
+    loss = {**end["loss"], "merged": measured.merged[device.name]}
+    if device.name in measured.personal:
+        # What it says of its own adapter is measured again, through PEFT.
+        loss["merged_on_device"] = loss.pop("common")
+        loss["personal"] = measured.personal[device.name]
     return {
         "name": device.name,
         "profile": device.profile.name,
@@ -366,7 +330,7 @@ def _device_summary(
         "plan": plan["plan"],
         "budget_mib": plan["budget_mib"],
         **{key: end[key] for key in (*same, *counts)},
-        "loss": {**end["loss"], "merged": merged[device.name]},
+        "loss": loss,
     }
 
 

@@ -24,6 +24,7 @@ from device_profiles.report_figure import (
 )
 from device_profiles.report_rounds import round_charts
 from device_profiles.report_rows import row_charts
+from device_profiles.report_trust import trust_charts
 from device_profiles.summary import (
     MEMORY_BAND,
     DeviceSummary,
@@ -38,7 +39,7 @@ from device_profiles.summary import (
 
 LEVEL = 0.005
 """A difference in loss smaller than this share is called level."""
-ORDER = ("loss-rounds", "loss-devices", "memory", "traffic", "ranks", "weights")
+ORDER = ("loss-rounds", "loss-devices", "memory", "traffic", "ranks", "weights", "trust")
 """Order of the charts on the page."""
 DASH_ARRAYS = {"solid": "none", "dash": "5 3", "dot": "1.5 3", "dashdot": "6 3 1.5 3"}
 """Dashes of plotly.js as SVG draws them; any other is a long dash."""
@@ -58,9 +59,8 @@ def render_report(summary: Summary) -> str:
     """Return the report as HTML."""
     from plotly.offline import get_plotlyjs  # heavy: only the report needs it
 
-    charts = sorted(
-        (*round_charts(summary), *row_charts(summary)), key=lambda chart: ORDER.index(chart.slug)
-    )
+    found = (*round_charts(summary), *row_charts(summary), *trust_charts(summary))
+    charts = sorted(found, key=lambda chart: ORDER.index(chart.slug))
     return _fill(
         _part("html"),
         {
@@ -105,15 +105,20 @@ def headline(summary: Summary) -> str:
     ranks = _ranks(summary)
     if ranks:
         subject += f", {'ranks' if EN_DASH in ranks else 'rank'} {ranks}"
-    if loss.merged is None:
+    if loss.together is None:
         return f"{subject}: no merged loss was measured"
     if loss.local is not None:
-        comparison = _compared(gain(loss.local, loss.merged), "training alone")
+        comparison = _compared(gain(loss.local, loss.together), "training alone")
     elif loss.base is not None:
-        comparison = _compared(gain(loss.base, loss.merged), "the base model")
+        comparison = _compared(gain(loss.base, loss.together), "the base model")
     else:
         comparison = "with nothing to compare it to"
-    return f"{subject}: merged {loss.merged:.2f} nats/token, {comparison}"
+    return f"{subject}: {_merged(summary)} {loss.together:.2f} nats/token, {comparison}"
+
+
+def _merged(summary: Summary) -> str:
+    """Return what the devices end with, in a word."""
+    return "personal" if summary.is_personal else "merged"
 
 
 def _compared(share: float | None, to: str) -> str:
@@ -151,7 +156,10 @@ def _lede(summary: Summary) -> str:
             f"{'ends' if better == 1 else 'end'} with a lower held-out loss than with the same "
             "training alone."
         )
-    overall = gain(loss.local, loss.merged)
+    if summary.is_personal and loss.merged is not None:
+        common = _compared(gain(loss.merged, loss.together), "the common one")
+        said.append(f"Adapters of their own stand {common} ({loss.merged:.2f}).")
+    overall = gain(loss.local, loss.together)
     if overall is not None and overall <= -LEVEL:
         said.append("On average, merging did not pay here.")
     across = summary.across
@@ -187,9 +195,11 @@ def _tiles(summary: Summary) -> Iterable[str]:
     over = sum(share > 1 for share in budgets)
     kept = f", {over or 'none'} over budget" if budgets else ""
     took = f", {human_seconds(median(merges))} a merge" if merges else ""
-    yield _tile(
-        "Merged loss", _loss(loss.merged), f"alone {_loss(loss.local)}, base {_loss(loss.base)}"
-    )
+    others = {"alone": loss.local, "common": loss.merged, "base": loss.base}
+    if not summary.is_personal:
+        del others["common"]
+    detail = ", ".join(f"{name} {_loss(value)}" for name, value in others.items())
+    yield _tile(f"{_merged(summary).capitalize()} loss", _loss(loss.together), detail)
     yield _tile("Better off merged", better, "devices, against training alone")
     yield _tile("Peaks as predicted", within, f"within ±{percent(MEMORY_BAND)}{kept}")
     yield _tile(
@@ -251,38 +261,41 @@ def _figure(chart: Chart) -> str:
     )
 
 
-HEADINGS = (
-    *("Device", "Base", "Alone", "Merged", "At its rank"),
-    *("Rank", "Predicted MiB", "Measured MiB", "Budget MiB", "Up", "Down"),
-)
-"""Losses first: they are what a narrow screen shows without scrolling."""
+def _headings(summary: Summary) -> list[str]:
+    """Return the table's headings: losses first, what a narrow screen shows without scrolling."""
+    own = ["Its own"] if summary.is_personal else []
+    losses = ["Base", "Alone", "Merged", *own, "At its rank"]
+    return ["Device", *losses, "Rank", "Predicted MiB", "Measured MiB", "Budget MiB", "Up", "Down"]
 
 
 def _table(summary: Summary) -> str:
     """Return the table of all devices with their mean below; each row's best loss is bold."""
-    head = "".join(f'<th scope="col">{heading}</th>' for heading in HEADINGS)
-    bodies = "\n".join(map(_table_rows, range(len(summary.devices)), summary.devices))
+    headings, own = _headings(summary), summary.is_personal
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    words = len(headings) - 1
+    rows = (_table_rows(n, device, words, own) for n, device in enumerate(summary.devices))
+    bodies = "\n".join(rows)
     up = human_bytes(sum(device.bytes_up for device in summary.devices))
     down = human_bytes(sum(device.bytes_down for device in summary.devices))
     foot = (
         '<th scope="row">Mean<small>bytes: all together</small></th>'
-        f"{_loss_cells(summary.mean_loss)}{'<td></td>' * 4}<td>{up}</td><td>{down}</td>"
+        f"{_loss_cells(summary.mean_loss, own)}{'<td></td>' * 4}<td>{up}</td><td>{down}</td>"
     )
     return (
         f"<table><thead><tr>{head}</tr></thead>\n{bodies}\n<tfoot><tr>{foot}</tr></tfoot></table>"
     )
 
 
-def _table_rows(index: int, device: DeviceSummary) -> str:
+def _table_rows(index: int, device: DeviceSummary, columns: int, own: bool) -> str:
     """Return a device's figures and, below them over all columns, its text and plan."""
     profile = html.escape(device.title or device.profile)
     words = html.escape(" · ".join(filter(None, (device.text, device.plan))))
     return (
         f'<tbody><tr><th scope="row" rowspan="2"><i style="background:var(--d{index % COLOURS})">'
         f"</i>{html.escape(device.name)}<small>{profile}</small></th>"
-        f"{_loss_cells(device.loss)}<td>{rank_path(device)}</td>{_memory_cells(device)}"
+        f"{_loss_cells(device.loss, own)}<td>{rank_path(device)}</td>{_memory_cells(device)}"
         f"<td>{human_bytes(device.bytes_up)}</td><td>{human_bytes(device.bytes_down)}</td></tr>\n"
-        f'<tr><td class="words" colspan="{len(HEADINGS) - 1}"><p>{words}</p></td></tr></tbody>'
+        f'<tr><td class="words" colspan="{columns}"><p>{words}</p></td></tr></tbody>'
     )
 
 
@@ -307,8 +320,9 @@ def _mib(value: float | None) -> str:
     return EN_DASH if value is None else f"{value:,.0f}"
 
 
-def _loss_cells(loss: Losses) -> str:
-    values = (loss.base, loss.local, loss.merged, loss.merged_on_device)
+def _loss_cells(loss: Losses, own: bool) -> str:
+    personal = [loss.personal] if own else []
+    values = (loss.base, loss.local, loss.merged, *personal, loss.merged_on_device)
     best = min((value for value in values if value is not None), default=None)
     cells = []
     for value in values:

@@ -100,7 +100,8 @@ def _loss_chart(summary: Summary) -> Chart | None:
     return Chart(
         "loss-rounds",
         "Held-out loss, round by round",
-        "What the shared adapter each device holds says of text it never trained on.",
+        f"What {_held(summary, 'the shared adapter each device holds')} says of text it never "
+        "trained on.",
         {
             "data": traces,
             "layout": layout(
@@ -112,10 +113,15 @@ def _loss_chart(summary: Summary) -> Chart | None:
             ),
         },
         span=4 if few else 6,
-        key=(("line", "shared adapter"), ("dash", "where the device ends alone"))
+        key=(("line", _held(summary, "shared adapter")), ("dash", "where the device ends alone"))
         if few
         else (("line", "a device"), ("strong", "mean"), ("dash", "alone, for a chosen device")),
     )
+
+
+def _held(summary: Summary, shared: str) -> str:
+    """Return what devices hold, in words."""
+    return "the adapter of each device" if summary.is_personal else shared
 
 
 def _loss_points(summary: Summary, device: DeviceSummary) -> list[tuple[int, float, str]]:
@@ -128,8 +134,9 @@ def _loss_points(summary: Summary, device: DeviceSummary) -> list[tuple[int, flo
                 lines.append(f"then trained at {own.train_loss:.3f}")
             lines.append(f"up {human_bytes(own.bytes_up)}, down {human_bytes(own.bytes_down)}")
             points.append((entry.round, own.loss, hover(device.name, *lines)))
-    held = device.loss.merged_on_device
-    last = held if held is not None else device.loss.merged
+    loss = device.loss
+    on_device = loss.merged_on_device if loss.personal is None else loss.personal
+    last = on_device if on_device is not None else loss.merged
     if points and last is not None:
         text = hover(device.name, f"end: {last:.3f} nats/token held out")
         points.append((_end(summary), last, text))

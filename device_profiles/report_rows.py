@@ -52,7 +52,7 @@ def _tick(index: int, x: float | None, text: str, colour: str, size: float) -> l
 
 
 def _loss_chart(summary: Summary) -> Chart | None:
-    """Return base, alone and merged as dots on one line a device."""
+    """Return base, alone, merged and its own as dots on one line a device."""
     names = [device.name for device in summary.devices]
     traces: list[Figure] = []
     notes: list[Figure] = []
@@ -64,7 +64,10 @@ def _loss_chart(summary: Summary) -> Chart | None:
     xaxis = axis("held-out loss, nats/token", nticks=7)
     figure = {"data": traces, "layout": rows_layout(names, xaxis, notes)}
     span = 2 if len(summary.devices) <= COLOURS else 6
-    key = (("base", "base"), ("local", "alone"), ("merged", "merged"), ("held", "cut to its rank"))
+    merged = [("merged", "merged")]
+    if summary.is_personal:
+        merged = [("common", "common"), ("merged", "its own")]
+    key = (("base", "base"), ("local", "alone"), *merged, ("held", "cut to its rank"))
     return Chart("loss-devices", "Alone or together", _loss_note(summary), figure, span, key)
 
 
@@ -73,7 +76,8 @@ def _loss_row(index: int, device: DeviceSummary) -> list[Figure]:
     named = {
         "base": loss.base,
         "alone": loss.local,
-        "merged": loss.merged,
+        "merged" if loss.personal is None else "common": loss.merged,
+        "its own": loss.personal,
         "merged, cut to its rank": loss.merged_on_device,
     }
     known = [value for value in named.values() if value is not None]
@@ -82,9 +86,9 @@ def _loss_row(index: int, device: DeviceSummary) -> list[Figure]:
     traces = []
     if len(known) > 1:
         traces.append(_line(index, [min(known), max(known)], text, color="$rule", width=1.5))
-    if loss.local is not None and loss.merged is not None:
+    if loss.local is not None and loss.together is not None:
         colour = device_colour(index, 0.45)
-        traces.append(_line(index, [loss.local, loss.merged], text, color=colour, width=5))
+        traces.append(_line(index, [loss.local, loss.together], text, color=colour, width=5))
     ring = {"color": device_colour(index), "width": 2}
     grey = {"color": "$faint", "width": 1.5}
     traces += _dot(index, loss.base, text, size=9, color="$paper", line=grey)
@@ -92,7 +96,9 @@ def _loss_row(index: int, device: DeviceSummary) -> list[Figure]:
     if _differs(loss.merged_on_device, loss.merged):
         held = loss.merged_on_device
         traces += _dot(index, held, text, size=12, symbol="diamond", color="$paper", line=ring)
-    traces += _dot(index, loss.merged, text, size=12, color=device_colour(index))
+    if loss.personal is not None:
+        traces += _dot(index, loss.merged, text, size=8, color="$faint")
+    traces += _dot(index, loss.together, text, size=12, color=device_colour(index))
     return traces
 
 
@@ -101,9 +107,9 @@ def _differs(held: float | None, merged: float | None) -> bool:
 
 
 def _loss_value(device: DeviceSummary) -> str:
-    if device.loss.merged is None:
+    if device.loss.together is None:
         return "not measured"
-    value = f"{device.loss.merged:.2f}"
+    value = f"{device.loss.together:.2f}"
     if device.gain is None:
         return value
     sign = MINUS if device.gain > 0 else "+"
@@ -118,7 +124,8 @@ def _loss_note(summary: Summary) -> str:
     said = f"{best[1]} gains most ({percent(best[0])})" if best[0] > 0 else "No device gains"
     if len(gains) > 1 and worst[0] < 0:
         said += f"; {worst[1]} would do better alone, by {percent(worst[0])}"
-    return f"{said}. Lower is better; the percentage compares merged with alone."
+    merged = "its own adapter" if summary.is_personal else "merged"
+    return f"{said}. Lower is better; the percentage compares {merged} with alone."
 
 
 def _memory_chart(summary: Summary) -> Chart | None:

@@ -50,6 +50,13 @@ class Losses(_Record):
     """With the last common adapter at its full rank."""
     merged_on_device: Measured = None
     """With the last common adapter cut to the rank the device holds."""
+    personal: Measured = None
+    """With the adapter of its own that the device ends with, under a rule that gives it one."""
+
+    @property
+    def together(self) -> float | None:
+        """Return what a device gets of the fleet: its own adapter's loss, else the common one's."""
+        return self.merged if self.personal is None else self.personal
 
 
 class DeviceSummary(_Record):
@@ -109,8 +116,8 @@ class DeviceSummary(_Record):
 
     @property
     def gain(self) -> float | None:
-        """Return by what share the merged loss lies below the local one; negative if above."""
-        return gain(self.loss.local, self.loss.merged)
+        """Return by what share a device ends below the local loss with what the fleet gave it."""
+        return gain(self.loss.local, self.loss.together)
 
 
 class DeviceRound(_Record):
@@ -118,13 +125,30 @@ class DeviceRound(_Record):
 
     rank: int | None = None
     loss: Measured = None
-    """Held-out nats per token of the shared adapter it held at the round's start."""
+    """Held-out nats per token of the adapter it held at the round's start: common, or its own."""
     train_loss: Measured = None
     """Mean nats per token on its own text while training."""
     bytes_up: int = 0
     bytes_down: int = 0
     weight: Measured = None
     """Its share in the merge, 0 to 1."""
+
+
+class Trust(_Record):
+    """Tell how the devices of one round were mixed."""
+
+    devices: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+    """(K, K): row i is what the adapter of device i was mixed of; each row sums to 1."""
+    temperatures: dict[str, float] = Field(default_factory=dict)
+    """Of the devices that got an adapter of their own."""
+
+    @model_validator(mode="after")
+    def _square(self) -> Trust:
+        count = len(self.devices)
+        if [len(row) for row in self.weights] != [count] * count:
+            raise ValueError(f"weights must be {count} rows of {count}")
+        return self
 
 
 class Round(_Record):
@@ -137,6 +161,8 @@ class Round(_Record):
     warnings: tuple[str, ...] = ()
     """What the rule could not do as the job says, in words."""
     devices: dict[str, DeviceRound] = Field(default_factory=dict)
+    trust: Trust | None = None
+    """Only with a rule that makes personal adapters."""
 
 
 class Summary(_Record):
@@ -165,6 +191,11 @@ class Summary(_Record):
     """Means over the text of the whole fleet, on a sample; `local` over all devices' adapters."""
     devices: tuple[DeviceSummary, ...] = ()
     history: tuple[Round, ...] = ()
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether a device ends with an adapter of its own."""
+        return any(device.loss.personal is not None for device in self.devices)
 
     @property
     def mean_loss(self) -> Losses:

@@ -9,7 +9,8 @@ Events are dicts with an "event" and, but for the aggregator's own, a "device":
     step       round, step, steps, loss (training nats per token)
     bytes      up, down                totals since the start, in bytes
     pruned     rank_before, rank_after
-    evaluated  loss (held-out nats per token)
+    evaluated  loss (held-out nats per token), adapter (of which, in words)
+    not-tried  adapter, reason         one that it was given to try
     alone      step, steps, loss       training without the fleet, after the last round
     merged     round, seconds, devices (how many); from the aggregator
     warning    round, reason           of a merge; from the aggregator
@@ -57,20 +58,24 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     table.add_column("profile", style="dim", overflow="ellipsis")
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("predicted /\npeak MiB", justify="right", no_wrap=True)
-    for heading in ("up", "down", "base", "local", "merged"):
+    personal = fleet.is_personal
+    for heading in ("up", "down", "base", "local", "merged", *(["own"] if personal else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for device in fleet.devices:
-        table.add_row(*_device_cells(device), *_loss_cells(device.loss))
+        table.add_row(*_device_cells(device), *_loss_cells(device.loss, personal))
     table.add_section()
     up, down = _totals(fleet)
     average = mean(d.rank_end for d in fleet.devices)
     rank = NONE if average is None else f"{average:.3g}"
     table.add_row(
-        Text("mean / total", "italic"), "", rank, "", up, down, *_loss_cells(fleet.mean_loss)
+        Text("mean / total", "italic"),
+        *("", rank, "", up, down),
+        *_loss_cells(fleet.mean_loss, personal),
     )
     if fleet.across.merged is not None:
         blank = [""] * 5
-        table.add_row(Text("on everyone's text", "italic"), *blank, *_loss_cells(fleet.across))
+        cells = _loss_cells(fleet.across, personal)
+        table.add_row(Text("on everyone's text", "italic"), *blank, *cells)
     return table
 
 
@@ -88,8 +93,8 @@ def _device_cells(device: DeviceSummary) -> list[Text]:
     ]
 
 
-def _loss_cells(loss: Losses) -> list[Text]:
-    values = (loss.base, loss.local, loss.merged)
+def _loss_cells(loss: Losses, personal: bool) -> list[Text]:
+    values = (loss.base, loss.local, loss.merged, *([loss.personal] if personal else []))
     best = min((value for value in values if value is not None), default=None)
     return [
         Text(_number(value, ".3f"), "bold" if value is not None and value == best else "")
@@ -283,7 +288,10 @@ def plain_line(event: Event) -> str | None:
             before, after = _number(event.get("rank_before")), _number(event.get("rank_after"))
             return f"{device}: rank cut {before} → {after}"
         case "evaluated":
-            return f"{device}: held-out loss {loss}"
+            adapter = event.get("adapter")
+            return f"{device}: held-out loss {loss}" + (f" with {adapter}" if adapter else "")
+        case "not-tried":
+            return f"{device}: did not try {event.get('adapter')}: {event.get('reason')}"
         case "merged":
             return f"round {_number(event.get('round'))}: {_merge_text(event)}"
         case "warning":

@@ -1,6 +1,6 @@
 """The agent: a device's part of the protocol, one message and one decision at a time.
 
-    job → plan → version → train → outbox → upload → done → next round … finished
+    job → plan → version → (try others) → train → outbox → upload → done → next round … finished
 
 Messages only change what the agent knows (`_take`); what is to be done follows from that
 (`_advance`). Both sides of every exchange can be repeated, so a restart at any point goes on.
@@ -9,29 +9,29 @@ Messages only change what the agent knows (`_take`); what is to be done follows 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Mapping
 from contextlib import suppress
 
+from edge_client.adapters import Adapters
 from edge_client.config import Settings
 from edge_client.discover import discover_job, enter_job, link_of
-from edge_client.download import Download, manifest_topic, wanted_bands
 from edge_client.errors import EdgeError
+from edge_client.holding import Holding
 from edge_client.learner import Learning
 from edge_client.outbox import Outbox
+from edge_client.personal import full_adapter, with_answers
 from edge_client.plan import Plan
 from edge_client.prepare import Equip, Equipment, TrainingEquipment
 from edge_client.private import Private
+from edge_client.result import keep_result, train_alone
 from edge_client.sender import Sender
 from edge_client.standing import Standing
-from edge_client.storage import keep_adapter, keeping
+from edge_client.storage import keeping
 from edge_client.trust import open_trusted
 from edge_client.update import make_update
 from protocol import topics
-from protocol.adapter import Adapter
-from protocol.bands import parse_band
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
-from protocol.messages import Control, GlobalManifest, Job, Round, in_cohort
+from protocol.messages import Control, Job, Round, in_cohort
 from protocol.patience import Waiting
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
@@ -66,9 +66,7 @@ class Agent:
         self._rank_start = 0
         self._learner: Learning | None = None
         self._private: Private | None = None
-        self._download: Download | None = None
-        self._version: int | None = None
-        self._adapter: Adapter | None = None
+        self._adapters: Adapters | None = None
         self._base_loss = float("nan")
         self._tokens = 0
 
@@ -136,6 +134,15 @@ class Agent:
             self._private = Private(
                 job, self._settings.name, rank, self._settings.state, self._events
             )
+        self._adapters = Adapters(
+            self._settings,
+            job,
+            self._connection,
+            self._outbox,
+            learner,
+            self._events,
+            reach=self._reach,
+        )
         for problem in learner.text.problems[:20]:
             self._events.emit("skipped", where=problem)
         self._events.emit(
@@ -168,8 +175,8 @@ class Agent:
             predicted_mib=plan.predicted_mib,
         )
         self._plan = plan
-        if self._adapter is not None:
-            self._adapter = self._adapter.truncated(plan.held)
+        if self._adapters is not None:
+            self._adapters.held.truncate(plan.held)
         return plan
 
     # -- what messages change --------------------------------------------------------------------
@@ -180,14 +187,13 @@ class Agent:
             found = topics.match(incoming.topic)
             if not incoming.payload or found.fields["job"] != self._job_name:
                 return
-            if found.kind == "global_chunk":
-                self._chunk(found.fields, incoming.payload)
+            if self._adapters is not None and self._adapters.expects(found):
+                assert self._round is not None, "which needs it"
+                self._adapters.take(found, incoming, self._round)
             elif found.kind == "job":
                 self._on_job(open_trusted(incoming, Job, state))
             elif found.kind == "round":
                 self._on_round(open_trusted(incoming, Round, state))
-            elif found.kind == "global_manifest":
-                self._on_manifest(open_trusted(incoming, GlobalManifest, state))
             elif found.kind == "status" and self._standing is not None:
                 self._standing.hear(self._connection, incoming.payload)
             elif found.kind == "control":
@@ -209,33 +215,6 @@ class Agent:
         # It may be said again by an aggregator that has missed what was offered to it.
         self._sender.offer_again()
 
-    def _on_manifest(self, manifest: GlobalManifest) -> None:
-        wanted = self._round.version if self._round else None
-        if self._download is None and manifest.version == wanted and self._job and self._plan:
-            bands = wanted_bands(
-                self._job,
-                rank=self._rank,
-                held=self._plan.held,
-                byte_budget=self._settings.download_bytes,
-            )
-            self._download = Download(self._job, manifest, bands)
-            self._connection.subscribe(self._download.topics)
-
-    def _chunk(self, fields: Mapping[str, str], payload: bytes) -> None:
-        download = self._download
-        if download is None or int(fields["version"]) != download.manifest.version:
-            return
-        download.add(parse_band(fields["band"]), int(fields["index"]), payload)
-        if download.complete:
-            manifest = download.manifest
-            self._connection.unsubscribe(
-                [*download.topics, manifest_topic(manifest.job, manifest.version)]
-            )
-            self._adapter = download.adapter()
-            self._version = manifest.version
-            self._download = None
-            self._bytes()
-
     def _on_control(self, message: Control) -> None:
         if not self._sender.take(message):
             return
@@ -246,48 +225,42 @@ class Agent:
     # -- what is to be done ----------------------------------------------------------------------
 
     def _advance(self) -> None:
-        if self._job is None or self._round is None or self._learner is None:
+        adapters, now = self._adapters, self._round
+        if adapters is None or now is None or self._learner is None:
             return
-        now = self._round
-        if self._version != now.version:
-            self._fetch(self._job.job, now.version)
+        if adapters.fetch_next(now):
+            adapters.wait(now)
         elif self._outbox.pending():
             self._sender.offer(self._outbox.pending()[0])
         elif (
             now.state == "open"
             and self._outbox.is_due(now)
-            and in_cohort(self._settings.name, self._job.job, now.number, now.fraction)
+            and in_cohort(self._settings.name, now.job, now.number, now.fraction)
         ):
-            self._train()
+            if adapters.begin_trying(now):
+                adapters.fetch_next(now)
+            else:
+                self._train(now, self._learner, adapters)
         elif self._private is not None and self._private.is_due(now):
-            assert self._adapter is not None
-            self._private.train(self._learner, self._adapter)
+            assert adapters.held.adapter is not None, "its version is there"
+            self._private.train(self._learner, adapters.held.adapter)
         elif now.state == "finished":
-            self._finish()
+            self._finish(self._learner, adapters.held)
 
-    def _fetch(self, job: str, version: int) -> None:
-        if self._download is not None and self._download.manifest.version != version:
-            self._connection.unsubscribe(self._download.topics)
-            self._download = None
-        if self._download is None:
-            self._connection.subscribe([manifest_topic(job, version)])
-
-    def _train(self) -> None:
-        assert self._job and self._round and self._learner and self._adapter
-        now, job = self._round, self._job
-        known = self._adapter.is_zero  # version 1
-        loss = self._base_loss if known else self._learner.evaluate(self._adapter)
-        self._events.emit("evaluated", round=now.number, loss=loss)
-        self._say("training")
+    def _train(self, now: Round, learner: Learning, adapters: Adapters) -> None:
+        held, trying = adapters.held, adapters.trying
+        job, adapter = held.job, held.adapter
+        assert adapter is not None, "its version is there"
+        loss = self._base_loss if adapter.is_zero else learner.evaluate(adapter)
+        self._events.emit("evaluated", round=now.number, loss=loss, adapter=str(held.source))
+        self._say("training", detail=f"with {held.source}")
 
         def on_step(step: int, loss: float) -> None:
             self._events.emit(
                 "step", round=now.number, step=step, steps=job.training.steps, loss=round(loss, 4)
             )
 
-        learned = self._learner.train(
-            self._adapter, rank=self._rank, round_number=now.number, on_step=on_step
-        )
+        learned = learner.train(adapter, rank=self._rank, round_number=now.number, on_step=on_step)
         self._tokens += learned.report.tokens
         if learned.rank < learned.rank_trained:
             self._events.emit(
@@ -299,36 +272,46 @@ class Agent:
                 tail_after=learned.tail_after,
             )
         manifest, data = make_update(
-            job, now, self._settings.name, learned, self._learner.text, held_out_loss=loss
+            job, now, held.device, learned, learner.text, held_out_loss=loss
         )
-        self._outbox.put(manifest, data, rank=learned.rank)
+        own_loss = None
+        if job.is_personal or job.probe is not None:
+            full = full_adapter(job, held.device, now.number, adapter, learned)
+            manifest, data, own_loss = with_answers(
+                (manifest, data),
+                learner,
+                job,
+                full,
+                personal=held.personal,
+                trust=trying.answer() if trying is not None else None,
+            )
+        self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss)
         self._say("uploading")
         self._sender.offer(manifest.upload)
 
-    def _finish(self) -> None:
-        """Keep the shared adapter, report, compare if asked, and end or wait for another job."""
-        assert self._job and self._learner and self._adapter and self._plan
-        folder = self._settings.state / "adapter"
-        keep_adapter(self._adapter, folder, self._job.base.name)
-        loss = {
-            "base": self._base_loss,
-            "merged_on_device": self._learner.evaluate(self._adapter),
-        }
+    def _finish(self, learner: Learning, held: Holding) -> None:
+        """Keep the result, report, compare if asked, and end or wait for another job."""
+        assert held.adapter is not None and self._plan is not None
+        state = self._settings.state
+        loss = {"base": self._base_loss}
+        loss |= keep_result(state, held.job, learner, held.adapter, held.common)
         rank_end = self._rank
         if self._settings.compare_alone:
-            loss["local"] = self._alone(self._job)
-        mixed = self._private.mix(self._learner, self._adapter) if self._private else None
-        floor_mib, peak_mib = self._learner.memory()
+            loss["local"] = self._alone(learner, held.job)
+        mixed = self._private.mix(learner, held.adapter) if self._private else None
+        floor_mib, peak_mib = learner.memory()
         self._bytes()
         self._say("stopped", detail="the job is finished")
         self._events.emit(
             "finished",
-            adapter=str(folder),
+            adapter=str(state / "adapter"),
+            kept=str(held.source),
+            personal=held.personal,
             loss=loss,
             **({"private": mixed.as_dict()} if mixed else {}),
             rank_start=self._rank_start,
             rank_end=rank_end,
-            held_rank=self._adapter.rank,
+            held_rank=held.adapter.rank,
             floor_mib=floor_mib,
             predicted_mib=self._plan.predicted_mib,
             peak_mib=peak_mib,
@@ -338,20 +321,17 @@ class Agent:
         )
         self._stopping = self._stopping or self._settings.exit_when_done
         self._done = not self._settings.job  # told which job, it stays with that one
-        self._learner.stop()
+        learner.stop()
         self._learner = None
 
-    def _alone(self, job: Job) -> float:
-        assert self._learner is not None
+    def _alone(self, learner: Learning, job: Job) -> float:
         steps = job.training.steps * job.rounds
         self._events.emit("state", state="training alone, to compare")
 
         def on_step(step: int, loss: float) -> None:
             self._events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
 
-        adapter, _ = self._learner.train_alone(rank=self._rank_start, on_step=on_step)
-        keep_adapter(adapter, self._settings.state / "alone", job.base.name)
-        return self._learner.evaluate(adapter)
+        return train_alone(self._settings.state, job, learner, self._rank_start, on_step)
 
     # -- small things ----------------------------------------------------------------------------
 
@@ -361,13 +341,17 @@ class Agent:
         assert self._plan is not None and self._job is not None
         return min(self._plan.rank, self._outbox.rank(self._job.job, self._plan.rank))
 
+    def _reach(self) -> tuple[int, int]:
+        """The rank now, and how many directions the device can hold."""
+        assert self._plan is not None
+        return self._rank, self._plan.held
+
     def _say(self, state: str, *, detail: str = "") -> None:
         """Publish this device's status, and tell whoever watches."""
         assert self._standing is not None, "connected first"
         rank = self._rank if self._plan else 0
-        self._standing.announce(
-            self._connection, state, rank=rank, version=self._version, detail=detail
-        )
+        version = self._adapters.held.version if self._adapters else None
+        self._standing.announce(self._connection, state, rank=rank, version=version, detail=detail)
         self._events.emit("state", state=state)
 
     def _bytes(self) -> None:

@@ -1,12 +1,13 @@
-"""A version of the shared adapter on its way to this device: which bands, which chunks are in.
+"""An adapter on its way to this device: where it is published, which bands, which chunks are in.
 
-Bookkeeping only; the agent feeds it messages. A version is handed out when it is complete and
-every hash, name, shape and value has been checked.
+Bookkeeping only; the agent feeds it messages (`fetch`). An adapter is handed out when it is
+complete and every hash, name, shape and value has been checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from protocol import topics
 from protocol.adapter import Adapter
@@ -36,13 +37,53 @@ def wanted_bands(job: Job, *, rank: int, held: int, byte_budget: float) -> list[
     return [band for band in affords if band.start < max(held, rank)]
 
 
-def manifest_topic(job: str, version: int) -> str:
-    """Return where the manifest of a version is to be had."""
-    return topics.topic("global_manifest", job=job, version=version)
+class Source(NamedTuple):
+    """Say which of a job's adapters is meant, as a device with this name sees them."""
+
+    job: str
+    device: str
+    kind: Literal["global", "personal", "trial", "candidate"]
+    version: int
+    number: int = 0
+    """Of a candidate."""
+
+    def __str__(self) -> str:
+        what = {
+            "global": "the common adapter",
+            "personal": "its own adapter",
+            "trial": "the trial",
+            "candidate": f"candidate {self.number}",
+        }[self.kind]
+        return f"{what} of version {self.version}"
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether it is given to be tried, and not to be gone on with."""
+        return self.kind in ("trial", "candidate")
+
+    @property
+    def manifest_topic(self) -> str:
+        return topics.topic(f"{self.kind}_manifest", **self._levels)
+
+    def chunk_topics(self, wanted: Sequence[Band]) -> list[str]:
+        """Return the topic filters of some bands' chunks."""
+        kind = f"{self.kind}_chunk"
+        return [topics.subscription(kind, **self._levels, band=band.name) for band in wanted]
+
+    def has(self, found: topics.Match) -> bool:
+        """Say whether a topic is its manifest's or one of its chunks'."""
+        if found.kind not in (f"{self.kind}_manifest", f"{self.kind}_chunk"):
+            return False
+        return all(found.fields.get(name, value) == value for name, value in self._levels.items())
+
+    @property
+    def _levels(self) -> dict[str, str]:
+        numbers = {"version": str(self.version), "number": str(self.number)}
+        return {"job": self.job, "device": self.device, **numbers}
 
 
 class Download:
-    """Collect the chunks of the wanted bands of one version."""
+    """Collect the chunks of the wanted bands of one adapter."""
 
     def __init__(self, job: Job, manifest: GlobalManifest, wanted: Sequence[Band]) -> None:
         names = [band.name for band in bands(job.ladder)]
@@ -66,15 +107,6 @@ class Download:
     def held(self) -> int:
         """Return how many directions the device will have."""
         return self.wanted[-1].stop
-
-    @property
-    def topics(self) -> list[str]:
-        """Return the topics of the wanted chunks."""
-        job, version = self.manifest.job, self.manifest.version
-        return [
-            topics.subscription("global_chunk", job=job, version=version, band=band.name)
-            for band in self.wanted
-        ]
 
     def add(self, band: Band, index: int, chunk: bytes) -> None:
         """Take a chunk; one of a band that is not wanted is ignored.

@@ -29,8 +29,9 @@ from protocol.adapter import (
 )
 from protocol.factors import Trained, trained_factors
 from protocol.layers import beyond, last_blocks, only, to_bitmap, within
-from protocol.messages import Job
+from protocol.messages import Job, Probe
 from protocol.metrics import LOSS_BEFORE, asked_for
+from protocol.probe import TopLogits
 
 T = TypeVar("T")
 OnStep = Callable[[int, float], None]
@@ -77,6 +78,7 @@ class Learning(Protocol):
         private: Adapter | None = None,
         weight: float = 1.0,
     ) -> float: ...
+    def predict(self, adapter: Adapter, probe: Probe) -> TopLogits: ...
     def memory(self) -> tuple[float, float]: ...
     def stop(self) -> None: ...
 
@@ -174,6 +176,17 @@ class Learner:
             self._ask("load", trained=None, frozen=held)
             loss: float = self._ask("evaluate", split=split)
             return loss
+
+        return self._persist(attempt)
+
+    def predict(self, adapter: Adapter, probe: Probe) -> TopLogits:
+        """Return the largest logits with an adapter at each position of the public probe."""
+
+        def attempt() -> TopLogits:
+            self._ask("load", trained=None, frozen=adapter.truncated(self.plan.held))
+            window = self._job.training.max_tokens
+            answer: TopLogits = self._ask("predict", probe=probe, window=window)
+            return answer
 
         return self._persist(attempt)
 

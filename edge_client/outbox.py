@@ -24,6 +24,9 @@ CREATE TABLE IF NOT EXISTS updates (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS jobs (job TEXT PRIMARY KEY, settings TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS numbers (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS own_losses (
+  job TEXT PRIMARY KEY, version INTEGER NOT NULL, loss REAL NOT NULL
+) STRICT;
 """
 
 
@@ -49,8 +52,13 @@ class Outbox:
     def close(self) -> None:
         self._db.close()
 
-    def put(self, manifest: UploadManifest, data: bytes, *, rank: int) -> None:
-        """Keep a finished update, and the rank the device goes on with, in one transaction."""
+    def put(
+        self, manifest: UploadManifest, data: bytes, *, rank: int, own_loss: float | None = None
+    ) -> None:
+        """Keep a finished update, and what the device goes on with, in one transaction.
+
+        That is its rank, and the loss of what it trained (see `own_loss`).
+        """
         with self._db.transaction():
             self._db.run(
                 "INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?)",
@@ -63,6 +71,10 @@ class Outbox:
             self._set(f"round of {manifest.job}", manifest.round)
             self._set(f"attempt of {manifest.job}", manifest.attempt)
             self._set(f"refused in {manifest.job}", 0)
+            self._db.run("DELETE FROM own_losses WHERE job = ?", manifest.job)
+            if own_loss is not None:
+                row = manifest.job, manifest.version, own_loss
+                self._db.run("INSERT INTO own_losses VALUES (?, ?, ?)", *row)
             fault_point("device.outbox.putting")
         fault_point("device.outbox.put")
 
@@ -86,10 +98,19 @@ class Outbox:
             self.drop(manifest.upload)
             if manifest.round == self.trained_round(manifest.job):
                 self._set(f"refused in {manifest.job}", 1)
+                self._db.run("DELETE FROM own_losses WHERE job = ?", manifest.job)
 
     def rank(self, job: str, default: int) -> int:
         """Return the rank that the device goes on with in a job."""
         return self._number(f"rank of {job}", default)
+
+    def own_loss(self, job: str, version: int) -> float | None:
+        """Return the loss of what the device trained, on its trust split, in nats a token.
+
+        None if what it trained last did not start from `version`, or was refused.
+        """
+        row = self._db.one("SELECT version, loss FROM own_losses WHERE job = ?", job)
+        return row[1] if row and row[0] == version else None
 
     def ceiling_mib(self, job: str) -> float:
         """Return the predicted peak that was too much in a job; plans stay below it."""
@@ -138,15 +159,25 @@ class Outbox:
         seen = {kind: self._number(f"seen {kind} of {now.job}", 0) for kind in told}
         if now.number != seen["round"]:
             seen["attempt"] = 0  # that was another round's
+        self._check_seen(now.job, told, seen)
+
+    def check_personal(self, job: str, version: int) -> None:
+        """Remember the newest version of which the device has been given an adapter of its own.
+
+        Raises:
+            Replayed: this one is older.
+        """
+        kind = "personal version"
+        self._check_seen(job, {kind: version}, {kind: self._number(f"seen {kind} of {job}", 0)})
+
+    def _check_seen(self, job: str, told: dict[str, int], seen: dict[str, int]) -> None:
         for kind, number in told.items():
             if number < seen[kind]:
-                raise Replayed(
-                    f"{kind} {number} of job {now.job!r} is older than {kind} {seen[kind]}"
-                )
+                raise Replayed(f"{kind} {number} of job {job!r} is older than {kind} {seen[kind]}")
         if told != seen:
             with self._db.transaction():
                 for kind, number in told.items():
-                    self._set(f"seen {kind} of {now.job}", number)
+                    self._set(f"seen {kind} of {job}", number)
 
     def _number(self, key: str, default: int) -> int:
         row = self._db.one("SELECT value FROM numbers WHERE key = ?", key)

@@ -37,11 +37,13 @@ POINTS: Mapping[str, str] = {
     # ... a round
     "aggregator.merge.before": "the round is ready to be merged",
     "aggregator.merge.after": "the round is merged in memory",
+    "aggregator.personal.written": "those beside the common adapter are written, not committed",
     "aggregator.version.written": "files of the new version are written, not committed",
     "aggregator.memory.written": "what a rule carries is written, not committed",
     "aggregator.round.settling": "version and round are in a transaction that is not committed",
     "aggregator.round.committed": "version and round are committed, nothing is published",
     "aggregator.version.publishing": "bands of a version are published, its manifest is not",
+    "aggregator.personal.published": "one beside the common adapter is published, not yet that",
     "aggregator.version.published": "the version is published, the round is not",
     "aggregator.round.entered": "a round without a merge is committed, not published",
     "aggregator.round.announced": "the round is published",

@@ -7,7 +7,7 @@ fields are ignored, so that a minor version may add some; every number is bounde
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -37,8 +37,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Bitmap = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,1024}$")]
 ENTRIES = 32
 MODULES = 4096
+PersonalRule = Literal["trust-weights", "trust-validation", "trust-predictions"]
+"""Rules whose devices get adapters of their own."""
 CANDIDATES = 64
-DEVICES = 4096
+DEVICES = 2048
+"""With the longest names as many, with a version each and a trial, fit in a message."""
 
 
 def _at_most(entries: int) -> BeforeValidator:
@@ -158,6 +161,11 @@ class Job(Message):
                 "train would train its modules without all the others"
             )
         return self
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether devices get adapters of their own, and say how those do that they try."""
+        return self.rule in get_args(PersonalRule)
 
     @property
     def rank(self) -> int:
@@ -283,6 +291,8 @@ class UploadManifest(Message):
     """The modules that it trained, as `protocol.layers` writes them; None: all."""
     encoding: Encoding
     file: FileInfo
+    probe_bytes: Count = 0
+    """How many of the file's last bytes are the answer to the job's probe (`protocol.probe`)."""
     examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     """Tokens it trained on; the sample share of a merge rule."""
     metrics: Annotated[dict[Text, Finite], Field(max_length=ENTRIES), FEW] = {}
@@ -292,6 +302,8 @@ class UploadManifest(Message):
     def _check(self) -> UploadManifest:
         if not self.rank <= self.rank_trained <= self.held:
             raise ValueError("rank ≤ rank_trained ≤ held does not hold")
+        if self.probe_bytes > self.file.bytes:
+            raise ValueError(f"probe_bytes {self.probe_bytes} are more than the file's")
         return self
 
 

@@ -24,8 +24,8 @@ ROW_SCALE = ".row_scale"
 Parts = Mapping[str, Sequence[str]]
 """Tensor name → what people call each of its parts along the first axis."""
 NO_PARTS: Parts = MappingProxyType({})
-_SIZE = {"F32": 4, "BF16": 2, "I8": 1}
-_DTYPE = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
+_SIZE = {"F32": 4, "BF16": 2, "I8": 1, "U32": 4, "F16": 2}
+_DTYPE = {"F32": "float32", "BF16": "bfloat16", "I8": "int8", "U32": "uint32", "F16": "float16"}
 
 
 def bytes_each(encoding: Encoding) -> int:
@@ -52,6 +52,11 @@ def encode(tensors: Mapping[str, np.ndarray], encoding: Encoding) -> bytes:
             codes, scales = _to_int8(values)
             stored[name] = ("I8", codes)
             stored[name + ROW_SCALE] = ("F32", scales)
+    return pack(stored)
+
+
+def pack(stored: Mapping[str, tuple[str, np.ndarray]]) -> bytes:
+    """Return a safetensors file of arrays with the dtypes that the file calls them by."""
     specs = {
         name: safetensors.TensorSpec(
             dtype=_DTYPE[dtype],
@@ -82,13 +87,7 @@ def decode(
     """
     view = memoryview(data)
     announced = _announced(expected, encoding)
-    places, start = _header(view)
-    missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
-    extra = [f"tensor {n!a} is not part of this job and rank" for n in places if n not in announced]
-    if missing or extra:
-        raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
-    _check_layout(places, announced, len(view) - start, parts)
-    raw = {name: view[start + a : start + b] for name, (_, _, a, b) in places.items()}
+    raw = unpack(view, announced, parts=parts)
     tensors = {}
     for name, shape in expected.items():
         tensor = _read(name, shape, raw, encoding)
@@ -98,6 +97,26 @@ def decode(
             raise BadTensors(f"{_called(name, parts, first)} has a value that is not finite")
         tensors[name] = tensor
     return tensors
+
+
+def unpack(
+    view: memoryview,
+    announced: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    parts: Parts = NO_PARTS,
+) -> dict[str, memoryview]:
+    """Return the bytes of each tensor of a file that must have just these, dtype and shape.
+
+    Raises:
+        BadTensors: its header or its layout is another.
+    """
+    places, start = read_header(view)
+    missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
+    extra = [f"tensor {n!a} is not part of this job and rank" for n in places if n not in announced]
+    if missing or extra:
+        raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
+    _check_layout(places, announced, len(view) - start, parts)
+    return {name: view[start + a : start + b] for name, (_, _, a, b) in places.items()}
 
 
 def round_trip(tensor: np.ndarray, encoding: Encoding) -> np.ndarray:
@@ -138,8 +157,12 @@ def _called(name: str, parts: Parts, part: int | None = None) -> str:
     return f"tensor {name!r} ({known[0]}{f' and {len(known) - 1} more' if len(known) > 1 else ''})"
 
 
-def _header(view: memoryview) -> tuple[dict[str, Place], int]:
-    """Parse the header of a safetensors file into places and the offset of its data."""
+def read_header(view: memoryview) -> tuple[dict[str, Place], int]:
+    """Parse the header of a safetensors file into places and the offset of its data.
+
+    Raises:
+        BadTensors: it is not one.
+    """
     if len(view) < 8:
         raise BadTensors(f"{len(view)} bytes are too few for a safetensors file")
     size = int.from_bytes(view[:8], "little")

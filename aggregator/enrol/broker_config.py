@@ -76,14 +76,13 @@ def access_rules() -> str:
     """Return the ACL file: the table of topics, with %u for the name in a certificate.
 
     Patterns hold for everybody, the aggregator too. Mosquitto warns of those without %u; there is
-    no other way to let every user read a topic. No rule keeps retained messages from a topic: the
-    aggregator clears them, so that it may write where devices do; it can't sign for them.
+    no other way to let every user read a topic. The aggregator may read and write every topic: no
+    rule keeps retained messages from a device's, so it clears them there (it can't sign for a
+    device), and it has to find what the broker keeps to take a job off.
     """
     mine = {"job": "+", "version": "+", "number": "+", "band": "+", "index": "+", "upload": "+"}
     rules = [f"user {AGGREGATOR}"]
-    for kind, row in topics.TABLE.items():
-        may = "write" if row.publisher == "aggregator" else "readwrite"
-        rules.append(f"topic {may} {topics.subscription(kind)}")
+    rules += [f"topic readwrite {topics.subscription(kind)}" for kind in topics.TABLE]
     rules.append("")
     for row in topics.TABLE.values():
         may = "write" if row.publisher == "device" else "read"

@@ -1,17 +1,15 @@
 """Trust weights: one merged adapter a device, from the devices it has most in common with.
 
 Pure functions: scores (K, K) of how far device i trusts adapter j, their softmax, and the merge
-of all rows. Who measures what, and when, is wired elsewhere. Source of the three scores: arXiv
-2404.09753; the formulas here are those of docs/algorithms.md.
+of all rows. Who measures what, and when, is in `aggregator.personal`. Source of the three scores:
+arXiv 2404.09753; the formulas here are those of docs/algorithms.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from aggregator.errors import BadRuleSettings, MergeError
 from aggregator.merge.lowrank import (
@@ -25,17 +23,7 @@ from aggregator.merge.lowrank import (
 from aggregator.merge.round_view import RoundView, check
 from aggregator.merge.rules import as_float32
 from protocol.adapter import Adapter, Factors
-
-
-@dataclass(frozen=True, slots=True)
-class TopLogits:
-    """Hold one adapter's k largest logits at each position of the public probe.
-
-    `indices` and `values` are (positions, k): token ids, and their logits; all others count 0.
-    """
-
-    indices: npt.NDArray[np.integer]
-    values: npt.NDArray[np.floating]
+from protocol.probe import TopLogits
 
 
 def softmax_rows(scores: Float64Array, temperature: float = 1.0) -> Float64Array:

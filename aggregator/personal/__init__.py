@@ -13,12 +13,19 @@ How sharply trust is turned into weights is a *temperature*, one for each device
 trial: with its mixture a device is offered the same at a neighbouring temperature, and says which
 does better on its trust split. Who has not answered is given the common adapter.
 
-Read in this order: `answers` (what devices say), `scores`, `temperature`, `candidates`, `mixing`.
+Read in this order: `answers` (what devices say), `scores`, `temperature`, `candidates`, `mixing`;
+`serving` is what a served job does with it, `refusals` what it does not take.
 """
 
 from aggregator.personal.answers import Answer
 from aggregator.personal.mixing import PersonalRound, personal_round
-from aggregator.personal.settings import STRATEGIES, Strategy, TrustSettings, read_trust_settings
+from aggregator.personal.settings import (
+    STRATEGIES,
+    Strategy,
+    TrustSettings,
+    read_trust_settings,
+    strategy_of,
+)
 from aggregator.personal.state import TrustState
 
 __all__ = [
@@ -30,4 +37,5 @@ __all__ = [
     "TrustState",
     "personal_round",
     "read_trust_settings",
+    "strategy_of",
 ]

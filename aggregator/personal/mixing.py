@@ -10,13 +10,14 @@ import numpy as np
 from aggregator.merge.lowrank import Float64Array
 from aggregator.merge.round_view import Merged, RoundView
 from aggregator.merge.rules import RULES
-from aggregator.merge.trust import TopLogits, personal, softmax_rows
+from aggregator.merge.trust import personal, softmax_rows
 from aggregator.personal.answers import Answer
 from aggregator.personal.candidates import draw
 from aggregator.personal.scores import round_scores
 from aggregator.personal.settings import Strategy, TrustSettings
 from aggregator.personal.state import TrustState
 from protocol.adapter import Adapter
+from protocol.probe import TopLogits
 
 COMMON = "flexlora"
 """The common adapter: full adapters by sample share, as a product. Where all started from one
@@ -30,12 +31,14 @@ class PersonalRound:
     `mixtures` are the adapters of the devices that have answered; the others get `common`.
     `trials` are mixtures at another temperature, and `candidates` full adapters by the device that
     trained them, both to be tried. `rows` (K, K) are the weights, in the order of `devices`;
-    devices without a mixture have the shares of `common`.
+    devices without a mixture have the shares of `common`. `scores` (K, K) are what they came from,
+    −inf where nobody has measured.
     """
 
     common: Merged
     devices: tuple[str, ...]
     rows: Float64Array
+    scores: Float64Array
     temperatures: dict[str, float]
     mixtures: dict[str, Adapter] = field(default_factory=dict)
     trials: dict[str, Adapter] = field(default_factory=dict)
@@ -86,6 +89,7 @@ def personal_round(
         common,
         devices,
         rows,
+        scores,
         {devices[i]: heat[i] for i in mixed},
         mixtures={devices[i]: next(adapters) for i in mixed},
         trials={devices[i]: next(adapters) for i in tried},

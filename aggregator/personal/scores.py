@@ -12,13 +12,13 @@ import numpy as np
 from aggregator.merge.lowrank import Float64Array, gram
 from aggregator.merge.round_view import RoundView
 from aggregator.merge.trust import (
-    TopLogits,
     cosine_scores,
     prediction_distance,
     prediction_scores,
 )
 from aggregator.personal.settings import Strategy
 from aggregator.personal.state import TrustState
+from protocol.probe import TopLogits
 
 
 def round_scores(

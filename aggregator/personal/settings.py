@@ -8,8 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from aggregator.merge.lowrank import Split
 from aggregator.merge.settings import Settings, read_settings
+from protocol.messages import PersonalRule
 
-Strategy = Literal["trust-weights", "trust-validation", "trust-predictions"]
+Strategy = PersonalRule
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -40,3 +41,8 @@ def read_trust_settings(given: Settings) -> TrustSettings:
         BadRuleSettings: there is no such setting (the nearest is named), or its value can't be.
     """
     return read_settings(TrustSettings, given)
+
+
+def strategy_of(rule: str) -> Strategy | None:
+    """Return the trust strategy that a job's rule names, or None where it names a merge rule."""
+    return next((strategy for strategy in STRATEGIES if strategy == rule), None)

@@ -19,6 +19,7 @@ from edge_client.data.pack import (
     evaluation_batches,
     pack,
     packing_efficiency,
+    text_batches,
 )
 from edge_client.data.read import Problem, Reading, check_paths, read_examples
 from edge_client.data.split import SHARES, Splits, split_examples
@@ -46,5 +47,6 @@ __all__ = [
     "packing_efficiency",
     "read_examples",
     "split_examples",
+    "text_batches",
     "tokenize",
 ]

@@ -214,6 +214,15 @@ def evaluation_batches(rows: Sequence[PackedRow], micro_batch: int) -> Iterator[
         yield _batch(rows[start : start + micro_batch])
 
 
+def text_batches(ids: Sequence[int], longest: int) -> Iterator[Batch]:
+    """Yield a text to be predicted, cut into windows of `longest` tokens: a batch of one each."""
+    for start in range(0, len(ids), longest):
+        window = np.asarray(ids[start : start + longest], np.int32)
+        place = np.arange(len(window), dtype=np.int32)
+        unlearnt = np.full_like(window, IGNORED)
+        yield _batch([PackedRow(window, unlearnt, place, np.ones_like(window))])
+
+
 def _batch(rows: Sequence[PackedRow]) -> Batch:
     """Stack rows; int64, as torch and ONNX want of tokens and labels."""
 

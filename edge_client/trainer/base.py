@@ -11,6 +11,7 @@ from edge_client.plan import Plan
 from protocol.adapter import Adapter
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
+from protocol.probe import TopLogits
 
 OnStep = Callable[[int, float], None]
 """Called after each optimiser step with its number (from 1) and its loss (nats a token)."""
@@ -55,6 +56,10 @@ class Trainer(Protocol):
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Return the mean loss over all counted tokens, in nats a token."""
+        ...
+
+    def predict(self, batches: Iterable[Batch], top_k: int) -> TopLogits:
+        """Return the `top_k` largest logits at each position, one row after the other."""
         ...
 
     def adapter(self) -> Adapter:

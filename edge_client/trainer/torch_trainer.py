@@ -22,10 +22,11 @@ from edge_client.model import find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty
 from edge_client.trainer.base import OnStep, TrainReport
-from edge_client.trainer.loss import chunked_cross_entropy, full_cross_entropy
+from edge_client.trainer.loss import CHUNK_TOKENS, chunked_cross_entropy, full_cross_entropy
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
+from protocol.probe import TopLogits
 
 TRAINED, REMAINDER = "trained", "remainder"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -104,6 +105,17 @@ class TorchTrainer:
             counted += batch.tokens
         return total / max(counted, 1)
 
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Batch], top_k: int) -> TopLogits:
+        self.model.eval()
+        indices, values = [], []
+        for batch in batches:
+            for logits in self._logits(self._inputs(batch)):
+                top = logits.float().topk(min(top_k, logits.shape[-1]))
+                indices.append(top.indices.numpy().astype(np.uint32))
+                values.append(top.values.numpy())
+        return TopLogits(np.concatenate(indices), np.concatenate(values))
+
     def adapter(self) -> Adapter:
         return Adapter(
             {
@@ -149,19 +161,35 @@ class TorchTrainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss of a packed batch, in nats."""
-        inputs = {
-            "input_ids": torch.from_numpy(batch.ids),  # (B, S)
-            "position_ids": torch.from_numpy(batch.positions),
-            "attention_mask": attention_mask(batch, self.model.dtype),
-        }
+        inputs = self._inputs(batch)
         labels = torch.from_numpy(batch.labels).flatten()
-        if self._plain_head is None:
-            self._plain_head = self._head_only_multiplies(inputs)
-        if self._plain_head:
+        if self._has_plain_head(inputs):
             hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
             weight = self.model.get_output_embeddings().weight
             return chunked_cross_entropy(hidden, weight, labels)
         return full_cross_entropy(self.model(**inputs).logits.flatten(0, 1), labels)
+
+    def _logits(self, inputs: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield logits (n, vocabulary), few positions at a time where the head allows it."""
+        if self._has_plain_head(inputs):
+            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+            weight = self.model.get_output_embeddings().weight
+            for part in hidden.split(CHUNK_TOKENS):
+                yield part @ weight.T
+        else:
+            yield self.model(**inputs).logits.flatten(0, 1)
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": torch.from_numpy(batch.ids),  # (B, S)
+            "position_ids": torch.from_numpy(batch.positions),
+            "attention_mask": attention_mask(batch, self.model.dtype),
+        }
+
+    def _has_plain_head(self, inputs: dict[str, torch.Tensor]) -> bool:
+        if self._plain_head is None:
+            self._plain_head = self._head_only_multiplies(inputs)
+        return self._plain_head
 
     @torch.no_grad()
     def _head_only_multiplies(self, inputs: dict[str, torch.Tensor]) -> bool:

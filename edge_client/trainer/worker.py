@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_client.errors import DataError
 from edge_client.memory import (
     Probe,
     make_peaks_predictable,
@@ -35,8 +36,10 @@ from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
 from protocol.factors import Trained
 from protocol.layers import last_blocks, within
+from protocol.messages import Probe as PublicProbe
 from protocol.messages import Pruning, Training
 from protocol.metrics import token_histogram
+from protocol.probe import TopLogits
 
 if TYPE_CHECKING:
     from edge_client.trainer.torch_trainer import TorchTrainer
@@ -254,6 +257,23 @@ class Worker:
         # Without gradients twice the rows take less than a training step of all blocks.
         at_once = plan.micro_batch * (1 if plan.blocks else 2)
         return trainer.evaluate(evaluation_batches(rows, at_once))
+
+    def predict(self, probe: PublicProbe, window: int) -> TopLogits:
+        """Return the largest logits of what is loaded on a public text; then unload it.
+
+        The text is cut into windows of `window` tokens, the job's and not the plan's, so that all
+        devices predict from the same. Without gradients such a one takes less than training does.
+        """
+        from edge_client.data import text_batches
+
+        trainer, _ = self._ready()
+        ids = self._tokenizer(probe.text, add_special_tokens=False, verbose=False)["input_ids"]
+        positions = min(probe.positions, len(ids) - 1)
+        if positions < 1:
+            raise DataError("the job's probe is a text of one token: there is nothing to predict")
+        answer = trainer.predict(text_batches(ids[:positions], window), probe.top_k)
+        self._unload()
+        return answer
 
     def _unload(self) -> None:
         """Leave the base model alone, so that the next adapters don't arrive beside the last."""

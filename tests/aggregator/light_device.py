@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.intake import upload_stacks
+from aggregator.updates import upload_stacks
 from edge_client.outbox import Outbox
 from edge_client.sender import Sender
 from edge_client.trust import open_trusted
@@ -53,6 +53,8 @@ class LightDevice:
         tls: TlsFiles | None = None,
     ) -> None:
         self.name, self.job, self.learn, self.folder = name, job, learn, folder
+        self.manifests: dict[int, UploadManifest] = {}
+        """Of what was made last in each round."""
         self.trained: list[tuple[int, int]] = []
         """Round and attempt."""
         self.round: Round | None = None
@@ -66,8 +68,9 @@ class LightDevice:
         place = {"job": job.job, "device": name}
         self.link.subscribe([topics.topic("round", job=job.job), topics.topic("control", **place)])
         topic = topics.topic("status", **place)
-        status = Status(job=job.job, device=name, online=True, boot=self.outbox.next_boot())
-        self.link.publish(topic, key.seal(status, topic), retain=True).check()
+        self._status = Status(job=job.job, device=name, online=True, boot=self.outbox.next_boot())
+        self._say = lambda status: self.link.publish(topic, key.seal(status, topic), retain=True)
+        self._say(self._status).check()
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         every = [json.loads(line) for line in self._log.getvalue().splitlines()]
@@ -92,6 +95,11 @@ class LightDevice:
     def offer_again(self) -> None:
         """Do not wait until the last offer has been without an answer for long."""
         self._sender.offer_again()
+
+    def leave(self) -> None:
+        """Say that it is offline, as its will would, and end."""
+        self._say(self._status.model_copy(update={"online": False})).check()
+        self.close()
 
     def close(self) -> None:
         self.link.close()
@@ -118,8 +126,15 @@ class LightDevice:
         wanted = upload_stacks(self.job, UploadManifest.model_construct(**fields))
         size = np.float32(self.learn(now))
         data = encode({s.name: np.full(s.shape, size) for s in wanted}, self.job.encoding_up)
-        manifest = UploadManifest(file=describe_file(data), **fields)
+        said, behind = self.said(now)
+        data += behind
+        manifest = UploadManifest.model_validate({"file": describe_file(data), **fields, **said})
+        self.manifests[now.number] = manifest
         self.outbox.put(manifest, data, rank=RANK)
+
+    def said(self, now: Round) -> tuple[dict[str, Any], bytes]:
+        """Return more fields of a round's manifest, and what comes behind the update's tensors."""
+        return {}, b""
 
 
 def run_until(done: Callable[[], bool], *devices: LightDevice) -> None:

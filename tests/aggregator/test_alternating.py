@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator.intake import read_update, upload_stacks
 from aggregator.rounds import RoundState
 from aggregator.store import Store
+from aggregator.updates import read_update, upload_stacks
 from aggregator.versions import Versions
 from protocol.messages import upload_id
 from protocol.tensors import encode, tensor_bytes

@@ -12,8 +12,9 @@ from pydantic_core.core_schema import ErrorType
 from aggregator.config import build_job, known_settings, read_job
 from aggregator.errors import AggregatorError, ConfigError
 from aggregator.mistakes import MODEL_MISSING, RULES
+from aggregator.personal import STRATEGIES
 from aggregator.rounds import Policy
-from protocol.messages import BaseModelInfo, Job, Message
+from protocol.messages import BaseModelInfo, Job, Message, Probe
 
 BASE = BaseModelInfo(
     name="toy", sha256="0" * 64, parameters=1000, modules={"model.layers.0.q": (8, 6)}
@@ -25,6 +26,9 @@ def description(tmp_path: Path) -> Path:
     path = tmp_path / "model.json"
     path.write_text(BASE.model_dump_json())
     return path
+
+
+TRUST = 'rule = "trust-weights"\n'
 
 
 def toml(description: Path, more: str = "") -> str:
@@ -62,6 +66,28 @@ def test_the_same_in_json(tmp_path: Path, description: Path) -> None:
     assert policy.quorum == 2
 
 
+def test_the_text_of_a_probe_is_read_from_beside_the_job_file(
+    tmp_path: Path, description: Path
+) -> None:
+    (tmp_path / "probe.txt").write_text("Wie schön.\n", encoding="utf-8")
+    more = 'rule = "trust-predictions"\n[probe]\nfile = "probe.txt"\ntop_k = 7'
+    job, _ = read_job(written(tmp_path, toml(description, more)))
+    assert job.probe == Probe(text="Wie schön.\n", top_k=7)
+    (tmp_path / "probe.txt").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"probe\.txt is not UTF-8 text"):
+        read_job(written(tmp_path, toml(description, more)))
+    (tmp_path / "probe.txt").write_text("x" * 20_001)
+    with pytest.raises(ConfigError, match=r"probe\.text: must have at most 20000 characters"):
+        read_job(written(tmp_path, toml(description, more)))
+
+
+@pytest.mark.parametrize("rule", STRATEGIES)
+def test_the_strategies_of_personal_adapters_are_rules(description: Path, rule: str) -> None:
+    fields = {"job": "notes", "model": str(description), "rule": rule, "probe": {"text": "a b"}}
+    job, _ = build_job({**fields, "rule_settings": {"temperature": 0.2}}, "here")
+    assert job.rule == rule
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -90,6 +116,20 @@ def test_the_same_in_json(tmp_path: Path, description: Path) -> None:
         ("[rule_settings]\nclip = 0", "rule_settings: clip: must be a positive number or 'median'"),
         ("[rule_settings]\nbyzantine = 1", "rule_settings: the rule has no setting 'byzantine'"),
         ("[rule_settings]\nmomentum = 1", "rule_settings: momentum: must be less than 1"),
+        ('rule = "trust-weight"', "there are fedavg"),
+        ('rule = "trust-weight"', "trust-predictions"),
+        (f"{TRUST}[rule_settings]\ncandidate = 3", "did you mean 'candidates'?"),
+        (f"{TRUST}[rule_settings]\ntemperature = 0", "temperature: must be a positive number or"),
+        (f'{TRUST}directions = "top"\nremainder = "dropped"', "needs remainder = 'frozen'"),
+        ('rule = "trust-predictions"', "[probe] with file"),
+        ("[probe]\npositions = 2", "probe: needs a text, or a file that has it"),
+        ('[probe]\ntext = "a"\nfile = "b"', "probe: has a text and a file"),
+        ('[probe]\nfile = "not-there.txt"', "probe.file: there is no such file"),
+        ('[probe]\nfile = "."', "probe.file: can't read"),
+        ("[probe]\nfile = 3", "probe.file: must be the path of a text file"),
+        ('[probe]\ntext = ""', "probe.text: must not be empty"),
+        ('[probe]\ntext = "a"\ntop_k = 0', "probe.top_k: must be at least 1"),
+        ('[probe]\ntext = "a"\ntopk = 2', "'probe.topk'; did you mean 'probe.top_k'?"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_it(
@@ -193,7 +233,8 @@ def test_no_table_escapes_the_check() -> None:
     tables = known_settings()
     inner = [f.annotation for f in Job.model_fields.values()]
     models = [m for m in inner if isinstance(m, type) and issubclass(m, Message)]
-    assert len(tables) == len(models) + 2
+    assert len(tables) == len(models) + 3
+    assert {"", "policy", "probe"} <= tables.keys(), "of which one is a message or nothing"
     for model in models:
         kinds = [f.annotation for f in model.model_fields.values()]
         assert not any(isinstance(k, type) and issubclass(k, Message) for k in kinds)

@@ -15,9 +15,9 @@ import pytest
 from aggregator.config import build_job
 from aggregator.daemon import merge_round
 from aggregator.errors import ConfigError
-from aggregator.intake import upload_directions
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState
+from aggregator.updates import upload_directions
 from aggregator.versions import Versions
 from protocol.adapter import Adapter, Factors
 from protocol.faults import VARIABLE

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aggregator.places import common
 from aggregator.store import Store
 from aggregator.versions import Versions, first_version
 from protocol.adapter import Adapter, Factors
@@ -46,7 +47,7 @@ def test_a_version_is_loaded_as_it_was_published(store: Store) -> None:
         manifest = versions.write(adapter, version=number, parent=number - 1 or None)
         assert list(manifest.bands) == ["0-2", "2-64", "64-128"]
         for name, info in manifest.bands.items():
-            assert store.band_file(number, name).stat().st_size == info.bytes
+            assert store.band_file(common(number), name).stat().st_size == info.bytes
     for number in (1, 2, 2, 3, 1):
         assert_loads(versions, number, adapters[number])
         assert_loads(Versions(JOB, store), number, adapters[number])
@@ -56,7 +57,7 @@ def test_the_last_version_read_is_read_once(store: Store) -> None:
     versions = Versions(JOB, store)
     versions.write(first_version(JOB), version=1, parent=None)
     found = versions.load(1)
-    store.band_file(1, "0-2").unlink()
+    store.band_file(common(1), "0-2").unlink()
     assert versions.load(1) is found
 
 

@@ -90,20 +90,30 @@ def test_a_job_that_can_not_be_withdrawn() -> None:
 @pytest.mark.parametrize(
     ("may", "said"),
     [
-        ("readwrite", "2 messages cleared\n"),
-        ("read", "1 messages cleared; statuses that only their devices may clear: 1"),
+        ("readwrite", "5 messages cleared\n"),
+        ("read", "4 messages cleared; statuses that only their devices may clear: 1"),
     ],
 )
 def test_in_a_fleet_with_certificates(tmp_path: Path, may: str, said: str) -> None:
-    """All goes, or where devices' topics are theirs alone what calls devices into the job."""
+    """All goes, or where devices' topics are theirs alone all but their statuses."""
     key = SigningKey.generate()
     with running_fleet(tmp_path) as fleet:
         rules = fleet.folder.path / "acl"
-        rules.write_text(rules.read_text().replace("readwrite", may))
+        theirs = [
+            topics.subscription(k) for k, row in topics.TABLE.items() if row.publisher == "device"
+        ]
+        text = rules.read_text()
+        for topic in theirs:
+            text = text.replace(f"topic readwrite {topic}", f"topic {may} {topic}")
+        rules.write_text(text)
         assert fleet.folder.reload_broker()
         topic = topics.topic("job", job="notes")
         aggregator = fleet.aggregator()
         aggregator.publish(topic, key.seal(make_job(), topic), retain=True).check()
+        fields = {"job": "notes", "version": 2}
+        for kind, who in (("personal", "device"), ("trial", "device"), ("candidate", "number")):
+            one = {**fields, who: "kitchen" if who == "device" else 0}
+            aggregator.publish(topics.topic(f"{kind}_manifest", **one), b"x", retain=True).check()
         aggregator.close()
         device = fleet.link(fleet.join("kitchen"), "kitchen")
         own = topics.topic("status", job="notes", device="kitchen")
@@ -114,4 +124,5 @@ def test_in_a_fleet_with_certificates(tmp_path: Path, may: str, said: str) -> No
         done = withdraw("notes", "--dir", fleet.folder.path)
         assert done.exit_code == 0, (done.output, done.exception)
         assert said in done.output
-        assert list(kept_messages(device, "notes", [topic])) == []
+        every = f"{topics.ROOT.format(job='notes')}/#"
+        assert [m.topic for m in kept_messages(device, "notes", [every])] == []

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, set_seed
 
 import base_tiny
-from edge_client.data import Batch, TokenSequence, evaluation_batches, pack
+from edge_client.data import Batch, TokenSequence, evaluation_batches, pack, text_batches
 from edge_client.model import describe_model, find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.trainer.torch_trainer import TorchTrainer
@@ -309,3 +309,20 @@ def test_in_a_round_of_one_factor_the_other_has_no_gradient_and_stays(
             same, moved = moved, same
         np.testing.assert_array_equal(*same)
         assert (moved[0] != moved[1]).any()
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, tiny])
+def test_the_largest_logits_are_those_of_the_model_as_others_run_it(
+    make: Make, tmp_path: Path
+) -> None:
+    trainer = opened(make(tmp_path))
+    trainer.load(Adapter({}, SCALE), random_adapter(trainer.shapes, 4), PLAN)
+    ids = [int(n) for n in np.random.default_rng(0).integers(2, 90, 50)]
+    with torch.no_grad():
+        whole = [trainer.model(torch.tensor([ids[at : at + 32]])).logits[0] for at in (0, 32)]
+    expected = torch.cat(whole).topk(5)
+    found = trainer.predict(text_batches(ids, 32), 5)
+    np.testing.assert_array_equal(found.indices, expected.indices.numpy())
+    np.testing.assert_allclose(found.values, expected.values.numpy(), rtol=1e-4, atol=1e-4)
+    every = trainer.predict(text_batches(ids[:3], 32), 100_000)
+    assert every.indices.shape == (3, trainer.model.config.vocab_size), "k is the vocabulary"

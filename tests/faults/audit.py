@@ -76,10 +76,13 @@ def read_ledger(device: Path) -> list[Line]:
 
 
 class Version:
-    """A version as it lies in the aggregator's files: modules × directions of both factors."""
+    """An adapter as it lies in the aggregator's files: modules × directions of both factors."""
 
-    def __init__(self, state: Path, number: int) -> None:
+    def __init__(self, state: Path, number: int, own_of: str = "") -> None:
+        """`own_of` names the device whose own adapter of that version it is."""
         folder = state / "versions" / str(number)
+        if own_of:
+            folder = state / "personal" / str(number) / "personal" / own_of
         bands = sorted(folder.glob("*-*.safetensors"), key=lambda p: int(p.stem.split("-")[0]))
         files = [load_file(path) for path in bands]
         self.a = np.concatenate([t for f in files for n, t in f.items() if n[0] == "A"], axis=1)

@@ -30,7 +30,8 @@ from protocol.adapter import Adapter, Factors
 from protocol.cli import run_command
 from protocol.events import EventLog
 from protocol.files import lock_folder
-from protocol.messages import Control, Job, UploadManifest
+from protocol.messages import Control, Job, Probe, UploadManifest
+from protocol.probe import TopLogits
 from protocol.transport import BrokerAddress
 
 TICK_S = 0.05
@@ -99,6 +100,10 @@ class MarkingLearner:
     def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float:
         return 1.0
 
+    def predict(self, adapter: Adapter, probe: Probe) -> TopLogits:
+        positions = np.zeros((1, 1))
+        return TopLogits(positions, positions)
+
     def memory(self) -> tuple[float, float]:
         return 1.0, 1.0
 
@@ -127,7 +132,9 @@ class WatchedOutbox(Outbox):
     ledger: Ledger
     agent: WatchedAgent
 
-    def put(self, manifest: UploadManifest, data: bytes, *, rank: int) -> None:
+    def put(
+        self, manifest: UploadManifest, data: bytes, *, rank: int, own_loss: float | None = None
+    ) -> None:
         self.ledger.note(
             "made",
             upload=manifest.upload,
@@ -137,7 +144,7 @@ class WatchedOutbox(Outbox):
             examples=manifest.examples,
             mark=self.agent.mark,
         )
-        super().put(manifest, data, rank=rank)
+        super().put(manifest, data, rank=rank, own_loss=own_loss)
 
 
 class WatchedAgent(Agent):

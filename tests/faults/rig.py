@@ -177,9 +177,18 @@ class Rig:
     """Run broker, aggregator and devices in a folder, each on state that outlives it."""
 
     def __init__(
-        self, folder: Path, seed: int, devices: Sequence[str] = DEVICES, modules: int = 3
+        self,
+        folder: Path,
+        seed: int,
+        devices: Sequence[str] = DEVICES,
+        modules: int = 3,
+        **settings: object,
     ) -> None:
-        """Prepare; an update has 128 KiB of numbers for each module, and a chunk as many."""
+        """Prepare; an update has 128 KiB of numbers for each module, and a chunk as many.
+
+        The job is merged by `fedavg`, which the auditor can follow, unless `settings` say
+        otherwise.
+        """
         assert MOSQUITTO is not None
         self.folder = folder
         self.random = random.Random(seed)
@@ -187,7 +196,7 @@ class Rig:
         self.merged = 0
         """Rounds merged since this rig is there."""
         self._progress: dict[str, float] = {}
-        self._write_settings(len(devices), modules)
+        self._write_settings(len(devices), modules, settings)
         self.broker = Service("broker", self._start_broker)
         self.aggregator = Service("aggregator", self._start_aggregator)
         self.addresses = dict.fromkeys(devices, f"mqtt://127.0.0.1:{self.port}")
@@ -292,7 +301,7 @@ class Rig:
             self._progress[event.get("device", "fleet")] = now
             self.merged += event["event"] == "merged"
 
-    def _write_settings(self, devices: int, modules: int) -> None:
+    def _write_settings(self, devices: int, modules: int, settings: Mapping[str, object]) -> None:
         (self.folder / "mosquitto.conf").write_text(
             f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser root\n"
             f"persistence true\npersistence_location {self.folder}/broker/\nautosave_interval 5\n"
@@ -312,6 +321,7 @@ class Rig:
             "encoding_down": "f32",
             "pruning": {"enabled": False},
             "policy": {"min_devices": devices, "quorum": devices, "keep_versions": 0},
+            **settings,
         }
         (self.folder / "job.json").write_text(json.dumps(job))
 
@@ -347,11 +357,15 @@ class Rig:
 
 @contextmanager
 def running(
-    folder: Path, seed: int, devices: Sequence[str] = DEVICES, modules: int = 3
+    folder: Path,
+    seed: int,
+    devices: Sequence[str] = DEVICES,
+    modules: int = 3,
+    **settings: object,
 ) -> Iterator[Rig]:
     """Run a fleet for as long as the block lasts; leave no process behind."""
     (folder / "logs").mkdir(parents=True)
-    rig = Rig(folder, seed, devices, modules)
+    rig = Rig(folder, seed, devices, modules, **settings)
     try:
         yield rig
     finally:

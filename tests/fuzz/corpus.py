@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa
@@ -17,12 +18,14 @@ from protocol.messages import (
     Control,
     GlobalManifest,
     Job,
+    Probe,
     Round,
     Status,
     UploadManifest,
     describe_file,
     upload_id,
 )
+from protocol.probe import TopLogits, encode_probe
 from protocol.signing import SigningKey
 from protocol.tensors import Encoding, encode
 
@@ -38,6 +41,17 @@ def adapter_files() -> dict[Encoding, bytes]:
     """Return band 0-2 of a small adapter in each encoding."""
     adapter = cut(initial_adapter(MODULES, 4, 2.0, 0), bands(JOB.ladder)[0])
     return {e: encode(to_tensors(adapter), e) for e in ENCODINGS}
+
+
+PROBE = Probe(text="What all may read.", positions=3, top_k=4)
+
+
+def probe_files() -> list[bytes]:
+    """Return answers to the probe: a whole one, and one of a shorter text."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((3, 4)).astype(np.float16)
+    whole = TopLogits(np.argsort(rng.random((3, 9)))[:, :4], values)
+    return [encode_probe(whole), encode_probe(TopLogits(whole.indices[:2], values[:2]))]
 
 
 RANKS = band_ranks(MODULES, bands(JOB.ladder)[0])

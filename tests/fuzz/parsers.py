@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 from pydantic import BaseModel
 
 from aggregator.config import read_job
@@ -19,6 +20,7 @@ from protocol import topics
 from protocol.bands import parse_band, read_adapter, stacks
 from protocol.chunks import assemble, check_chunk, chunk_hash, file_hash, split
 from protocol.enrolment import REQUEST_TOPIC, EnrolRequest, Token
+from protocol.probe import decode_probe, encode_probe
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import Encoding, decode
 from protocol.transport import BrokerAddress
@@ -78,6 +80,12 @@ def _signed() -> list[Parser]:
 # -- tensors and chunks --------------------------------------------------------------------------
 
 
+def parse_probe(data: bytes) -> None:
+    answer = decode_probe(data, corpus.PROBE)
+    again = decode_probe(encode_probe(answer), corpus.PROBE)
+    np.testing.assert_array_equal(again.values, answer.values)
+
+
 def _tensors() -> list[Parser]:
     files = corpus.adapter_files()
     shapes = {s.name: s.shape for s in stacks(corpus.MODULES, corpus.RANKS)}
@@ -93,6 +101,7 @@ def _tensors() -> list[Parser]:
         samples = [data, *(files[e] for e in files if e != encoding)]
         found.append(Parser(f"tensors {encoding}", samples, parse, mutated_header))
         found.append(Parser(f"adapter {encoding}", samples, parse_adapter, mutated_header))
+    found.append(Parser("probe answers", corpus.probe_files(), parse_probe, mutated_header))
     whole = files["f32"]
     chunks = split(whole, 64)
     hashes = [chunk_hash(chunk) for chunk in chunks]

@@ -72,6 +72,43 @@ def test_a_device_reads_what_is_for_it_and_nothing_else(fleet: Fleet) -> None:
     assert "not authorized" in aggregator.publish("anything/else", b"x").refused
 
 
+def test_a_device_reads_its_own_adapters_and_not_anothers(fleet: Fleet) -> None:
+    kitchen = fleet.link(fleet.join("kitchen"), "kitchen")
+    kitchen.subscribe(["#"])
+    for_desk = topics.topic("personal_manifest", job="notes", device="desk", version=2)
+    kitchen.subscribe([for_desk, "tunefleet/1/notes/d/+/global/#", "tunefleet/1/notes/d/desk/#"])
+    chunk = {"job": "notes", "version": 2, "band": "0-2", "index": 0}
+    every = {
+        device: [
+            topics.topic(f"{kind}_{part}", device=device, **fields)
+            for kind in ("personal", "trial")
+            for part, fields in (("manifest", {"job": "notes", "version": 2}), ("chunk", chunk))
+        ]
+        for device in ("kitchen", "desk")
+    }
+    offered = [
+        topics.topic("candidate_manifest", job="notes", version=2, number=0),
+        topics.topic("candidate_chunk", **chunk, number=0),
+    ]
+    aggregator = fleet.aggregator()
+    kept = [*every["kitchen"], *every["desk"], *offered]
+    for delivery in aggregator.publish_all([(t, b"x") for t in kept], retain=True):
+        delivery.check()
+
+    def heard() -> set[str]:
+        found = set()
+        while (incoming := kitchen.receive(0.5)) is not None:
+            kitchen.ack(incoming)
+            found.add(incoming.topic)
+        return found
+
+    assert heard() == {*every["kitchen"], *offered}
+    kitchen.subscribe([for_desk, "tunefleet/1/+/d/desk/trial/#"])  # what is kept is no other thing
+    assert heard() == set()
+    for delivery in kitchen.publish_all([(t, b"x") for t in kept], retain=True):
+        assert "not authorized" in delivery.refused, delivery.topic
+
+
 def test_nobody_takes_over_the_session_of_another(fleet: Fleet) -> None:
     """The client id is what the certificate says, whatever a client calls itself."""
     kitchen = fleet.link(fleet.join("kitchen"), "kitchen")

@@ -14,7 +14,6 @@ from aggregator.merge import RULES, RoundView, Update, merge
 from aggregator.merge.combine import Contribution, LayerUpdates, factor_average
 from aggregator.merge.lowrank import Term, gram, inner, norm, stacked, truncate
 from aggregator.merge.trust import (
-    TopLogits,
     cosine_scores,
     personal,
     prediction_distance,
@@ -23,6 +22,7 @@ from aggregator.merge.trust import (
     validation_scores,
 )
 from protocol.adapter import Adapter, Factors, initial_adapter, module_rank
+from protocol.probe import TopLogits
 
 Dense = npt.NDArray[np.float64]
 SCALE = 2.0

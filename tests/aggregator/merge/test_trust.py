@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from aggregator.errors import BadRuleSettings, MergeError
 from aggregator.merge.trust import (
-    TopLogits,
     cosine_scores,
     personal,
     prediction_distance,
@@ -17,6 +16,7 @@ from aggregator.merge.trust import (
     softmax_rows,
     validation_scores,
 )
+from protocol.probe import TopLogits
 from tests.aggregator.merge.made_rounds import (
     BAD,
     GOOD,

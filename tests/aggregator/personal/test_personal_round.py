@@ -10,7 +10,6 @@ import pytest
 from aggregator.errors import BadRuleSettings
 from aggregator.merge import RoundView, Update
 from aggregator.merge.lowrank import inner
-from aggregator.merge.trust import TopLogits
 from aggregator.personal import (
     Answer,
     PersonalRound,
@@ -22,6 +21,7 @@ from aggregator.personal import (
 from aggregator.personal.candidates import draw
 from aggregator.personal.temperature import FURTHEST, Temperature
 from protocol.adapter import Adapter, Factors
+from protocol.probe import TopLogits
 from tests.aggregator.merge.made_rounds import draw as draw_factors
 
 SHAPES = {"one": (9, 8), "two": (4, 12)}

@@ -1,0 +1,166 @@
+"""The adapters that a device has to do with: fetched one at a time, gone on with, or tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+
+from edge_client.config import Settings
+from edge_client.download import Source, wanted_bands
+from edge_client.fetch import Fetch
+from edge_client.holding import Holding
+from edge_client.learner import Learning
+from edge_client.outbox import Outbox
+from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, to_try
+from protocol.adapter import Adapter
+from protocol.bands import Band
+from protocol.errors import ProtocolError
+from protocol.events import EventLog
+from protocol.messages import Job, Round
+from protocol.topics import Match
+from protocol.transport import Incoming, MqttTransport
+
+
+class Adapters:
+    """Fetch what a round needs: a manifest, the adapter to go on with, those to be tried.
+
+    `reach` says which rank the device has now, and how many directions it can hold.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        job: Job,
+        link: MqttTransport,
+        outbox: Outbox,
+        learner: Learning,
+        events: EventLog,
+        reach: Callable[[], tuple[int, int]],
+    ) -> None:
+        self.held = Holding(job, settings.name)
+        self.trying: Trying | None = None
+        self._settings, self._job = settings, job
+        self._link, self._outbox, self._learner = link, outbox, learner
+        self._events = events
+        self._reach = reach
+        self._fetch: Fetch | None = None
+
+    def expects(self, found: Match) -> bool:
+        """Say whether a topic is of what is being fetched."""
+        return self._fetch is not None and self._fetch.source.has(found)
+
+    def take(self, found: Match, incoming: Incoming, now: Round) -> None:
+        """Take a part of what is being fetched; when that is whole, use it and fetch the next.
+
+        Raises:
+            ProtocolError: it is not what it should be, and nothing that is only to be tried.
+        """
+        fetch = self._fetch
+        assert fetch is not None, "expected"
+        try:
+            fetch.take(found, incoming, self._settings.state)
+            if not fetch.complete:
+                return
+            self._use(fetch, now)
+        except ProtocolError as error:
+            if not fetch.source.is_tried:
+                raise
+            self._skip(now, str(error))
+        self.fetch_next(now)
+
+    def fetch_next(self, now: Round) -> bool:
+        """Fetch what is missing for a round, and say whether anything is."""
+        wanted, fetch = self._missing(now), self._fetch
+        if fetch is not None:
+            if (fetch.source, fetch.wanted) == wanted:
+                return True
+            fetch.end()
+            self._fetch = None
+        if wanted is None:
+            return False
+        source, bands = wanted
+        known = self.held.heading if bands and source.kind == "global" else None
+        self._fetch = Fetch(self._link, self._job, source, bands, known)
+        return True
+
+    def wait(self, now: Round) -> None:
+        """Count a tick in which nothing has come: what is only to be tried gets few of them."""
+        if self._fetch is None:
+            return
+        self._fetch.ticks += 1
+        if self._fetch.source.is_tried and self._fetch.ticks > PATIENCE_TICKS:
+            self._skip(now, "nothing of it has come")
+            self.fetch_next(now)
+
+    def begin_trying(self, now: Round) -> bool:
+        """Begin to try what a round's version offers; False if that has been done."""
+        if not self._job.is_personal or self._is_trying(now):
+            return False
+        held = self.held
+        assert held.heading is not None and held.source is not None
+        self.trying = Trying(
+            now.version,
+            to_try(held.heading, held.device, held.bands, self._settings.download_bytes),
+            received=self._learner.evaluate(held.adapter, SPLIT),
+            own=self._outbox.own_loss(now.job, now.version - 1),
+        )
+        return True
+
+    def _is_trying(self, now: Round) -> bool:
+        return self.trying is not None and self.trying.version == now.version
+
+    def _missing(self, now: Round) -> tuple[Source, tuple[Band, ...]] | None:
+        """Return what is to be fetched next, and which of its bands: none, its manifest alone."""
+        held = self.held
+        if (source := held.missing(now.version)) is not None:
+            known = held.heading is not None and held.heading.version == now.version
+            return source, self._bands() if known else ()
+        if self._outbox.pending():
+            return None
+        if now.state == "finished" and held.personal is not None and held.common is None:
+            return held.common_of(now.version), self._bands()
+        if now.state == "open" and self._is_trying(now):
+            assert self.trying is not None
+            return (self.trying.next, held.bands) if self.trying.next is not None else None
+        return None
+
+    def _bands(self) -> tuple[Band, ...]:
+        rank, held = self._reach()
+        budget = self._settings.download_bytes
+        return tuple(wanted_bands(self._job, rank=rank, held=held, byte_budget=budget))
+
+    def _use(self, fetch: Fetch, now: Round) -> None:
+        """Go on with what has been fetched, or see how it does."""
+        held, source, manifest = self.held, fetch.source, fetch.manifest
+        assert manifest is not None, "it is complete"
+        if not fetch.wanted:
+            own = manifest.personal.get(held.device)
+            if own is not None:
+                self._outbox.check_personal(self._job.job, own)
+            held.begin(manifest)
+            return
+        adapter = fetch.adapter()
+        if source.is_tried:
+            self._try(source, adapter, now)
+        elif held.version == now.version:  # it has its own: this one is beside it, in the end
+            held.common = adapter
+        else:
+            held.install(source, adapter, fetch.wanted)
+        self._events.emit("bytes", up=self._link.bytes_sent, down=self._link.bytes_received)
+
+    def _try(self, source: Source, adapter: Adapter, now: Round) -> None:
+        assert self.trying is not None
+        loss = self._learner.evaluate(adapter, SPLIT)
+        if not isfinite(loss):
+            self._skip(now, f"its loss is {loss}")
+            return
+        self.trying.found(loss)
+        told = {"loss": loss, "received": self.trying.received}
+        self._events.emit("tried", round=now.number, adapter=str(source), **told)
+
+    def _skip(self, now: Round, why: str) -> None:
+        """Leave out an adapter that was to be tried: it is no reason not to train."""
+        assert self.trying is not None
+        left_out = str(self.trying.next)
+        self._events.emit("not-tried", round=now.number, adapter=left_out, reason=why)
+        self.trying.skip()

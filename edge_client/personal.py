@@ -1,0 +1,62 @@
+"""What an update of a job with personal adapters brings besides its change."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+from edge_client.learner import Learned, Learning
+from edge_client.trying import SPLIT
+from protocol.adapter import Adapter, Factors, module_directions
+from protocol.layers import from_bitmap, only
+from protocol.messages import Job, TrustLosses, UploadManifest, describe_file
+from protocol.probe import encode_probe
+
+
+def full_adapter(
+    job: Job, device: str, round_number: int, held: Adapter, learned: Learned
+) -> Adapter:
+    """Return what a device has after training: its change laid over all the directions it held."""
+    chosen = module_directions(
+        job.base.modules,
+        job.directions,
+        job=job.job,
+        device=device,
+        round_number=round_number,
+        rank_trained=learned.rank_trained,
+        held=learned.held,
+        rank=learned.rank,
+    )
+    if learned.modules is not None:
+        chosen = only(chosen, from_bitmap(job.base.modules, learned.modules))
+    layers = {}
+    for name, whole in held.truncated(learned.held).layers.items():
+        change, at = learned.change.layers[name], chosen[name]
+        a, b = whole.a.copy(), whole.b.copy()  # (held, d_in), (d_out, held)
+        a[at] += change.a
+        b[:, at] += change.b
+        layers[name] = Factors(a, b)
+    return Adapter(layers, held.scale)
+
+
+def with_answers(
+    update: tuple[UploadManifest, bytes],
+    learner: Learning,
+    job: Job,
+    full: Adapter,
+    *,
+    personal: int | None,
+    trust: TrustLosses | None,
+) -> tuple[UploadManifest, bytes, float | None]:
+    """Return an update with what it answers, and the loss of the full adapter on the trust split.
+
+    The answer to the job's probe, if it has one, follows the change in the same file. `personal` is
+    the version of the own adapter that the device started from. The loss is None if it is no
+    number that can be told.
+    """
+    manifest, data = update
+    probe = encode_probe(learner.predict(full, job.probe)) if job.probe is not None else b""
+    data += probe
+    told = {"personal": personal, "trust": trust, "probe_bytes": len(probe)}
+    manifest = manifest.model_copy(update={**told, "file": describe_file(data)})
+    own = learner.evaluate(full, SPLIT)
+    return manifest, data, own if isfinite(own) else None
