@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregator.errors import MergeError
-from aggregator.merge.lowrank import Float64Array, norm
+from aggregator.merge.lowrank import norm
+from aggregator.merge.sums import Float64Array
 from protocol.adapter import Adapter, Factors, Shapes, module_rank
 
 Directions = npt.NDArray[np.intp]

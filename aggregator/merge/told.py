@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aggregator.merge.lowrank import Float64Array
 from aggregator.merge.round_view import RoundView
+from aggregator.merge.sums import Float64Array
 from aggregator.merge.weighting import equal_share, sample_share
 
 LOSS_BEFORE, LOSS_AFTER = "train_loss_before", "train_loss_after"
