@@ -305,7 +305,7 @@ def _gram(rows: Array) -> Float64Array:
 
 
 def _parts(count: int) -> list[slice]:
-    return [slice(at, at + 4 * PART) for at in range(0, count, 4 * PART)]
+    return [slice(at, at + 8 * PART) for at in range(0, count, 8 * PART)]
 
 
 def _without_zeros(term: Term) -> Term:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import norm
 from aggregator.merge.sums import Float64Array
-from protocol.adapter import Adapter, Factors, Shapes, module_rank
+from protocol.adapter import Adapter, Factors, FloatArray, Shapes, module_rank
 
 Directions = npt.NDArray[np.intp]
 """Ascending indices (r,) of the shared adapter's directions: one a row of A and column of B."""
@@ -168,8 +168,14 @@ def _check_adapter(view: RoundView, adapter: Adapter, device: str | None) -> Non
         if a.ndim != 2 or a.shape[1] != d_in or b.shape != (d_out, a.shape[0]):
             why = f"A {a.shape} and B {b.shape} are not (r, {d_in}) and ({d_out}, r)"
             raise MergeError(why, device=device, module=module)
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        if not (_finite(a) and _finite(b)):
             raise MergeError("it has NaN or infinite values", device=device, module=module)
+
+
+def _finite(values: FloatArray) -> bool:
+    """Return whether all values are finite: so they are where their sum of squares is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.vdot(values, values)) or np.isfinite(values).all())
 
 
 def _check_directions(view: RoundView, update: Update) -> None:

@@ -73,6 +73,7 @@ def leading(held: Held, rank: int, seed: int) -> Leading | None:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         forth, v = held.passed(drawn.astype(held.dtype, copy=False))
         whole = float(np.square(forth, dtype=np.float64).sum()) / v.shape[1]  # about ‖G‖²
+        del drawn, forth
         before = np.inf
         for _ in range(TURNS):
             if not np.isfinite(v).all() or not v.any():
@@ -89,6 +90,7 @@ def leading(held: Held, rank: int, seed: int) -> Leading | None:
             v, before, reached = ritz.v, off, True
             if off > 1 and not slow:
                 v, reached = _filtered(held, ritz, rank, off)
+            del ritz
             if rough and (slow or reached):
                 v, before = v.astype(np.float64), np.inf
     return None
@@ -99,7 +101,8 @@ def _ritz(held: Held, v: Array) -> Ritz:
     forth, back = held.passed(v)
     values, turn = np.linalg.eigh((forth.T @ forth).astype(np.float64))
     order = turn[:, ::-1].astype(v.dtype)
-    return Ritz(v @ order, forth @ order, back @ order, np.maximum(values[::-1], 0.0))
+    forth, back = forth @ order, back @ order
+    return Ritz(v @ order, forth, back, np.maximum(values[::-1], 0.0))
 
 
 def _off(ritz: Ritz, rank: int, whole: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from protocol.adapter import Factors
 Float64Array = npt.NDArray[np.float64]
 Array = npt.NDArray[np.floating]
 
-PART = 256
+PART = 128
 """Rows that are brought to float64, or columns that are gathered, at a time."""
 
 
@@ -74,7 +75,7 @@ class Stack(Held):
         for term in terms:
             mine, factors = slice(at, at := at + term.rank), term.read()
             self.a[mine] = factors.a
-            np.multiply(factors.b.T, term.weights[:, None], out=self.b[mine], casting="same_kind")
+            np.multiply(factors.b.T, term.weights[:, None].astype(dtype), out=self.b[mine])
         self._left, self._right = (self.a, self.b) if self.wide else (self.b, self.a)
 
     def passed(self, v: Array) -> tuple[Array, Array]:
@@ -117,7 +118,7 @@ class Dense(Held):
     def __init__(self, terms: Sequence[Term], shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
         super().__init__(shape, dtype)
         total = np.zeros(shape, dtype)
-        for a, b in _gathered(terms, min(2 * PART, min(shape)), dtype):
+        for a, b in _gathered(terms, shape, self.dtype):
             for part in _parts(len(total)):
                 total[part] += b[part] @ a
         self.total = total
@@ -173,20 +174,23 @@ def size(terms: Sequence[Term]) -> float:
 
 
 def _gathered(
-    terms: Sequence[Term], width: int, dtype: npt.DTypeLike
+    terms: Sequence[Term], shape: tuple[int, int], dtype: np.dtype[Any]
 ) -> Iterator[tuple[Array, Array]]:
-    """Yield stacks A (N, d_in), B·diag(weights) (d_out, N) of terms up to N = `width` at a time."""
-    a: list[Array] = []
-    b: list[Array] = []
-    gathered = 0
+    """Yield stacks A (N, d_in), B·diag(weights) (d_out, N) of a few terms at a time.
+
+    They lie in the same memory each time, a quarter of what all of them would take at most.
+    """
+    ranks = [term.rank for term in terms]
+    width = max(min(4 * PART, sum(ranks) // 4), *ranks, 1)
+    a, b = np.empty((width, shape[1]), dtype), np.empty((shape[0], width), dtype)
+    filled = 0
     for i, term in enumerate(terms):
-        factors = term.read()
-        a.append(factors.a)
-        b.append(np.multiply(factors.b, term.weights, dtype=dtype, casting="same_kind"))
-        gathered += term.rank
-        if i == len(terms) - 1 or gathered + terms[i + 1].rank > width:
-            yield np.concatenate(a, dtype=dtype), np.concatenate(b, axis=1)
-            a, b, gathered = [], [], 0
+        mine, factors = slice(filled, filled := filled + term.rank), term.read()
+        a[mine] = factors.a
+        np.multiply(factors.b, term.weights.astype(dtype), out=b[:, mine])
+        if i == len(terms) - 1 or filled + ranks[i + 1] > width:
+            yield a[:filled], b[:, :filled]
+            filled = 0
 
 
 def _parts(size: int) -> Iterator[slice]:
