@@ -11,12 +11,13 @@ from dataclasses import replace
 
 from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
-from aggregator.intake import Intake, read_update
+from aggregator.intake import Intake
 from aggregator.merge import Merged, RoundView, merge
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
+from aggregator.stored import stored_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
@@ -291,9 +292,9 @@ class Daemon:
 
 
 def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Merged:
-    """Merge the counted updates of a round by the job's rule."""
+    """Merge the counted updates of a round by the job's rule, which reads them module by module."""
     updates = [
-        read_update(job, versions, manifest, store.update_file(manifest).read_bytes())
+        stored_update(job, versions, manifest, store.update_file(manifest))
         for manifest in store.uploads_of(state.number, "counted")
     ]
     view = RoundView(

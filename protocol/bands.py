@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from protocol.adapter import Adapter, Factors, Shapes, module_rank, parameter_count
+from protocol.adapter import Adapter, Factors, LazyLayers, Shapes, module_rank, parameter_count
 from protocol.errors import ProtocolError
-from protocol.tensors import Encoding, decode
+from protocol.tensors import Encoding, TensorFile, decode
 
 # As in topics: other scripts' digits would name the same band twice.
 _BAND = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
@@ -190,3 +191,25 @@ def read_adapter(
         b = found.get((name, "B"), np.zeros((d_out, 0), np.float32))
         layers[name] = Factors(a, b)
     return Adapter(layers, scale)
+
+
+def stored_layers(
+    path: Path, shapes: Shapes, ranks: Mapping[str, int], encoding: Encoding
+) -> LazyLayers:
+    """Return the factors in a file that `read_adapter` has taken, each read when it is asked for.
+
+    Raises:
+        BadTensors: the file is not what it was.
+        OSError: it can't be read; so when a module is.
+    """
+    expected = stacks(shapes, ranks)
+    file = TensorFile(path, {s.name: s.shape for s in expected}, encoding)
+    places = {(m, s.factor): (s.name, i) for s in expected for i, m in enumerate(s.modules)}
+
+    def read(module: str) -> Factors:
+        d_out, d_in = shapes[module]
+        if not ranks[module]:
+            return Factors(np.zeros((0, d_in), np.float32), np.zeros((d_out, 0), np.float32))
+        return Factors(file.read(*places[module, "A"]), file.read(*places[module, "B"]))
+
+    return LazyLayers(tuple(shapes), read)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -81,14 +83,8 @@ def decode(
         BadTensors: something is not as announced, or a value is NaN or infinite.
     """
     view = memoryview(data)
-    announced = _announced(expected, encoding)
-    places, start = _header(view)
-    missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
-    extra = [f"tensor {n!a} is not part of this job and rank" for n in places if n not in announced]
-    if missing or extra:
-        raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
-    _check_layout(places, announced, len(view) - start, parts)
-    raw = {name: view[start + a : start + b] for name, (_, _, a, b) in places.items()}
+    places = _located(view, expected, encoding, parts)
+    raw = {name: view[first:last] for name, (first, last) in places.items()}
     tensors = {}
     for name, shape in expected.items():
         tensor = _read(name, shape, raw, encoding)
@@ -98,6 +94,43 @@ def decode(
             raise BadTensors(f"{_called(name, parts, first)} has a value that is not finite")
         tensors[name] = tensor
     return tensors
+
+
+class TensorFile:
+    """Read a file's tensors a slice at a time, those of the first axis; between two it is closed.
+
+    The file is one that `decode` has taken: its header is checked anew, its values are not.
+
+    Raises:
+        BadTensors: the header is not as `expected`, or the file is shorter than it was.
+        OSError: it can't be read.
+    """
+
+    def __init__(
+        self, path: Path, expected: Mapping[str, tuple[int, ...]], encoding: Encoding
+    ) -> None:
+        self._path, self._expected, self._encoding = path, expected, encoding
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
+            memoryview(whole) as view,
+        ):
+            self._places = _located(view, expected, encoding, NO_PARTS)
+
+    def read(self, name: str, index: int) -> np.ndarray:
+        """Return slice `index` of a tensor, as float32."""
+        raw: dict[str, memoryview] = {}
+        count, *shape = self._expected[name]
+        with self._path.open("rb") as file:
+            for stored in (name, name + ROW_SCALE):
+                if stored in self._places:
+                    first, last = self._places[stored]
+                    size = (last - first) // count
+                    file.seek(first + index * size)
+                    raw[stored] = memoryview(file.read(size))
+                    if len(raw[stored]) < size:
+                        raise BadTensors(f"{self._path} is shorter than its header says")
+        return _read(name, tuple(shape), raw, self._encoding)
 
 
 def round_trip(tensor: np.ndarray, encoding: Encoding) -> np.ndarray:
@@ -114,6 +147,20 @@ def round_trip(tensor: np.ndarray, encoding: Encoding) -> np.ndarray:
 
 Place = tuple[str, tuple[int, ...], int, int]
 """dtype, shape, first byte and last byte + 1 of a tensor, counted from the end of the header."""
+
+
+def _located(
+    view: memoryview, expected: Mapping[str, tuple[int, ...]], encoding: Encoding, parts: Parts
+) -> dict[str, tuple[int, int]]:
+    """Return the first byte and last byte + 1 of each tensor in a file, its header checked."""
+    announced = _announced(expected, encoding)
+    places, start = _header(view)
+    missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
+    extra = [f"tensor {n!a} is not part of this job and rank" for n in places if n not in announced]
+    if missing or extra:
+        raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
+    _check_layout(places, announced, len(view) - start, parts)
+    return {name: (start + a, start + b) for name, (_, _, a, b) in places.items()}
 
 
 def _announced(

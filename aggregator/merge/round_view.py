@@ -11,7 +11,7 @@ import numpy.typing as npt
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import norm
 from aggregator.merge.sums import Float64Array
-from protocol.adapter import Adapter, Factors, FloatArray, Shapes, module_rank
+from protocol.adapter import Adapter, Factors, FloatArray, LazyLayers, Shapes, module_rank
 
 Directions = npt.NDArray[np.intp]
 """Ascending indices (r,) of the shared adapter's directions: one a row of A and column of B."""
@@ -107,19 +107,21 @@ def changed(update: Update, held: Adapter) -> Adapter:
 
     Each module has twice the device's rank: BA − B'A' = (B − B')A + B'(A − A') with the scales in
     B. A norm or a Gram of these factors keeps its digits however small the change is, where the
-    difference of two norms would lose them. In float64, and of scale 1.
+    difference of two norms would lose them. In float64, of scale 1, and made when asked for.
     """
-    layers: dict[str, Factors] = {}
-    for module, whole in held.layers.items():
-        before, after = whole.take(update.directions[module]), update.adapter.layers[module]
+
+    def change(module: str) -> Factors:
+        before = held.layers[module].take(update.directions[module])
+        after = update.adapter.layers[module]
         b_before = held.scale * before.b.astype(np.float64)  # (d_out, r)
         b_after = update.adapter.scale * after.b.astype(np.float64)
         moved = after.a.astype(np.float64) - before.a  # (r, d_in)
-        layers[module] = Factors(
+        return Factors(
             np.concatenate([after.a.astype(np.float64), moved]),
             np.concatenate([b_after - b_before, b_before], axis=1),
         )
-    return Adapter(layers, 1.0)
+
+    return Adapter(LazyLayers(tuple(held.layers), change), 1.0)
 
 
 def change_norms(view: RoundView) -> Float64Array:
