@@ -1,4 +1,4 @@
-"""The leading singular subspace of a held sum, by passes over it, with a proof that it is that.
+"""The leading singular subspace of a held sum, by passes over it, and a bound of what it lacks.
 
 Subspace iteration with a Chebyshev filter (Zhou, Saad et al., J. Comput. Phys. 219, 2006): a random
 block of b > r vectors goes through a polynomial of M = GᵀG that grows above the block's smallest
