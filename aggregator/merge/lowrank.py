@@ -194,7 +194,8 @@ def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: i
     """
     if min(*shape, sum(term.rank for term in terms)) <= max(SMALL, 4 * block_width(rank)):
         return None
-    held = hold(terms, shape, np.float32)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # then nothing is found
+        held = hold(terms, shape, np.float32)
     found = leading(held, rank, seed)
     if found is not None and ROUNDING * size(terms) > 1e-5 * found.norm:
         held = hold(terms, shape, np.float64)

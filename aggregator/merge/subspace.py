@@ -161,7 +161,8 @@ def _filtered(held: Held, ritz: Ritz, rank: int, off: float) -> tuple[Array, boo
 def _orthonormal(columns: Array) -> Array:
     """Return an orthonormal basis of the span of columns (n, b), by Cholesky-QR, or by QR."""
     for _ in range(1 if columns.dtype == np.float32 else 2):
-        columns = columns / np.linalg.norm(columns, axis=0)
+        lengths = np.linalg.norm(columns, axis=0)
+        columns = columns / np.where(lengths > 0, lengths, 1)
         try:
             root = np.linalg.cholesky((columns.T @ columns).astype(np.float64))
         except np.linalg.LinAlgError:

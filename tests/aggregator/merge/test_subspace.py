@@ -132,3 +132,13 @@ def test_a_sum_of_nothing_or_out_of_range_is_not_found() -> None:
     for factor in (0.0, 1e30):
         terms = [Term(t.source, factor * t.weights) for t in terms_of(np.ones(200), SHAPES[0])]
         assert leading(hold(terms, SHAPES[0], np.float32), RANK, 0) is None
+
+
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("factor", [1e-30, 1e30, 1e60])
+def test_what_float32_can_not_hold_is_merged_in_float64(factor: float) -> None:
+    plain = terms_of(SPECTRA["apart"], SHAPES[0])
+    terms = [Term(t.source, factor * t.weights) for t in plain]
+    wanted = best(whole(plain), RANK)
+    ours = dense(truncate(terms, SHAPES[0], RANK, scale=1.0).factors, 1.0) / factor
+    assert np.linalg.norm(ours - wanted) <= 1e-5 * np.linalg.norm(wanted)
