@@ -23,7 +23,7 @@ from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
-from aggregator.updates import read_update
+from aggregator.updates import stored_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
@@ -327,14 +327,13 @@ class Daemon:
 
 
 def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Outcome:
-    """Merge the counted updates of a round by the job's rule."""
+    """Merge the counted updates of a round by the job's rule, which reads them module by module."""
     if (strategy := strategy_of(job.rule)) is not None:
         return merge_personal(job, strategy, store, versions, state)
     updates = []
     trained = trained_factors(job.training.factors, state.number)
     for manifest in store.uploads_of(state.number, "counted"):
-        data = store.update_file(manifest).read_bytes()
-        update = read_update(job, versions, manifest, data)
+        update = stored_update(job, versions, manifest, store.update_file(manifest))
         if behind := state.number - manifest.round:
             update = completed(update, versions.load(manifest.version))
             update = replace(update, staleness=behind)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from aggregator.merge import Update
 from aggregator.merge.lowrank import gram
 from aggregator.versions import Versions
-from protocol.adapter import add, module_directions, select
-from protocol.bands import Stack, read_adapter, stacks
+from protocol.adapter import Adapter, Factors, LazyLayers, add, module_directions, select
+from protocol.bands import Stack, read_adapter, stacks, stored_layers
 from protocol.factors import trained_factors
 from protocol.layers import from_bitmap, only
 from protocol.messages import Job, UploadManifest
@@ -53,6 +55,28 @@ def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: by
     change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding, trained)
     before = select(versions.base(manifest), chosen)
     return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
+
+
+def stored_update(job: Job, versions: Versions, manifest: UploadManifest, path: Path) -> Update:
+    """Return what `read_update` has taken from a file; factors are read when they are asked for.
+
+    Raises:
+        BadTensors: the file is not what it was when it was counted.
+        OSError: it can't be read; so when a module is.
+    """
+    chosen = upload_directions(job, manifest)
+    ranks = {name: len(at) for name, at in chosen.items()}
+    size = manifest.file.bytes - manifest.probe_bytes
+    trained = trained_factors(job.training.factors, manifest.round)
+    changes = stored_layers(path, size, job.base.modules, ranks, manifest.encoding, trained)
+    before = versions.base(manifest).layers
+
+    def after(module: str) -> Factors:
+        own, change = before[module].take(chosen[module]), changes[module]
+        return Factors(own.a + change.a, own.b + change.b)
+
+    adapter = Adapter(LazyLayers(tuple(changes), after), job.scale)
+    return Update(manifest.device, adapter, chosen, manifest.examples, manifest.metrics)
 
 
 def read_probe(job: Job, manifest: UploadManifest, data: bytes) -> TopLogits | None:

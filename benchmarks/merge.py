@@ -1,10 +1,12 @@
 """How fast, exact and small a product merge is, beside a dense one: `python -m benchmarks.merge`.
 
-    python -m benchmarks.merge [--quick]
+    python -m benchmarks.merge [--quick] [--one-thread]
 
 The other side is what public FlexLoRA code does: a dense float32 sum and `torch.linalg.svd` of it,
 a module. Both results are compared with a float64 SVD. Memory is measured in a process of its own,
-which reads one module at a time from files (Linux: from /proc). Writes runs/bench/merge.json.
+which reads one module at a time from files (Linux: from /proc). `--one-thread` is for a machine
+that others use: it counts processor seconds, with one thread for either side. Writes
+runs/bench/merge.json.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import psutil
+import torch
 
 from aggregator.merge import merge
 from benchmarks.claims import Claim, write_claims
@@ -77,14 +80,27 @@ class Found:
         return self.dense_s / self.merge_s
 
 
+THREADS = "OPENBLAS_NUM_THREADS"
+
+
+def on_one_thread() -> None:
+    """Begin anew with one thread: numpy's number is settled when it is imported."""
+    if os.environ.get(THREADS) != "1":
+        environment = os.environ | {THREADS: "1"}
+        command = [sys.executable, "-m", "benchmarks.merge", *sys.argv[1:]]
+        os.execvpe(sys.executable, command, environment)
+    torch.set_num_threads(1)
+
+
 def seconds(do: Callable[[], object], times: int) -> float:
     """Return the median time of some calls, after one that is not counted."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     do()
     taken = []
     for _ in range(times):
-        started = time.perf_counter()
+        started = clock()
         do()
-        taken.append(time.perf_counter() - started)
+        taken.append(clock() - started)
     return median(taken)
 
 
@@ -184,7 +200,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three cases, no whole model")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one-thread", action="store_true", help="processor seconds")
     given = parser.parse_args()
+    if given.one_thread:
+        on_one_thread()
     if given.peak_of:
         print_peak(Path(given.peak_of[0]), given.peak_of[1])
         return

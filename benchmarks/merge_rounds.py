@@ -3,7 +3,7 @@ FlexLoRA code does it, and one in float64 to compare with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from aggregator.merge import RoundView, Update
-from protocol.adapter import Adapter, Factors, Shapes, initial_adapter
+from protocol.adapter import Adapter, Factors, LazyLayers, Shapes, initial_adapter
 
 RANKS = (4, 8, 16, 32)
 RANK, SCALE = 64, 2.0
@@ -91,27 +91,18 @@ def round_in_memory(case: Case) -> RoundView:
 # ---- in files ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FileLayers(Mapping[str, Factors]):
-    """Read a device's factors of a module from its file whenever they are asked for."""
+def file_layers(folder: Path, case: Case, device: int) -> LazyLayers:
+    """Return a device's factors, of which each module's are read from its file when asked for."""
+    rank = case.rank_of(device)
 
-    folder: Path
-    case: Case
-    device: int
-
-    def __getitem__(self, module: str) -> Factors:
-        d_out, d_in = self.case.shapes[module]
-        rank = self.case.rank_of(self.device)
-        numbers = np.fromfile(self.folder / f"{self.device}-{module}", np.float32)
+    def read(module: str) -> Factors:
+        d_out, d_in = case.shapes[module]
+        numbers = np.fromfile(folder / f"{device}-{module}", np.float32)
         return Factors(
             numbers[: rank * d_in].reshape(rank, d_in), numbers[rank * d_in :].reshape(d_out, rank)
         )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.case.shapes)
-
-    def __len__(self) -> int:
-        return len(self.case.shapes)
+    return LazyLayers(tuple(case.shapes), read)
 
 
 def write_round(case: Case, folder: Path) -> list[Path]:
@@ -129,7 +120,9 @@ def write_round(case: Case, folder: Path) -> list[Path]:
 
 def round_in_files(case: Case, folder: Path) -> RoundView:
     """Return a round whose factors are read when a rule asks for them."""
-    return _view(case, [_update(case, k, FileLayers(folder, case, k)) for k in range(case.devices)])
+    return _view(
+        case, [_update(case, k, file_layers(folder, case, k)) for k in range(case.devices)]
+    )
 
 
 def _update(case: Case, device: int, layers: Mapping[str, Factors]) -> Update:

@@ -8,7 +8,7 @@ fleet, so that cutting an adapter to another rank never changes what its columns
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,26 @@ class Factors:
     def take(self, directions: Sequence[int] | npt.NDArray[np.integer] | slice) -> Factors:
         """Return the factors of some directions: those rows of `a` and columns of `b`."""
         return Factors(self.a[directions], self.b[:, directions])
+
+
+@dataclass(frozen=True, slots=True)
+class LazyLayers(Mapping[str, Factors]):
+    """Make the factors of a module whenever they are asked for, so that they take no memory.
+
+    `make` raises KeyError for what is no module.
+    """
+
+    modules: tuple[str, ...]
+    make: Callable[[str], Factors]
+
+    def __getitem__(self, module: str) -> Factors:
+        return self.make(module)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from protocol.adapter import Adapter, Factors, Shapes, module_rank, parameter_count
+from protocol.adapter import Adapter, Factors, LazyLayers, Shapes, module_rank, parameter_count
 from protocol.errors import ProtocolError
 from protocol.factors import Trained
-from protocol.tensors import Encoding, decode
+from protocol.tensors import Encoding, TensorFile, decode
 
 # As in topics: other scripts' digits would name the same band twice.
 _BAND = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
@@ -202,3 +203,34 @@ def read_adapter(
         b = found.get((name, "B"), np.zeros((d_out, ranks[name]), np.float32))
         layers[name] = Factors(a, b)
     return Adapter(layers, scale)
+
+
+def stored_layers(
+    path: Path,
+    size: int,
+    shapes: Shapes,
+    ranks: Mapping[str, int],
+    encoding: Encoding,
+    trained: Trained = "both",
+) -> LazyLayers:
+    """Return what `read_adapter` has taken from the first `size` bytes of a file.
+
+    The factors of a module are read when they are asked for.
+
+    Raises:
+        BadTensors: the file is not what it was.
+        OSError: it can't be read; so when a module is.
+    """
+    expected = stacks(shapes, ranks, trained)
+    file = TensorFile(path, size, {s.name: s.shape for s in expected}, encoding)
+    places = {(m, s.factor): (s.name, i) for s in expected for i, m in enumerate(s.modules)}
+
+    def read(module: str) -> Factors:
+        (d_out, d_in), rank = shapes[module], ranks[module]
+        a, b = places.get((module, "A")), places.get((module, "B"))
+        return Factors(
+            file.read(*a) if a else np.zeros((rank, d_in), np.float32),
+            file.read(*b) if b else np.zeros((d_out, rank), np.float32),
+        )
+
+    return LazyLayers(tuple(shapes), read)

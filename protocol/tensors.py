@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -110,13 +112,45 @@ def unpack(
     Raises:
         BadTensors: its header or its layout is another.
     """
-    places, start = read_header(view)
-    missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
-    extra = [f"tensor {n!a} is not part of this job and rank" for n in places if n not in announced]
-    if missing or extra:
-        raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
-    _check_layout(places, announced, len(view) - start, parts)
-    return {name: view[start + a : start + b] for name, (_, _, a, b) in places.items()}
+    places = _located(view, announced, parts)
+    return {name: view[first:last] for name, (first, last) in places.items()}
+
+
+class TensorFile:
+    """Read a file's tensors a slice at a time, those of the first axis; between two it is closed.
+
+    `decode` has taken its first `size` bytes: their header is checked anew, values are not.
+
+    Raises:
+        BadTensors: the header is not as `expected`, or the file is shorter than it was.
+        OSError: it can't be read.
+    """
+
+    def __init__(
+        self, path: Path, size: int, expected: Mapping[str, tuple[int, ...]], encoding: Encoding
+    ) -> None:
+        self._path, self._expected, self._encoding = path, expected, encoding
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
+            memoryview(whole) as view,
+        ):
+            self._places = _located(view[:size], _announced(expected, encoding), NO_PARTS)
+
+    def read(self, name: str, index: int) -> np.ndarray:
+        """Return slice `index` of a tensor, as float32."""
+        raw: dict[str, memoryview] = {}
+        count, *shape = self._expected[name]
+        with self._path.open("rb") as file:
+            for stored in (name, name + ROW_SCALE):
+                if stored in self._places:
+                    first, last = self._places[stored]
+                    size = (last - first) // count
+                    file.seek(first + index * size)
+                    raw[stored] = memoryview(file.read(size))
+                    if len(raw[stored]) < size:
+                        raise BadTensors(f"{self._path} is shorter than its header says")
+        return _read(name, tuple(shape), raw, self._encoding)
 
 
 def round_trip(tensor: np.ndarray, encoding: Encoding) -> np.ndarray:
@@ -133,6 +167,19 @@ def round_trip(tensor: np.ndarray, encoding: Encoding) -> np.ndarray:
 
 Place = tuple[str, tuple[int, ...], int, int]
 """dtype, shape, first byte and last byte + 1 of a tensor, counted from the end of the header."""
+
+
+def _located(
+    view: memoryview, announced: Mapping[str, tuple[str, tuple[int, ...]]], parts: Parts
+) -> dict[str, tuple[int, int]]:
+    """Return the first byte and last byte + 1 of each tensor in a file, its header checked."""
+    places, start = read_header(view)
+    missing = [f"{_called(n, parts)} is missing" for n in announced if n not in places]
+    extra = [f"tensor {n!a} is not part of this job and rank" for n in places if n not in announced]
+    if missing or extra:
+        raise BadTensors("; ".join([*missing[:1], *extra[:1]]))
+    _check_layout(places, announced, len(view) - start, parts)
+    return {name: (start + a, start + b) for name, (_, _, a, b) in places.items()}
 
 
 def _announced(

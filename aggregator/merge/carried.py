@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aggregator.merge.lowrank import Term, module_seed, truncate
+from aggregator.merge.lowrank import module_seed, truncate
 from aggregator.merge.round_view import Memory, RoundView
 from aggregator.merge.settings import RuleSettings
+from aggregator.merge.sums import Term
 from protocol.adapter import Adapter, Factors, module_rank
 
 

@@ -11,17 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from aggregator.merge.lowrank import (
-    Combined,
-    Split,
-    Term,
-    revived,
-    split_factors,
-    stack_basis,
-    stacked,
-    truncate,
-)
+from aggregator.merge.lowrank import Combined, Split, revived, truncate
 from aggregator.merge.round_view import Directions
+from aggregator.merge.sums import Source, Term, norm_of, read
 from protocol.adapter import Factors, FloatArray
 
 
@@ -29,11 +21,11 @@ from protocol.adapter import Factors, FloatArray
 class Contribution:
     """Hold one contributor to a module: a device, or the previous global.
 
-    Row i of `factors.a` is the shared direction `directions[i]` and weighs `weights[i]`.
-    `scale` is s of the adapter that the factors come from.
+    Row i of its A is the shared direction `directions[i]` and weighs `weights[i]`; `scale` is s of
+    the adapter that the factors come from.
     """
 
-    factors: Factors
+    source: Source
     directions: Directions
     weights: np.ndarray
     scale: float
@@ -41,7 +33,7 @@ class Contribution:
     @property
     def term(self) -> Term:
         """The contribution as a weighted scaled delta."""
-        return Term(self.factors, self.weights * self.scale)
+        return Term(self.source, self.weights * self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +76,10 @@ def factor_average(layer: LayerUpdates) -> Combined:
     d_out, d_in = layer.shape
     a, b = np.zeros((layer.rank, d_in)), np.zeros((d_out, layer.rank))
     for c in layer.contributions:
-        scaled = c.weights * (c.scale / layer.scale)
+        factors, scaled = read(c.source), c.weights * (c.scale / layer.scale)
         a_weights = c.weights if layer.frozen_b is None else scaled
-        a[c.directions] += a_weights[:, None] * c.factors.a
-        b[:, c.directions] += scaled * c.factors.b
+        a[c.directions] += a_weights[:, None] * factors.a
+        b[:, c.directions] += scaled * factors.b
     if layer.frozen_a is not None:
         a = layer.frozen_a.astype(np.float64)
     if layer.frozen_b is not None:
@@ -98,7 +90,8 @@ def factor_average(layer: LayerUpdates) -> Combined:
         moved = product(replace(layer, contributions=(), carried=(own, *layer.carried)))
         average, values = moved.factors, moved.singular_values
     lost = Term(average, np.full(layer.rank, -layer.scale))
-    return Combined(average, values, _norm(layer.terms), _norm([*layer.terms, lost]))
+    norms = (norm_of(terms, layer.shape) for terms in (layer.terms, [*layer.terms, lost]))
+    return Combined(average, values, *norms)
 
 
 def product(layer: LayerUpdates) -> Combined:
@@ -112,18 +105,9 @@ def product(layer: LayerUpdates) -> Combined:
 
 
 def stack(layer: LayerUpdates) -> Combined:
-    """Stack the factors, exact at rank Σr_k, and compress the stack to R.
+    """Stack the factors, exact at rank Σr_k (`lowrank.stacked`), and compress the stack to R.
 
-    Compressed, it is the same ΔW as `product`; the exact stack is `lowrank.stacked`. Source:
-    FLoRA, arXiv 2409.05976.
+    That is the best rank-R approximation of what `product` averages. Source: FLoRA, arXiv
+    2409.05976.
     """
-    exact = stack_basis(layer.terms)
-    leading = exact.leading(np.ones(len(exact.a)), layer.rank)
-    return split_factors(*leading, layer.rank, layer.scale, layer.split, layer.seed)
-
-
-def _norm(terms: list[Term]) -> float:
-    """Return ‖Σ terms‖_F by the trace formula."""
-    exact = stacked(terms, 1.0)
-    squared = np.sum((exact.b.T @ exact.b) * (exact.a @ exact.a.T))
-    return float(np.sqrt(max(float(squared), 0.0)))
+    return product(layer)

@@ -1,9 +1,9 @@
 """Algebra on sums of low-rank products, from the factors alone.
 
-A scaled delta is ΔW = s·B·A with `A` (r, d_in) and `B` (d_out, r). Everything here is computed in
-float64: Grams square the condition of what they are made of, and a float32 Gram would leave
-singular values below 3e-4 of the largest as noise where a float64 one resolves 1e-8, which is
-less than the float32 factors themselves do.
+A scaled delta is ΔW = s·B·A with `A` (r, d_in) and `B` (d_out, r). Grams are computed in float64:
+they square the condition of what they are made of, and a float32 Gram would leave singular values
+below 3e-4 of the largest as noise where a float64 one resolves 1e-8, which is less than the float32
+factors themselves do. Sums too wide for a Gram's eigenvectors go to `subspace`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from aggregator.merge.subspace import block_width, leading
+from aggregator.merge.sums import PART, Array, Dense, Float64Array, Stack, Term, hold, size
 from protocol.adapter import Adapter, Factors
 
-Float64Array = npt.NDArray[np.float64]
 Split = Literal["left", "balanced"]
 
 NULL = float(np.finfo(np.float32).eps)
 """A singular value at or below this share of the largest carries nothing a float32 can hold."""
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """Hold one contributor B·diag(weights)·A to a sum; `weights` (r,) carry its scale as well."""
-
-    factors: Factors
-    weights: Float64Array
+SMALL = 512
+"""Side of a Gram up to which all its eigenvectors take no longer than a few of them by passes."""
+ROUNDING = 2.0**-24
+"""Of float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,48 +93,25 @@ def stacked(terms: Sequence[Term], scale: float) -> Factors:
     B = [w₁B₁ … w_KB_K] / s (d_out, Σr), A = [A₁; …; A_K] (Σr, d_in). Source: FLoRA, arXiv
     2409.05976.
     """
-    rank = sum(t.factors.rank for t in terms)
-    a = np.empty((rank, terms[0].factors.a.shape[1]))
-    b = np.empty((terms[0].factors.b.shape[0], rank))
-    at = 0
-    for t in terms:  # filled in place: at any time there is one copy in float64
-        mine = slice(at, at := at + t.factors.rank)
-        a[mine] = t.factors.a
-        np.multiply(t.factors.b, t.weights / scale, out=b[:, mine])
-    return Factors(a, b)
-
-
-def dense_sum(terms: Sequence[Term], shape: tuple[int, int]) -> Float64Array:
-    """Return the weighted sum (d_out, d_in), in float64: for stacks wider than the module.
-
-    Stacks some terms at a time: a GEMM for each would be bound by the memory of `total`, one for
-    all would take more memory than `total` itself.
-    """
-    total = np.zeros(shape)
-    batch: list[Term] = []
-    for i, term in enumerate(terms):
-        batch.append(term)
-        if i == len(terms) - 1 or sum(t.factors.rank for t in batch) >= min(shape):
-            stack = stacked(batch, 1.0)
-            total += stack.b @ stack.a
-            batch = []
-    return total
+    stack = Stack(terms, (len(terms[0].read().b), terms[0].read().a.shape[1]), np.float64)
+    return Factors(stack.a, stack.b.T / scale)
 
 
 @dataclass(frozen=True, slots=True)
 class StackBasis:
-    """Hold a stack B (d_out, N), A (N, d_in) made ready for any weighting of its N columns.
+    """Hold a stack of N terms' directions made ready for any weighting of them.
 
-    `a` = `coordinates` (N, m) · Q with Q (m, d_in) of orthonormal rows, and Q = `back`ᵀ · `a`
-    (N, m), or the identity where `back` is None; `gram_b` = BᵀB (N, N). Rows of `a` have norm 1,
-    theirs went into `b`: so what counts as dependent among them does not hang on how a device
-    split its product between its two factors.
+    The stack bears no weights, they are `weights` (N,), for its type may be too short for them.
+    `stack.a` = diag(`lengths`) · `coordinates` (N, m) · Q with Q (m, d_in) of orthonormal rows, and
+    Q = `back`ᵀ · `stack.a` (N, m); `gram_b` = BᵀB (N, N). Rows count at length 1: so what is
+    dependent among them does not hang on how a device split its product between its two factors.
     """
 
-    a: Float64Array
-    b: Float64Array
+    stack: Stack
+    weights: Float64Array
+    lengths: Float64Array
     coordinates: Float64Array
-    back: Float64Array | None
+    back: Float64Array
     gram_b: Float64Array
 
     def leading(self, weights: Float64Array, rank: int) -> tuple[Factors, float, float]:
@@ -147,31 +120,39 @@ class StackBasis:
         `weights` (N,). The right singular vectors V are the eigenvectors of the sum's Gram in
         the coordinates of Q; the factors are A = Vᵀ and B = (the sum)·V.
         """
-        right = weights[:, None] * self.coordinates  # (N, m)
+        a, b = self.stack.a, self.stack.b
+        weights = weights * self.weights
+        right = (weights * self.lengths)[:, None] * self.coordinates  # (N, m)
         values, vectors = _eigh_descending(right.T @ self.gram_b @ right)
-        vectors = vectors[:, :rank]  # (m, ≤ rank)
-        v = _orthonormal(vectors if self.back is None else self.a.T @ (self.back @ vectors))
-        b = self.b @ (weights[:, None] * (self.a @ v))  # (d_out, ≤ rank)
-        return Factors(v.T, b), *_norm_and_residual(values, rank)
+        vectors = self.back @ vectors[:, :rank]  # (N, ≤ rank)
+        v = _orthonormal(np.concatenate([a[:, p].T @ vectors for p in _parts(a.shape[1])]))
+        along = np.zeros_like(vectors)
+        for p in _parts(a.shape[1]):
+            along += a[:, p] @ v[p]
+        along *= weights[:, None]
+        u = np.concatenate([b[:, p].T @ along for p in _parts(b.shape[1])])  # (d_out, ≤ rank)
+        return Factors(v.T, u), *_norm_and_residual(values, rank)
 
 
-def stack_basis(terms: Sequence[Term]) -> StackBasis:
+def stack_basis(terms: Sequence[Term], shape: tuple[int, int]) -> StackBasis:
     """Prepare a stack of rank N: one Gram a factor and one eigendecomposition, O(N²(d + N)).
 
     Grams and their eigendecompositions took 0.6 of the time of two Householder QRs and an SVD
-    (N = 176, 2048 x 2048, one core), and their result differed by 1e-14 of its norm.
+    (N = 176, 2048 x 2048, one core), and their result differed by 1e-14 of its norm. The stack
+    stays in the type of its factors; a part of it at a time is brought to float64.
     """
-    stack = stacked(terms, 1.0)
-    a, b = stack.a.astype(np.float64, copy=False), stack.b.astype(np.float64, copy=False)
-    lengths = np.sqrt(np.einsum("nd,nd->n", a, a))  # (N,)
-    a /= np.where(lengths > 0, lengths, 1.0)[:, None]
-    b *= lengths
-    if a.shape[0] >= a.shape[1]:  # the rows may fill the space: any basis of it will do
-        return StackBasis(a, b, a, None, b.T @ b)
-    values, vectors = _eigh_descending(a @ a.T)
+    types = {x.dtype for term in terms if (f := term.read()) for x in (f.a, f.b)}
+    plain = [Term(term.source, np.ones(term.rank)) for term in terms]
+    stack = Stack(plain, shape, np.result_type(*types))
+    weights = np.concatenate([term.weights for term in terms])
+    gram_a = _gram(stack.a)
+    lengths = np.sqrt(np.diag(gram_a))  # (N,)
+    unit = np.where(lengths > 0, lengths, 1.0)
+    values, vectors = _eigh_descending(gram_a / np.outer(unit, unit))
     kept = values > 1e-14 * max(values.max(initial=0.0), 1e-300)
     root, vectors = np.sqrt(values[kept]), vectors[:, kept]
-    return StackBasis(a, b, vectors * root, vectors / root, b.T @ b)
+    back = vectors / root / unit[:, None]
+    return StackBasis(stack, weights, lengths, vectors * root, back, _gram(stack.b))
 
 
 # ---- truncation ---------------------------------------------------------------------------
@@ -188,20 +169,59 @@ def truncate(
 ) -> Combined:
     """Return the best rank-`rank` approximation of a weighted sum (Eckart and Young, 1936).
 
-    The square of its error is Σσ² of what is cut. The (d_out, d_in) product is formed only where
-    the stack is wider than the module's smaller side, for then it is the smaller of the two; its
-    leading directions are those of its smaller Gram. Exact to rounding either way: no sketching,
-    nothing iterative to stop early. See `split_factors` for the form of the result.
+    The square of its error is Σσ² of what is cut. The (d_out, d_in) product is formed only where it
+    is smaller than the stack of the terms' factors. Where a Gram is small all its eigenvectors are
+    taken; where it is not the leading ones are found by passes over the sum, and checked. If the
+    passes do not find them, all are taken. See `split_factors` for the form of the result.
     """
-    terms = [kept for term in terms if (kept := _without_zeros(term)).factors.rank]
-    if sum(term.factors.rank for term in terms) <= min(shape):
-        if not terms:
-            return split_factors(_empty(shape), 0.0, 0.0, rank, scale, split, seed)
-        basis = stack_basis(terms)
-        leading = basis.leading(np.ones(len(basis.a)), rank)
+    terms = [kept for term in terms if (kept := _without_zeros(term)).rank]
+    if not terms:
+        return split_factors(_empty(shape), 0.0, 0.0, rank, scale, split, seed)
+    best = _by_passes(terms, shape, rank, seed) or _by_gram(terms, shape, rank)
+    return split_factors(*best, rank, scale, split, seed)
+
+
+Best = tuple[Factors, float, float]
+"""A = Vᵀ and B = UΣ of the leading directions, ‖sum‖_F, and ‖sum − BA‖_F."""
+
+
+def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: int) -> Best | None:
+    """Return the leading directions by passes over the sum, or None if that does not pay or work.
+
+    The sum is held in float32, unless what its terms cancel leaves too little of them: the relative
+    error of a float32 sum is at most about 2⁻²⁴ of the sum of their sizes (in parts of its own),
+    and in practice a tenth of that.
+    """
+    if min(*shape, sum(term.rank for term in terms)) <= max(SMALL, 4 * block_width(rank)):
+        return None
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # then nothing is found
+        held = hold(terms, shape, np.float32)
+    found = leading(held, rank, seed)
+    if found is not None and ROUNDING * size(terms) > 1e-5 * found.norm:
+        held = hold(terms, shape, np.float64)
+        found = leading(held, rank, seed)
+    if found is None:
+        return None
+    factors = Factors(found.v.T, found.forth)
+    if held.wide:
+        v = _orthonormal(found.forth)  # (d_in, r)
+        factors = Factors(v.T, found.v @ (found.forth.T @ v))
+    return factors, found.norm, float(np.sqrt(found.lost))
+
+
+def _by_gram(terms: Sequence[Term], shape: tuple[int, int], rank: int) -> Best:
+    """Return the leading directions from all eigenvectors of the smaller Gram, in float64."""
+    if sum(term.rank for term in terms) <= min(shape):
+        basis = stack_basis(terms, shape)
+        return basis.leading(np.ones(len(basis.lengths)), rank)
+    total = Dense(terms, shape, np.float64).total
+    if shape[1] <= shape[0]:
+        values, vectors = _eigh_descending(total.T @ total)
+        v: Array = vectors[:, :rank]  # (d_in, r)
     else:
-        leading = _leading_of_dense(dense_sum(terms, shape), rank)
-    return split_factors(*leading, rank, scale, split, seed)
+        values, vectors = _eigh_descending(total @ total.T)
+        v = _orthonormal(total.T @ vectors[:, :rank])  # (d_in, r)
+    return Factors(v.T, total @ v), *_norm_and_residual(values, rank)
 
 
 def split_factors(
@@ -244,7 +264,7 @@ def revived(factors: Factors, seed: int) -> Factors:
         return factors
     d_in = factors.a.shape[1]
     others = _orthonormal(factors.a[~dead].T.astype(np.float64))  # (d_in, live)
-    drawn = np.random.default_rng(seed).standard_normal((d_in, int(dead.sum())))
+    drawn: Array = np.random.default_rng(seed).standard_normal((d_in, int(dead.sum())))
     for _ in range(2):  # once is not enough for orthogonality to rounding
         drawn = _orthonormal(drawn - others @ (others.T @ drawn))
     a = factors.a.copy()
@@ -260,18 +280,6 @@ def module_seed(seed: int, module: str) -> int:
 # ---- helpers ------------------------------------------------------------------------------
 
 
-def _leading_of_dense(total: Float64Array, rank: int) -> tuple[Factors, float, float]:
-    """Return what `StackBasis.leading` does, of a matrix (d_out, d_in)."""
-    d_out, d_in = total.shape
-    if d_in <= d_out:
-        values, vectors = _eigh_descending(total.T @ total)
-        v = vectors[:, :rank]  # (d_in, r)
-    else:
-        values, vectors = _eigh_descending(total @ total.T)
-        v = _orthonormal(total.T @ vectors[:, :rank])  # (d_in, r)
-    return Factors(v.T, total @ v), *_norm_and_residual(values, rank)
-
-
 def _eigh_descending(symmetric: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Return eigenvalues, descending and not negative, and eigenvectors of a Gram."""
     values, vectors = np.linalg.eigh(symmetric)
@@ -283,17 +291,30 @@ def _norm_and_residual(squares: Float64Array, rank: int) -> tuple[float, float]:
     return float(np.sqrt(squares.sum())), float(np.sqrt(squares[rank:].sum()))
 
 
-def _orthonormal(columns: Float64Array) -> Float64Array:
+def _orthonormal(columns: Array) -> Array:
     """Return an orthonormal basis of the span of columns (d, n), in their order."""
     return np.linalg.qr(columns)[0]
+
+
+def _gram(rows: Array) -> Float64Array:
+    """Return the Gram (N, N) of rows (N, d), in float64."""
+    total = np.zeros((len(rows), len(rows)))
+    for part in _parts(rows.shape[1]):
+        exact = rows[:, part].astype(np.float64, copy=False)
+        total += exact @ exact.T
+    return total
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(at, at + 8 * PART) for at in range(0, count, 8 * PART)]
 
 
 def _without_zeros(term: Term) -> Term:
     """Drop the columns of a term that weigh nothing."""
     kept = np.flatnonzero(term.weights)
-    if len(kept) == len(term.weights):
+    if len(kept) == term.rank:
         return term
-    return Term(term.factors.take(kept), term.weights[kept])
+    return Term(lambda: term.read().take(kept), term.weights[kept])
 
 
 def _empty(shape: tuple[int, int]) -> Factors:

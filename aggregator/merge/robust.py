@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.merge.lowrank import Float64Array
 from aggregator.merge.settings import GeomedSettings, KrumSettings, RuleSettings
+from aggregator.merge.sums import Float64Array
 
 Reweigh = Callable[[Float64Array, Float64Array, Sequence[str], Any], tuple[Float64Array, list[str]]]
 """Gram (K, K), shares (K,), names of the devices, settings → shares, and what to warn of."""

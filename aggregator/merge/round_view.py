@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregator.errors import MergeError
-from aggregator.merge.lowrank import Float64Array, norm
-from protocol.adapter import Adapter, Factors, Shapes, module_rank
+from aggregator.merge.lowrank import norm
+from aggregator.merge.sums import Float64Array
+from protocol.adapter import Adapter, Factors, FloatArray, LazyLayers, Shapes, module_rank
 from protocol.factors import Trained
 
 Directions = npt.NDArray[np.intp]
@@ -109,19 +110,21 @@ def changed(update: Update, held: Adapter) -> Adapter:
 
     Each module has twice the device's rank: BA − B'A' = (B − B')A + B'(A − A') with the scales in
     B. A norm or a Gram of these factors keeps its digits however small the change is, where the
-    difference of two norms would lose them. In float64, and of scale 1.
+    difference of two norms would lose them. In float64, of scale 1, and made when asked for.
     """
-    layers: dict[str, Factors] = {}
-    for module, whole in held.layers.items():
-        before, after = whole.take(update.directions[module]), update.adapter.layers[module]
+
+    def change(module: str) -> Factors:
+        before = held.layers[module].take(update.directions[module])
+        after = update.adapter.layers[module]
         b_before = held.scale * before.b.astype(np.float64)  # (d_out, r)
         b_after = update.adapter.scale * after.b.astype(np.float64)
         moved = after.a.astype(np.float64) - before.a  # (r, d_in)
-        layers[module] = Factors(
+        return Factors(
             np.concatenate([after.a.astype(np.float64), moved]),
             np.concatenate([b_after - b_before, b_before], axis=1),
         )
-    return Adapter(layers, 1.0)
+
+    return Adapter(LazyLayers(tuple(held.layers), change), 1.0)
 
 
 def change_norms(view: RoundView) -> Float64Array:
@@ -170,8 +173,14 @@ def _check_adapter(view: RoundView, adapter: Adapter, device: str | None) -> Non
         if a.ndim != 2 or a.shape[1] != d_in or b.shape != (d_out, a.shape[0]):
             why = f"A {a.shape} and B {b.shape} are not (r, {d_in}) and ({d_out}, r)"
             raise MergeError(why, device=device, module=module)
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        if not (_finite(a) and _finite(b)):
             raise MergeError("it has NaN or infinite values", device=device, module=module)
+
+
+def _finite(values: FloatArray) -> bool:
+    """Return whether all values are finite: so they are where their sum of squares is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.vdot(values, values)) or np.isfinite(values).all())
 
 
 def _check_directions(view: RoundView, update: Update) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import entry_points
 from types import MappingProxyType
 
@@ -90,10 +91,11 @@ class Rule:
         columns = counted_columns(
             self.weighting.spread(view, module, votes.shares), votes.counted, view, module
         )
-        contributions = [
-            Contribution(u.adapter.layers[module], u.directions[module], w, u.adapter.scale)
-            for u, w in zip(view.updates, columns.devices, strict=True)
-        ]
+        contributions = []
+        for update, weights in zip(view.updates, columns.devices, strict=True):
+            own, at = update.adapter, update.directions[module]
+            read = partial(own.layers.__getitem__, module)
+            contributions.append(Contribution(read, at, weights, own.scale))
         previous, scale = view.previous.layers[module], view.previous.scale
         if columns.previous.any():
             every = np.arange(previous.rank)

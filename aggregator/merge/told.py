@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aggregator.merge.lowrank import Float64Array
 from aggregator.merge.round_view import RoundView
+from aggregator.merge.sums import Float64Array
 from aggregator.merge.weighting import equal_share, sample_share
 from protocol.metrics import LOSS_AFTER, LOSS_BEFORE, TOKEN_BUCKETS, wrong_metric
 

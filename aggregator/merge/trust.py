@@ -12,16 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from aggregator.errors import BadRuleSettings, MergeError
-from aggregator.merge.lowrank import (
-    Float64Array,
-    Split,
-    Term,
-    module_seed,
-    split_factors,
-    stack_basis,
-)
+from aggregator.merge.lowrank import Split, module_seed, split_factors, stack_basis
 from aggregator.merge.round_view import RoundView, check
 from aggregator.merge.rules import as_float32
+from aggregator.merge.sums import Float64Array, Term
 from protocol.adapter import Adapter, Factors
 from protocol.probe import TopLogits
 
@@ -124,7 +118,7 @@ def _personal_layer(
     terms = [
         Term(f, np.full(f.rank, u.adapter.scale)) for f, u in zip(layers, view.updates, strict=True)
     ]
-    basis = stack_basis(terms)
+    basis = stack_basis(terms, view.shapes[module])
     rank, scale = view.previous.layers[module].rank, view.previous.scale
     seed = module_seed(view.seed, module)
     ranks = [f.rank for f in layers]

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from aggregator.merge.lowrank import Float64Array, gram
+from aggregator.merge.lowrank import gram
 from aggregator.merge.round_view import RoundView, change_norms, changed
 from aggregator.merge.settings import RuleSettings
+from aggregator.merge.sums import Float64Array
 from aggregator.merge.told import NotTold, discrepancy_share, loss_reduction_share
 from aggregator.merge.weighting import ColumnWeights, Weighting, equal_share, sample_share
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregator.errors import MergeError
-from aggregator.merge.lowrank import Float64Array, norm
+from aggregator.merge.lowrank import norm
 from aggregator.merge.robust import Robust
 from aggregator.merge.round_view import RoundView
+from aggregator.merge.sums import Float64Array
 
 
 @dataclass(frozen=True, slots=True)

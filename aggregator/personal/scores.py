@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from aggregator.merge.lowrank import Float64Array, gram
+from aggregator.merge.lowrank import gram
 from aggregator.merge.round_view import RoundView
+from aggregator.merge.sums import Float64Array
 from aggregator.merge.trust import (
     cosine_scores,
     prediction_distance,

@@ -6,7 +6,7 @@ import numpy as np
 
 from aggregator.issued import TrustMatrix
 from aggregator.merge import RoundView, Update
-from aggregator.merge.lowrank import Float64Array
+from aggregator.merge.sums import Float64Array
 from aggregator.merge.round_view import completed
 from aggregator.outcome import Outcome, Told
 from aggregator.personal.answers import Answer

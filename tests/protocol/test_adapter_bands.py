@@ -34,6 +34,7 @@ from protocol.bands import (
     parse_band,
     read_adapter,
     stacks,
+    stored_layers,
     to_tensors,
 )
 from protocol.errors import BadTensors, ProtocolError
@@ -347,3 +348,28 @@ def test_a_file_is_hardly_more_than_its_numbers(rank: int, encoding: Encoding) -
     size = len(encode(to_tensors(drawn(shapes, rank)), encoding))
     assert 0 < size - bytes_each(encoding) * parameter_count(shapes, rank) <= 600
     assert size <= 1.05 * bytes_each(encoding) * parameter_count(shapes, rank)
+
+
+@pytest.mark.parametrize("encoding", ["f32", "bf16", "int8"])
+def test_stored_layers_are_what_the_whole_file_holds(encoding: Encoding, tmp_path: Path) -> None:
+    shapes = SHAPES | {"wide too": SHAPES["wide"], "left out": (30, 20)}
+    adapter = drawn(shapes, 8)
+    adapter = Adapter(
+        adapter.layers | {"left out": adapter.layers["left out"].take(slice(0))}, adapter.scale
+    )
+    ranks = {name: f.rank for name, f in adapter.layers.items()}
+    data, path = encode(to_tensors(adapter), encoding), tmp_path / "update"
+    path.write_bytes(data + b"an answer to a probe")
+    whole = read_adapter(data, shapes, ranks, 0.5, encoding)
+    lazy = stored_layers(path, len(data), shapes, ranks, encoding)
+    assert (set(lazy), len(lazy)) == (set(shapes), len(shapes))
+    for name in shapes:
+        np.testing.assert_array_equal(lazy[name].a, whole.layers[name].a)
+        np.testing.assert_array_equal(lazy[name].b, whole.layers[name].b)
+    with pytest.raises(KeyError):
+        lazy["nobody"]
+    path.write_bytes(data[:-4])
+    with pytest.raises(BadTensors, match="shorter than its header"):
+        [lazy[name] for name in shapes]
+    with pytest.raises(BadTensors, match="bytes of tensors"):
+        stored_layers(path, len(data), shapes, ranks, encoding)

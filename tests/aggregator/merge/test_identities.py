@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from aggregator.merge import RULES, RoundView, Update, merge
 from aggregator.merge.combine import Contribution, LayerUpdates, factor_average
-from aggregator.merge.lowrank import Term, gram, inner, norm, stacked, truncate
+from aggregator.merge.lowrank import gram, inner, norm, stacked, truncate
+from aggregator.merge.sums import Term
 from aggregator.merge.trust import (
     cosine_scores,
     personal,
@@ -163,7 +164,7 @@ def test_identity_4_truncation_equals_dense_svd(
     ]
     dense = np.zeros((d_out, d_in))
     for t in terms:
-        dense += t.factors.b.astype(float) @ np.diag(t.weights) @ t.factors.a
+        dense += t.read().b.astype(float) @ np.diag(t.weights) @ t.read().a
     values = np.linalg.svd(dense, compute_uv=False)
     size = float(np.linalg.norm(dense))
     result = truncate(

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator.merge import RULES, RoundView, Update, merge
-from aggregator.merge.lowrank import Term, dense_sum, module_seed, revived, truncate
+from aggregator.merge.lowrank import module_seed, revived, truncate
 from aggregator.merge.round_view import completed
+from aggregator.merge.sums import Dense as DenseSum
+from aggregator.merge.sums import Term
 from aggregator.merge.trust import personal
 from protocol.adapter import Adapter, Factors, initial_adapter, module_rank
 from tests.aggregator.merge.made_rounds import (
@@ -199,8 +201,8 @@ def test_a_stack_wider_than_the_module_takes_the_dense_path_to_the_same_result()
     rng = np.random.default_rng(1)
     for shape in ((24, 16), (16, 24)):
         terms = [Term(draw(rng, shape, 5), np.full(5, 0.1)) for _ in range(10)]
-        whole = np.sum([0.1 * dense(t.factors, 1) for t in terms], axis=0)
-        np.testing.assert_allclose(dense_sum(terms, shape), whole, atol=1e-12)
+        whole = np.sum([0.1 * dense(t.read(), 1) for t in terms], axis=0)
+        np.testing.assert_allclose(DenseSum(terms, shape, np.float64).total, whole, atol=1e-12)
         result = truncate(terms, shape, 4, scale=2.0)
         np.testing.assert_allclose(dense(result.factors, 2.0), best(whole, 4), atol=1e-10)
 

@@ -1,0 +1,206 @@
+"""A weighted sum of low-rank products, held in as little memory as it takes.
+
+It is held as the stack of all factors, or as the product where that is the smaller of the two.
+Either is multiplied with a few vectors at a time, and never copied whole.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.adapter import Factors
+
+Float64Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating]
+
+PART = 128
+"""Rows that are brought to float64, or columns that are gathered, at a time."""
+
+
+Source = Factors | Callable[[], Factors]
+"""Factors, or what reads them: of a round in files one device's are in memory at a time."""
+
+
+def read(source: Source) -> Factors:
+    return source if isinstance(source, Factors) else source()
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Hold one contributor B·diag(weights)·A to a sum; `weights` (r,) carry its scale as well."""
+
+    source: Source
+    weights: Float64Array
+
+    @property
+    def rank(self) -> int:
+        return len(self.weights)
+
+    def read(self) -> Factors:
+        """Return the factors."""
+        return read(self.source)
+
+
+class Held(ABC):
+    """Hold a sum, seen as G (m, n) with n ≤ m: the sum, or its transpose where it is wide."""
+
+    def __init__(self, shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
+        self.wide = shape[0] < shape[1]
+        self.m, self.n = (shape[1], shape[0]) if self.wide else shape
+        self.dtype = np.dtype(dtype)
+
+    @abstractmethod
+    def passed(self, v: Array) -> tuple[Array, Array]:
+        """Return G·v (m, b) and GᵀG·v (n, b), in the type of `v` (n, b)."""
+
+    @abstractmethod
+    def lost(self, v: Array) -> float:
+        """Return ‖G − G·v·vᵀ‖²_F for orthonormal columns v (n, r). The sum is used up by it."""
+
+
+class Stack(Held):
+    """Hold a sum as the factors `a` (N, d_in) and `b` (N, d_out) of all terms, weighted in `b`."""
+
+    def __init__(self, terms: Sequence[Term], shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
+        super().__init__(shape, dtype)
+        rank = sum(term.rank for term in terms)
+        self.a, self.b = np.empty((rank, shape[1]), dtype), np.empty((rank, shape[0]), dtype)
+        at = 0
+        for term in terms:
+            mine, factors = slice(at, at := at + term.rank), term.read()
+            self.a[mine] = factors.a
+            np.multiply(factors.b.T, term.weights[:, None].astype(dtype), out=self.b[mine])
+        self._left, self._right = (self.a, self.b) if self.wide else (self.b, self.a)
+
+    def passed(self, v: Array) -> tuple[Array, Array]:
+        forth, back = np.zeros((self.m, v.shape[1]), v.dtype), np.zeros_like(v)
+        parts = [*self._parts(v.dtype)]
+        for part in parts:
+            left, right = (_as(x[part], v.dtype) for x in (self._left, self._right))
+            forth += left.T @ (right @ v)
+        for part in parts:
+            left, right = (_as(x[part], v.dtype) for x in (self._left, self._right))
+            back += right.T @ (left @ forth)
+        return forth, back
+
+    def lost(self, v: Array) -> float:
+        """See `Held.lost`: ‖leftᵀ·P‖² = tr((left·leftᵀ)(P·Pᵀ)), with P = right − right·v·vᵀ."""
+        v = v.astype(self._right.dtype)
+        for part in _parts(len(self._right)):
+            self._right[part] -= (self._right[part] @ v) @ v.T
+        squared = 0.0
+        for part in _parts(len(self._right)):
+            rest = slice(part.stop, None)
+            left, right = self._left[part], self._right[part]
+            squared += _inner(left @ left.T, right @ right.T)
+            squared += 2 * _inner(left @ self._left[rest].T, right @ self._right[rest].T)
+        return max(squared, 0.0)
+
+    def _parts(self, dtype: npt.DTypeLike) -> Iterator[slice]:
+        """Cut the stack as little as can be: copies in another type are of one part."""
+        size = len(self._left)
+        return _parts(size) if dtype != self._left.dtype else iter([slice(0, size)])
+
+
+class Dense(Held):
+    """Hold a sum as the product itself.
+
+    Summed in parts of rows: a GEMM of a device alone is bound by the memory of the sum, and one
+    of the whole sum needs as much again.
+    """
+
+    def __init__(self, terms: Sequence[Term], shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
+        super().__init__(shape, dtype)
+        total = np.zeros(shape, dtype)
+        for a, b in _gathered(terms, shape, self.dtype):
+            for part in _parts(len(total)):
+                total[part] += b[part] @ a
+        self.total = total
+
+    def passed(self, v: Array) -> tuple[Array, Array]:
+        g = self.total.T if self.wide else self.total
+        if v.dtype == g.dtype:
+            forth = g @ v
+            return forth, g.T @ forth
+        forth, back = np.zeros((self.m, v.shape[1]), v.dtype), np.zeros_like(v)
+        for part in _parts(self.m):
+            rows = g[part].astype(v.dtype)
+            forth[part] = rows @ v
+            back += rows.T @ forth[part]
+        return forth, back
+
+    def lost(self, v: Array) -> float:
+        g = self.total.T if self.wide else self.total
+        v, squared = v.astype(g.dtype), 0.0
+        for part in _parts(self.m):
+            rest = g[part] - (g[part] @ v) @ v.T
+            squared += _inner(rest, rest)
+        return squared
+
+
+def hold(terms: Sequence[Term], shape: tuple[int, int], dtype: npt.DTypeLike) -> Held:
+    """Hold a sum of products (d_out, d_in) in the form that takes less memory."""
+    stacked = sum(term.rank for term in terms) * sum(shape)
+    return (Stack if stacked < shape[0] * shape[1] else Dense)(terms, shape, dtype)
+
+
+def norm_of(terms: Sequence[Term], shape: tuple[int, int]) -> float:
+    """Return ‖Σ terms‖_F, in float64."""
+    held = hold(terms, shape, np.float64)
+    return float(np.sqrt(held.lost(np.zeros((held.n, 0)))))
+
+
+def size(terms: Sequence[Term]) -> float:
+    """Return Σ_k max|w_k|·‖A_k‖_F·‖B_k‖_F, which bounds every sum on the way to the whole one.
+
+    In float32, which is enough for a bound; infinite or NaN where its range is not.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(
+            sum(
+                np.abs(term.weights).max(initial=0.0)
+                * np.sqrt(float(np.vdot(f.a, f.a)))
+                * np.sqrt(float(np.vdot(f.b, f.b)))
+                for term in terms
+                if (f := term.read())
+            )
+        )
+
+
+def _gathered(
+    terms: Sequence[Term], shape: tuple[int, int], dtype: np.dtype[Any]
+) -> Iterator[tuple[Array, Array]]:
+    """Yield stacks A (N, d_in), B·diag(weights) (d_out, N) of a few terms at a time.
+
+    They lie in the same memory each time, a quarter of what all of them would take at most.
+    """
+    ranks = [term.rank for term in terms]
+    width = max(min(4 * PART, sum(ranks) // 4), *ranks, 1)
+    a, b = np.empty((width, shape[1]), dtype), np.empty((shape[0], width), dtype)
+    filled = 0
+    for i, term in enumerate(terms):
+        mine, factors = slice(filled, filled := filled + term.rank), term.read()
+        a[mine] = factors.a
+        np.multiply(factors.b, term.weights.astype(dtype), out=b[:, mine])
+        if i == len(terms) - 1 or filled + ranks[i + 1] > width:
+            yield a[:filled], b[:, :filled]
+            filled = 0
+
+
+def _parts(size: int) -> Iterator[slice]:
+    return (slice(at, min(at + PART, size)) for at in range(0, size, PART))
+
+
+def _as(x: Array, dtype: npt.DTypeLike) -> Array:
+    return x.astype(dtype, copy=False)
+
+
+def _inner(one: Array, other: Array) -> float:
+    """Return Σ one·other: a row in the type they have, the sum of rows in float64."""
+    return float(np.einsum("ij,ij->i", one, other).sum(dtype=np.float64))
