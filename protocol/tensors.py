@@ -134,8 +134,9 @@ class TensorFile:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
             memoryview(whole) as view,
+            view[:size] as part,
         ):
-            self._places = _located(view[:size], _announced(expected, encoding), NO_PARTS)
+            self._places = _located(part, _announced(expected, encoding), NO_PARTS)
 
     def read(self, name: str, index: int) -> np.ndarray:
         """Return slice `index` of a tensor, as float32."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from aggregator.merge.sums import Float64Array
 from aggregator.merge.round_view import Merged, RoundView
 from aggregator.merge.rules import RULES
+from aggregator.merge.sums import Float64Array
 from aggregator.merge.trust import personal, softmax_rows
 from aggregator.personal.answers import Answer
 from aggregator.personal.candidates import draw

@@ -6,8 +6,8 @@ import numpy as np
 
 from aggregator.issued import TrustMatrix
 from aggregator.merge import RoundView, Update
-from aggregator.merge.sums import Float64Array
 from aggregator.merge.round_view import completed
+from aggregator.merge.sums import Float64Array
 from aggregator.outcome import Outcome, Told
 from aggregator.personal.answers import Answer
 from aggregator.personal.mixing import PersonalRound, personal_round

@@ -129,7 +129,7 @@ def test_it_is_put_over_the_version_it_started_from(aggregator: Aggregator) -> N
     assert a.store.uploads_of(1, "counted") == []
     tidy(a.store, 10)  # its file is needed
     versions = Versions(a.job, a.store)
-    merged = merge_round(a.job, a.store, versions, now)
+    merged = merge_round(a.job, a.store, versions, now).merged
     assert merged.weights == pytest.approx({DEVICE: 3**-0.5})
     first, previous = versions.load(1), versions.load(3)
     tensors = update(a.job, 0.01)
