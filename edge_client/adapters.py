@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
 
 from edge_client.config import Settings
 from edge_client.download import Source, wanted_bands
@@ -11,7 +10,7 @@ from edge_client.fetch import Fetch
 from edge_client.holding import Holding
 from edge_client.learner import Learning
 from edge_client.outbox import Outbox
-from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, to_try
+from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, can_be_told, to_try
 from protocol.adapter import Adapter
 from protocol.bands import Band
 from protocol.errors import ProtocolError
@@ -151,7 +150,7 @@ class Adapters:
     def _try(self, source: Source, adapter: Adapter, now: Round) -> None:
         assert self.trying is not None
         loss = self._learner.evaluate(adapter, SPLIT)
-        if not isfinite(loss):
+        if not can_be_told(loss):
             self._skip(now, f"its loss is {loss}")
             return
         self.trying.found(loss)

@@ -155,11 +155,11 @@ def test_what_is_broken_or_never_comes_is_left_out_and_the_others_are_tried(
     monkeypatch.setattr(edge_client.adapters, "PATIENCE_TICKS", 5)
     shop.put(source("personal"), 0.5)
     shop.put(source("trial"), 0.25, broken=True)
-    for number, level in enumerate([0.75, 0.375, float("nan")]):
+    for number, level in enumerate([0.75, 0.375, float("nan"), 1e7]):
         if number != 1:  # which is announced and is not there
             shop.put(source("candidate", number=number), level)
     shop.put(
-        source("global"), 0.125, personal={DEVICE: 2, "tablet": 1}, trials=[DEVICE], candidates=3
+        source("global"), 0.125, personal={DEVICE: 2, "tablet": 1}, trials=[DEVICE], candidates=4
     )
     phone.settle(NOW)
     held = phone.adapters.held
@@ -176,11 +176,13 @@ def test_what_is_broken_or_never_comes_is_left_out_and_the_others_are_tried(
     assert answer.candidates == {0: 0.75}
     why = {event["adapter"]: event["reason"] for event in phone.said("not-tried")}
     assert set(why) == {
-        "the trial of version 2", "candidate 1 of version 2", "candidate 2 of version 2"
-    }  # fmt: skip
+        "the trial of version 2",
+        *(f"candidate {n} of version 2" for n in (1, 2, 3)),
+    }
     assert "hash" in why["the trial of version 2"]
     assert why["candidate 1 of version 2"] == "nothing of it has come"
     assert "not finite" in why["candidate 2 of version 2"]
+    assert why["candidate 3 of version 2"] == "its loss is 10000000.0"
 
 
 def test_in_the_end_the_common_adapter_is_fetched_beside_its_own(shop: Shop, phone: Phone) -> None:
