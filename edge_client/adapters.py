@@ -91,6 +91,11 @@ class Adapters:
             self._skip(now, "nothing of it has come")
             self.fetch_next(now)
 
+    def truncate(self, held: int) -> None:
+        """Hold fewer directions from now on; losses compare only at one rank, so try anew."""
+        self.held.truncate(held)
+        self.trying = None
+
     def begin_trying(self, now: Round) -> bool:
         """Begin to try what a round's version offers; False if that has been done."""
         if not self._job.is_personal or self._is_trying(now):
@@ -148,8 +153,9 @@ class Adapters:
         self._events.emit("bytes", up=self._link.bytes_sent, down=self._link.bytes_received)
 
     def _try(self, source: Source, adapter: Adapter, now: Round) -> None:
-        assert self.trying is not None
         loss = self._learner.evaluate(adapter, SPLIT)
+        if self.trying is None:
+            return
         if not can_be_told(loss):
             self._skip(now, f"its loss is {loss}")
             return
