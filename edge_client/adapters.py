@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
 
 from edge_client.config import Settings
 from edge_client.download import Source, wanted_bands
@@ -11,7 +10,7 @@ from edge_client.fetch import Fetch
 from edge_client.holding import Holding
 from edge_client.learner import Learning
 from edge_client.outbox import Outbox
-from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, to_try
+from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, can_be_told, to_try
 from protocol.adapter import Adapter
 from protocol.bands import Band
 from protocol.errors import ProtocolError
@@ -92,6 +91,11 @@ class Adapters:
             self._skip(now, "nothing of it has come")
             self.fetch_next(now)
 
+    def truncate(self, held: int) -> None:
+        """Hold fewer directions from now on; losses compare only at one rank, so try anew."""
+        self.held.truncate(held)
+        self.trying = None
+
     def begin_trying(self, now: Round) -> bool:
         """Begin to try what a round's version offers; False if that has been done."""
         if not self._job.is_personal or self._is_trying(now):
@@ -149,9 +153,10 @@ class Adapters:
         self._events.emit("bytes", up=self._link.bytes_sent, down=self._link.bytes_received)
 
     def _try(self, source: Source, adapter: Adapter, now: Round) -> None:
-        assert self.trying is not None
         loss = self._learner.evaluate(adapter, SPLIT)
-        if not isfinite(loss):
+        if self.trying is None:
+            return
+        if not can_be_told(loss):
             self._skip(now, f"its loss is {loss}")
             return
         self.trying.found(loss)

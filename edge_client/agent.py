@@ -176,7 +176,7 @@ class Agent:
         )
         self._plan = plan
         if self._adapters is not None:
-            self._adapters.held.truncate(plan.held)
+            self._adapters.truncate(plan.held)
         return plan
 
     # -- what messages change --------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from math import isfinite
-
 from edge_client.learner import Learned, Learning
-from edge_client.trying import SPLIT
+from edge_client.trying import SPLIT, can_be_told
 from protocol.adapter import Adapter, Factors, module_directions
 from protocol.layers import from_bitmap, only
 from protocol.messages import Job, TrustLosses, UploadManifest, describe_file
@@ -59,4 +57,4 @@ def with_answers(
     told = {"personal": personal, "trust": trust, "probe_bytes": len(probe)}
     manifest = manifest.model_copy(update={**told, "file": describe_file(data)})
     own = learner.evaluate(full, SPLIT)
-    return manifest, data, own if isfinite(own) else None
+    return manifest, data, own if can_be_told(own) else None

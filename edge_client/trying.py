@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from math import isfinite
 
 from edge_client.download import Source
 from protocol.bands import Band
-from protocol.messages import GlobalManifest, TrustLosses
+from protocol.messages import LARGEST_LOSS, GlobalManifest, TrustLosses
 
 SPLIT = "trust"
 PATIENCE_TICKS = 60
@@ -48,6 +47,11 @@ def to_try(
     return offered[: int(min(affords, len(offered)))]
 
 
+def can_be_told(loss: float) -> bool:
+    """Say whether a loss is a number that the aggregator takes; NaN is none."""
+    return 0 <= loss <= LARGEST_LOSS
+
+
 class Trying:
     """Keep what is left to try of a version, and the losses found, in nats a token."""
 
@@ -75,7 +79,7 @@ class Trying:
 
     def answer(self) -> TrustLosses | None:
         """Return what the aggregator is told; nothing if there is nothing to compare with."""
-        if not isfinite(self.received):
+        if not can_be_told(self.received):
             return None
         trial = [loss for source, loss in self._found.items() if source.kind == "trial"]
         return TrustLosses(

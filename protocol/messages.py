@@ -40,6 +40,8 @@ MODULES = 4096
 PersonalRule = Literal["trust-weights", "trust-validation", "trust-predictions"]
 """Rules whose devices get adapters of their own."""
 CANDIDATES = 64
+LARGEST_LOSS = 1e6
+"""Nats a token: far over that of any text, and small enough to be reckoned with."""
 DEVICES = 2048
 """With the longest names as many, with a version each and a trial, fit in a message."""
 
@@ -249,7 +251,7 @@ class Status(Message):
 
 
 class TrustLosses(Message):
-    """Losses of adapters on a device's trust split, before it trained, in nats a token.
+    """Losses of adapters on a device's trust split, before it trained: 0 … 10⁶ nats a token.
 
     All are of the same text, and of the adapters of the version the round starts from.
     """

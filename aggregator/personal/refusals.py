@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from protocol.messages import GlobalManifest, Job, Probe, UploadManifest
+from protocol.messages import LARGEST_LOSS, GlobalManifest, Job, Probe, UploadManifest
 from protocol.tensors import HEADER_LIMIT_BYTES
-
-LARGEST_LOSS = 1e6
-"""Nats a token: far over that of any text, and small enough to be reckoned with."""
 
 
 def wrong_personal(manifest: UploadManifest, round_starts: GlobalManifest, job: Job) -> str:

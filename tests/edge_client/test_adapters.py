@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,17 @@ def level_of(adapter: Adapter) -> float:
 
 
 class LevelLearner:
-    """Evaluate an adapter to the number that `adapter_of` put into it."""
+    """Evaluate an adapter to the number that `adapter_of` put into it, and note its rank."""
+
+    def __init__(self) -> None:
+        self.ranks: list[int] = []
+        self.on_third: Callable[[], None] = lambda: None
 
     def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float:
         assert adapter is not None and split == "trust"
+        self.ranks.append(adapter.rank)
+        if len(self.ranks) == 3:
+            self.on_third()
         return level_of(adapter)
 
 
@@ -95,6 +102,7 @@ class Phone:
         self.link = MqttTransport(broker, "test-phone", temporary=True)
         self.link.connect()
         self._said = io.StringIO()
+        self.learner = LevelLearner()
         settings = Settings(
             DEVICE, broker, (), state, state, load_profile("laptop-16gb"), job="notes"
         )
@@ -105,7 +113,7 @@ class Phone:
             JOB,
             self.link,
             self.outbox,
-            LevelLearner(),  # type: ignore[arg-type]
+            self.learner,  # type: ignore[arg-type]
             events,
             reach=lambda: (2, JOB.rank),
         )
@@ -155,11 +163,11 @@ def test_what_is_broken_or_never_comes_is_left_out_and_the_others_are_tried(
     monkeypatch.setattr(edge_client.adapters, "PATIENCE_TICKS", 5)
     shop.put(source("personal"), 0.5)
     shop.put(source("trial"), 0.25, broken=True)
-    for number, level in enumerate([0.75, 0.375, float("nan")]):
+    for number, level in enumerate([0.75, 0.375, float("nan"), 1e7]):
         if number != 1:  # which is announced and is not there
             shop.put(source("candidate", number=number), level)
     shop.put(
-        source("global"), 0.125, personal={DEVICE: 2, "tablet": 1}, trials=[DEVICE], candidates=3
+        source("global"), 0.125, personal={DEVICE: 2, "tablet": 1}, trials=[DEVICE], candidates=4
     )
     phone.settle(NOW)
     held = phone.adapters.held
@@ -176,11 +184,27 @@ def test_what_is_broken_or_never_comes_is_left_out_and_the_others_are_tried(
     assert answer.candidates == {0: 0.75}
     why = {event["adapter"]: event["reason"] for event in phone.said("not-tried")}
     assert set(why) == {
-        "the trial of version 2", "candidate 1 of version 2", "candidate 2 of version 2"
-    }  # fmt: skip
+        "the trial of version 2",
+        *(f"candidate {n} of version 2" for n in (1, 2, 3)),
+    }
     assert "hash" in why["the trial of version 2"]
     assert why["candidate 1 of version 2"] == "nothing of it has come"
     assert "not finite" in why["candidate 2 of version 2"]
+    assert why["candidate 3 of version 2"] == "its loss is 10000000.0"
+
+
+def test_a_device_that_has_to_hold_less_measures_all_anew(shop: Shop, phone: Phone) -> None:
+    for number in range(2):
+        shop.put(source("candidate", number=number), 0.75)
+    shop.put(source("global"), 0.125, candidates=2)
+    phone.settle(NOW)
+    phone.learner.on_third = lambda: phone.adapters.truncate(2)
+    while phone.adapters.begin_trying(NOW):
+        phone.settle(NOW)
+    assert phone.learner.ranks == [4, 4, 4, 2, 4, 4], "the plan cuts what is tried, not this one"
+    assert phone.adapters.trying is not None
+    answer = phone.adapters.trying.answer()
+    assert answer is not None and answer.candidates == {0: 0.75, 1: 0.75}
 
 
 def test_in_the_end_the_common_adapter_is_fetched_beside_its_own(shop: Shop, phone: Phone) -> None:
