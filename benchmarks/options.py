@@ -1,9 +1,11 @@
-"""What the options of local training cost or gain: `python -m benchmarks.options [--rates 2e-3 4e-3]`.
+"""What the options of local training cost or gain.
+
+    python -m benchmarks.options [--rates 2e-3 4e-3]
 
 The demo's six texts and ranks with the anchored rule, in one process, seed 0. Alternating factors
 are shown after as many rounds, and after twice as many, which is as many bytes. Each has the
-learning rate with which it does best on the trust split; losses are of the held-out split, in nats a
-token, means over devices. Writes runs/bench/options.json.
+learning rate with which it does best on the trust split; losses are of the held-out split, in nats
+a token, means over devices. Writes runs/bench/options.json.
 """
 
 from __future__ import annotations
