@@ -54,6 +54,8 @@ QUICK = (
 )
 CASES = (
     *QUICK,
+    Case("f32", True, 2, 64, blocks=3),
+    Case("f32", True, 2, 64, blocks=1),
     Case("f32", True, 64, 64, 2, 2),
     Case("f32", False, 2, 2),
     Case("f32", False, 16, 64, 4),
@@ -132,7 +134,7 @@ def measure(case: Case, plan: Plan, base: BaseModelInfo, text: Path) -> float:
 def main() -> None:
     """Measure, print a table, write the claims."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="eight plans instead of sixteen")
+    parser.add_argument("--quick", action="store_true", help="eight plans instead of eighteen")
     cases = QUICK if parser.parse_args().quick else CASES
     base = describe_model("base-tiny")
     ratios, shares = [], []

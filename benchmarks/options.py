@@ -1,9 +1,11 @@
-"""What the options of local training cost or gain: `python -m benchmarks.options [--quick]`.
+"""What the options of local training cost or gain.
+
+    python -m benchmarks.options [--rates 2e-3 4e-3]
 
 The demo's six texts and ranks with the anchored rule, in one process, seed 0. Alternating factors
 are shown after as many rounds, and after twice as many, which is as many bytes. Each has the
-learning rate of RATES with which it does best on the trust split; losses are of the held-out split,
-in nats a token, means over devices. Writes runs/bench/options.json.
+learning rate with which it does best on the trust split; losses are of the held-out split, in nats
+a token, means over devices. Writes runs/bench/options.json.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from protocol.messages import Job
 
 RATES = (2e-3, 4e-3, 8e-3)
 ROUNDS, PRIVATE_RANK = 6, 8
+PRIVATE = f"shared, and private of rank {PRIVATE_RANK}"
 SHORT_OF_MEMORY = ("pi-3b-plus", "pi-4b-2gb")
 """Who trains half of the blocks."""
 
@@ -45,14 +48,14 @@ def in_part(fleet: Simulation) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one learning rate")
-    rates = RATES[:1] if parser.parse_args().quick else RATES
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates")
+    rates = parser.parse_args().rates
     fleet = demo_simulation(0)
     found: dict[str, float] = {}
 
     def show(arm: str, loss: float, more: str = "") -> None:
         found[arm] = loss
-        print(f"{arm:38} {loss:.3f} {more}", flush=True)
+        print(f"{arm:45} {loss:.3f} {more}", flush=True)
 
     def federated(rounds: int, factors: str) -> tuple[float, float]:
         return best(
@@ -64,12 +67,16 @@ def main() -> None:
     rate, loss = federated(ROUNDS, "both")
     show("shared", loss, f"at {rate:g}")
     chosen = job(fleet, rate)
-    shared = fleet.federated(chosen)
-    steps = chosen.training.steps * ROUNDS
-    mixed = fleet.mixed(chosen, PRIVATE_RANK, [shared], steps)
-    weights = ", ".join(f"{weight:g}" for weight, _ in mixed.values())
-    show(f"shared and private of rank {PRIVATE_RANK}", fmean(loss for _, loss in mixed.values()),
-         f"weights {weights}")  # fmt: skip
+    versions, each = list(fleet.versions(chosen)), chosen.training.steps
+    last = versions[-1:]
+    for arm, beside, steps in (
+        (PRIVATE, last, each * ROUNDS),
+        (f"{PRIVATE}, in {ROUNDS} parts", last * ROUNDS, each),
+        (f"{PRIVATE}, beside each version", versions, each),
+    ):
+        mixed = fleet.mixed(chosen, PRIVATE_RANK, beside, steps).values()
+        weights = ", ".join(f"{weight:g}" for weight, _ in mixed)
+        show(arm, fmean(loss for _, loss in mixed), f"weights {weights}")
     show("local only, as many steps", fleet.alone(chosen)[1])
     show("local only, twice as many steps", fleet.alone(job(fleet, rate, 2 * ROUNDS))[1])
     for rounds in (ROUNDS, 2 * ROUNDS):
@@ -77,7 +84,7 @@ def main() -> None:
         show(f"alternating factors, {rounds} rounds", loss, f"at {rate:g}")
     in_part(fleet)
     show("two devices train half of the blocks", fleet.losses(fleet.federated(chosen))[1])
-    against = found[f"shared and private of rank {PRIVATE_RANK}"] / found["shared"]
+    against = found[PRIVATE] / found["shared"]
     write_claims(
         "options",
         [Claim("shared and private against shared alone", against, "< 1", against < 1)],
