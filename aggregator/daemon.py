@@ -221,10 +221,10 @@ class Daemon:
             rounds=self._job.rounds,
             time_s=time.time(),
             online=self._ready(),
-            delivered={m.device for m in self._store.uploads_of(state.number, "counted")},
+            delivered={m.device for m in self._store.uploads.of_round(state.number, "counted")},
             refused={
                 m.device
-                for m in self._store.uploads_of(state.number, "rejected")
+                for m in self._store.uploads.of_round(state.number, "rejected")
                 if m.attempt == state.attempt
             },
         )
@@ -332,8 +332,8 @@ def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -
         return merge_personal(job, strategy, store, versions, state)
     updates = []
     trained = trained_factors(job.training.factors, state.number)
-    for manifest in store.uploads_of(state.number, "counted"):
-        update = stored_update(job, versions, manifest, store.update_file(manifest))
+    for manifest in store.uploads.of_round(state.number, "counted"):
+        update = stored_update(job, versions, manifest, store.uploads.file(manifest))
         if behind := state.number - manifest.round:
             update = completed(update, versions.load(manifest.version))
             update = replace(update, staleness=behind)

@@ -139,9 +139,9 @@ class Intake:
             manifest.upload == expected == named
         ):
             raise MalformedMessage(topic, "it speaks of another device, job or upload")
-        if self._store.has_counted(device, manifest.round):
+        if self._store.uploads.has_counted(device, manifest.round):
             return [self._answer(manifest, "done")]
-        known = self._store.upload(manifest.upload)
+        known = self._store.uploads.known(manifest.upload)
         if known is not None and known.state == "rejected" and known.manifest == manifest:
             return [self._answer(manifest, "reject", reason=known.reason)]
         if why := self._late(manifest) or self._kept_out(device):
@@ -153,14 +153,14 @@ class Intake:
             self._events.emit("full", device=device, round=manifest.round)
             return [self._answer(manifest, "wait", reason=why)]
         fault_point("aggregator.manifest.received")
-        self._store.expect_upload(manifest)
+        self._store.uploads.expect(manifest)
         fault_point("aggregator.manifest.expected")
         return self._go_on(manifest)
 
     def _chunk(self, device: str, topic: str, payload: bytes) -> Outgoing:
         fields = topics.match(topic).fields
         upload, number = fields["upload"], int(fields["index"])
-        known = self._store.upload(upload)
+        known = self._store.uploads.known(upload)
         if known is None or known.manifest.device != device or known.state != "receiving":
             return []
         manifest = known.manifest
@@ -176,15 +176,15 @@ class Intake:
         if why := self._late(manifest):
             return self._reject(manifest, why, at_fault=False)
         fault_point("aggregator.chunk.received")
-        self._store.add_chunk(manifest, number, payload)
-        if self._store.is_complete(manifest):
+        self._store.uploads.add_chunk(manifest, number, payload)
+        if self._store.uploads.is_complete(manifest):
             return self._complete(manifest)
         return self._ask_more(manifest, number)
 
     # -- what follows ----------------------------------------------------------------------------
 
     def _go_on(self, manifest: UploadManifest) -> Outgoing:
-        missing = self._store.missing_chunks(manifest)
+        missing = self._store.uploads.missing_chunks(manifest)
         if not missing:
             return self._complete(manifest)
         first = self._window.ask(manifest.device, manifest.upload, missing)
@@ -204,7 +204,11 @@ class Intake:
         if self._asked_round != now.number:
             self._asked_round, self._asked = now.number, set()
         asked = (manifest.upload, number) in self._asked
-        if asked or self._late(manifest) or number not in self._store.missing_chunks(manifest):
+        if (
+            asked
+            or self._late(manifest)
+            or number not in self._store.uploads.missing_chunks(manifest)
+        ):
             return []
         self._asked.add((manifest.upload, number))
         return [self._answer(manifest, "need", chunks=[number])]
@@ -212,7 +216,7 @@ class Intake:
     def _complete(self, manifest: UploadManifest) -> Outgoing:
         """Verify a complete upload, and count or refuse it."""
         try:
-            data = self._store.assembled(manifest)
+            data = self._store.uploads.assembled(manifest)
             fault_point("aggregator.upload.assembled")
             update = read_update(self._job, self._versions, manifest, data)
             read_probe(self._job, manifest, data)
@@ -227,7 +231,7 @@ class Intake:
         fault_point("aggregator.upload.verified")
         now = self._store.round().number
         behind = now - manifest.round
-        self._store.count_upload(manifest, late_for=now if behind else None)
+        self._store.uploads.count(manifest, late_for=now if behind else None)
         self._store.devices.forgive(manifest.device)
         self._events.emit(
             "counted",
@@ -247,7 +251,7 @@ class Intake:
         behind = now.number - manifest.round
         if now.state != "open" or not 0 <= behind <= self._policy.late_updates:
             return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
-        if behind and self._store.has_counted(manifest.device, now.number):
+        if behind and self._store.uploads.has_counted(manifest.device, now.number):
             return f"another update of this device counts in round {now.number} already"
         if not behind and manifest.attempt > now.attempt:
             return f"attempt {manifest.attempt} at round {now.number} has not begun"
@@ -318,7 +322,7 @@ class Intake:
     def _reject(self, manifest: UploadManifest, reason: str, *, at_fault: bool = True) -> Outgoing:
         """Refuse an upload; whose device is at fault comes nearer to quarantine."""
         device = manifest.device
-        self._store.reject_upload(manifest, reason)
+        self._store.uploads.reject(manifest, reason)
         self._events.emit("rejected", device=device, round=manifest.round, reason=reason)
         if at_fault:
             self.blame(device)

@@ -27,14 +27,14 @@ def tidy(store: Store, keep_versions: int) -> None:
     if keep_versions:
         store.forget_versions(keep_versions)
     _forget_personal(store)
-    updates, versions = store.needed_updates(), store.version_numbers()
+    updates, versions = store.uploads.needed_files(), store.version_numbers()
     carried = {file.name for file in store.carried().values()}
-    parts = store.needed_parts()
+    parts = store.uploads.needed_parts()
     with store.on_disk():
-        for file in store.parts_folder.glob("*"):
+        for file in store.uploads.parts_folder.glob("*"):
             if file not in parts:
                 file.unlink(missing_ok=True)
-        for file in store.updates_folder.glob("*"):
+        for file in store.uploads.folder.glob("*"):
             if file not in updates:
                 file.unlink(missing_ok=True)
         for file in store.memory_folder.glob("*"):

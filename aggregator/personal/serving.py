@@ -38,8 +38,8 @@ def merge_personal(
     updates: list[Update] = []
     answers: dict[str, Answer] = {}
     probes: dict[str, TopLogits] = {}
-    for manifest in store.uploads_of(state.number, "counted"):
-        data = store.update_file(manifest).read_bytes()
+    for manifest in store.uploads.of_round(state.number, "counted"):
+        data = store.uploads.file(manifest).read_bytes()
         update = read_update(job, versions, manifest, data)
         updates.append(completed(update, versions.base(manifest)))
         if manifest.trust is not None:

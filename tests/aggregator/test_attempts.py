@@ -165,9 +165,9 @@ def test_two_of_a_device_never_count_in_a_round(aggregator: Aggregator, first: i
     (answer,) = aggregator.deliver(other, data)
     assert (answer.kind, answer.upload) == ("done", other.upload), "there is nothing more to do"
     assert aggregator.counted() == [one]
-    aggregator.store.expect_upload(other)
+    aggregator.store.uploads.expect(other)
     with pytest.raises(sqlite3.IntegrityError):
-        aggregator.store.count_upload(other)
+        aggregator.store.uploads.count(other)
 
 
 def test_an_attempt_has_bytes_of_its_own(aggregator: Aggregator) -> None:

@@ -67,7 +67,7 @@ def test_an_upload_waits_until_there_is_room(
         (answer,) = aggregator.offer(manifest)
         assert (answer.kind, answer.upload) == ("wait", manifest.upload)
         assert "disk is full" in answer.reason
-        assert aggregator.store.upload(manifest.upload) is None
+        assert aggregator.store.uploads.known(manifest.upload) is None
         assert aggregator.heard()[-1] == "full"
     (answer,) = aggregator.deliver(manifest, data)
     assert answer.kind == "done"

@@ -125,8 +125,8 @@ def test_it_is_put_over_the_version_it_started_from(aggregator: Aggregator) -> N
     (answer,) = a.deliver(manifest, data)
     assert answer.kind == "done"
     now = a.store.round()
-    assert a.store.uploads_of(3, "counted") == [manifest]
-    assert a.store.uploads_of(1, "counted") == []
+    assert a.store.uploads.of_round(3, "counted") == [manifest]
+    assert a.store.uploads.of_round(1, "counted") == []
     tidy(a.store, 10)  # its file is needed
     versions = Versions(a.job, a.store)
     merged = merge_round(a.job, a.store, versions, now).merged
@@ -159,11 +159,11 @@ def test_it_counts_once_whatever_is_said_again(aggregator: Aggregator) -> None:
     assert a.offer(first)[0].kind == "done"
     second, more = trained(a, 2, 0.02)
     assert a.deliver(second, more)[-1].kind == "done", "one of a device counts in a round"
-    assert a.store.uploads_of(2, "counted") == [first]
+    assert a.store.uploads.of_round(2, "counted") == [first]
     go_on(a, 2)
     assert a.offer(first)[0].kind == "done"
     assert a.offer(second)[0].kind == "done"
-    assert a.store.uploads_of(3, "counted") == []
+    assert a.store.uploads.of_round(3, "counted") == []
 
 
 def test_two_late_ones_of_a_device_do_not_count_in_one_round(aggregator: Aggregator) -> None:
@@ -177,7 +177,7 @@ def test_two_late_ones_of_a_device_do_not_count_in_one_round(aggregator: Aggrega
         "reject", "another update of this device counts in round 3 already",
     )  # fmt: skip
     with pytest.raises(sqlite3.IntegrityError):
-        a.store.count_upload(second[0], late_for=3)
+        a.store.uploads.count(second[0], late_for=3)
 
 
 def test_what_is_on_its_way_at_the_end_of_its_round_goes_on(aggregator: Aggregator) -> None:
@@ -189,7 +189,7 @@ def test_what_is_on_its_way_at_the_end_of_its_round_goes_on(aggregator: Aggregat
     (need,) = a.offer(manifest)
     assert half not in need.chunks
     assert a.deliver(manifest, data)[-1].kind == "done"
-    assert a.store.uploads_of(2, "counted") == [manifest]
+    assert a.store.uploads.of_round(2, "counted") == [manifest]
 
 
 @pytest.mark.parametrize(

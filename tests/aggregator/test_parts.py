@@ -42,10 +42,10 @@ def test_a_batch_that_is_cut_off_is_asked_for_again(aggregator: Aggregator, toge
         last_batch()
     aggregator.reopen()
     assert aggregator.counted() == []
-    assert len(aggregator.store.missing_chunks(manifest)) == together
+    assert len(aggregator.store.uploads.missing_chunks(manifest)) == together
     assert [a.kind for a in aggregator.deliver(manifest, data)] == ["done"]
-    assert aggregator.store.update_file(manifest).read_bytes() == data
-    assert list(aggregator.store.parts_folder.iterdir()) == []
+    assert aggregator.store.uploads.file(manifest).read_bytes() == data
+    assert list(aggregator.store.uploads.parts_folder.iterdir()) == []
 
 
 def test_a_counted_update_gets_its_name_at_the_next_start(
@@ -57,10 +57,10 @@ def test_a_counted_update_gets_its_name_at_the_next_start(
         # Cut off between the commit and the rename.
         patch.setattr(aggregator.store._db, "_after_commit", lambda: None)
         aggregator.deliver(manifest, data)
-    assert not aggregator.store.update_file(manifest).exists()
+    assert not aggregator.store.uploads.file(manifest).exists()
     aggregator.reopen()
     assert aggregator.counted() == [manifest]
-    assert aggregator.store.update_file(manifest).read_bytes() == data
+    assert aggregator.store.uploads.file(manifest).read_bytes() == data
 
 
 def test_other_bytes_of_the_same_upload_begin_at_nothing(aggregator: Aggregator) -> None:
@@ -69,5 +69,5 @@ def test_other_bytes_of_the_same_upload_begin_at_nothing(aggregator: Aggregator)
     aggregator.offer(before)
     aggregator.chunk(before, 0, split(first)[0])
     assert [a.kind for a in aggregator.deliver(after, second)] == ["done"]
-    assert aggregator.store.update_file(after).read_bytes() == second
-    assert list(aggregator.store.parts_folder.iterdir()) == []
+    assert aggregator.store.uploads.file(after).read_bytes() == second
+    assert list(aggregator.store.uploads.parts_folder.iterdir()) == []

@@ -114,7 +114,7 @@ def delivered(aggregator: Aggregator, number: int, size: float) -> Path:
     manifest = aggregator.manifest(data, **fields)
     (answer,) = aggregator.deliver(manifest, data)
     assert answer.kind == "done", answer.reason
-    return aggregator.store.update_file(manifest)
+    return aggregator.store.uploads.file(manifest)
 
 
 def test_updates_go_when_the_next_round_is_merged(aggregator: Aggregator) -> None:
@@ -123,16 +123,16 @@ def test_updates_go_when_the_next_round_is_merged(aggregator: Aggregator) -> Non
     merged(aggregator, 1)
     second = delivered(aggregator, 2, 2e-3)
     tidy(store, 10)
-    assert set(store.updates_folder.iterdir()) == {same, second}, "round 1 was merged last"
+    assert set(store.uploads.folder.iterdir()) == {same, second}, "round 1 was merged last"
     merged(aggregator, 2)
     assert delivered(aggregator, 3, 1e-3) == same, "the same content as in round 1"
     tidy(store, 10)
-    assert set(store.updates_folder.iterdir()) == {same, second}
+    assert set(store.uploads.folder.iterdir()) == {same, second}
     merged(aggregator, 3)
     tidy(store, 10)
     tidy(store, 10)
-    assert set(store.updates_folder.iterdir()) == {same}
-    assert store.has_counted("phone-1", 2), "that it has counted is not forgotten"
+    assert set(store.uploads.folder.iterdir()) == {same}
+    assert store.uploads.has_counted("phone-1", 2), "that it has counted is not forgotten"
 
 
 def test_the_newest_versions_stay(aggregator: Aggregator) -> None:
@@ -155,7 +155,7 @@ def test_chunks_that_came_too_late_go(aggregator: Aggregator) -> None:
     aggregator.offer(manifest)
     aggregator.chunk(manifest, 0, chunks[0])
     merged(aggregator, 1)
-    assert len(aggregator.store.missing_chunks(manifest)) == len(chunks)
+    assert len(aggregator.store.uploads.missing_chunks(manifest)) == len(chunks)
     assert aggregator.chunk(manifest, 1, chunks[1]) == []
     (answer,) = aggregator.offer(manifest)
     assert answer.kind == "reject" and "is over" in answer.reason

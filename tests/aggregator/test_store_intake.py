@@ -53,7 +53,7 @@ def test_an_update_is_asked_for_taken_and_counted_once(aggregator: Aggregator) -
     assert other.kind == "done"
     assert aggregator.counted() == [manifest]
     assert aggregator.heard().count("counted") == 1
-    kept = aggregator.store.update_file(manifest).read_bytes()
+    kept = aggregator.store.uploads.file(manifest).read_bytes()
     assert kept == data
     found = decode(kept, {s.name: s.shape for s in upload_stacks(aggregator.job, manifest)}, "f32")
     assert all(np.array_equal(found[n], t) for n, t in tensors.items())
@@ -245,7 +245,7 @@ def test_a_broken_chunk_of_a_round_that_is_over_is_not_asked_for(aggregator: Agg
 def test_chunks_that_nobody_announced_are_dropped(aggregator: Aggregator) -> None:
     manifest = aggregator.manifest(b"x")
     assert aggregator.chunk(manifest, 0, b"x") == []
-    assert aggregator.store.upload(manifest.upload) is None
+    assert aggregator.store.uploads.known(manifest.upload) is None
 
 
 def test_a_round_that_ends_while_chunks_travel(aggregator: Aggregator) -> None:
@@ -271,7 +271,7 @@ def test_a_foreign_signature_is_refused(aggregator: Aggregator) -> None:
     status = aggregator.store.devices.status(DEVICE)
     assert status is not None
     assert status.boot == 1
-    assert aggregator.store.upload(manifest.upload) is None
+    assert aggregator.store.uploads.known(manifest.upload) is None
     (need,) = aggregator.offer(manifest)
     assert need.kind == "need"
 

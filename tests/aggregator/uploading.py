@@ -107,7 +107,7 @@ class Aggregator:
         return [open_message(p, t, Control, trusted=self.key.public)[0] for t, p in outgoing]
 
     def counted(self) -> list[UploadManifest]:
-        return self.store.uploads_of(ROUND, "counted")
+        return self.store.uploads.of_round(ROUND, "counted")
 
 
 def update(job: Job, size: float = 0.01, **changed: np.ndarray) -> dict[str, np.ndarray]:

@@ -67,7 +67,7 @@ class IntakeUnderFire:
         answers = self.intake.handle(topic, payload)
         assert self.store.round() == OPEN
         assert self.store.devices.ready() <= {corpus.DEVICE, "x", "phone"}
-        self.store.uploads_of(corpus.ROUND, "receiving", "counted", "rejected")
+        self.store.uploads.of_round(corpus.ROUND, "receiving", "counted", "rejected")
         assert all(line.isprintable() for line in self.events.getvalue().splitlines())
         return [open_message(p, t, Control, trusted=self.key.public)[0] for t, p in answers]
 

@@ -126,8 +126,8 @@ def test_a_device_has_one_upload_open(aggregator: Aggregator) -> None:
     in_round(aggregator, 2)
     second = aggregator.manifest(data, round=2)
     aggregator.offer(second)
-    assert aggregator.store.upload(first.upload) is None
-    assert len(aggregator.store.missing_chunks(first)) == len(split(data))
+    assert aggregator.store.uploads.known(first.upload) is None
+    assert len(aggregator.store.uploads.missing_chunks(first)) == len(split(data))
     assert aggregator.chunk(first, 1, split(data)[1]) == []
 
 

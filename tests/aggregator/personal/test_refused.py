@@ -69,7 +69,7 @@ def test_what_is_said_as_it_should_be_counts(own: Aggregator) -> None:
     assert [answer.kind for answer in own.deliver(manifest, data)] == ["done"]
     (counted,) = own.counted()
     assert counted.trust == trust
-    kept = own.store.update_file(counted).read_bytes()
+    kept = own.store.uploads.file(counted).read_bytes()
     probe = read_probe(own.job, counted, kept)
     assert probe is not None
     np.testing.assert_array_equal(probe.indices, ANSWER.indices)

@@ -164,7 +164,7 @@ def test_who_is_away_keeps_its_own_and_comes_back_to_it(fleet_of: Begin, tmp_pat
     assert store.round().number == 4
     den = fleet.join("den")
     fleet.run_rounds(4)
-    counted = {m.device: m.personal for m in store.uploads_of(4, "counted")}
+    counted = {m.device: m.personal for m in store.uploads.of_round(4, "counted")}
     assert counted == {"attic": 4, "barn": 4, "cellar": 4, "den": 2}
     assert den.adapter(Place("personal", 2, "den")).rank == 4, "it is on the broker still"
     assert fleet.aggregators[0].wait() == 0
