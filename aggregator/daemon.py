@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from aggregator.alone import check_alone
 from aggregator.enrol.folder import Membership
-from aggregator.intake import Intake, read_update
+from aggregator.intake import Intake
 from aggregator.merge import RoundView, merge
 from aggregator.outcome import Outcome
 from aggregator.personal import strategy_of
@@ -20,6 +20,7 @@ from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
+from aggregator.updates import read_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError

@@ -11,26 +11,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from aggregator.enrol.registry import Registry
-from aggregator.merge import Update
-from aggregator.merge.lowrank import gram
 from aggregator.personal.refusals import probe_limit, wrong_personal
 from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
 from aggregator.rounds import Policy
 from aggregator.store import Store
+from aggregator.updates import factor_norm, read_probe, read_update, update_norm, upload_stacks
 from aggregator.versions import Versions
 from aggregator.window import ChunkWindow
 from protocol import topics
-from protocol.adapter import add, module_directions, select
-from protocol.bands import Stack, read_adapter, stacks
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog
 from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
-from protocol.probe import TopLogits, decode_probe
 from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
@@ -329,66 +323,3 @@ class Intake:
         )
         topic = topics.topic("control", job=manifest.job, device=manifest.device)
         return topic, self._key.seal(message, topic)
-
-
-def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
-    """Return the tensors that an upload must have."""
-    ranks = {name: len(at) for name, at in upload_directions(job, manifest).items()}
-    return stacks(job.base.modules, ranks)
-
-
-def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarray]:
-    """Return which directions of each module an upload changes."""
-    return module_directions(
-        job.base.modules,
-        job.directions,
-        job=job.job,
-        device=manifest.device,
-        round_number=manifest.round,
-        rank_trained=manifest.rank_trained,
-        held=manifest.held,
-        rank=manifest.rank,
-    )
-
-
-def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:
-    """Return what an upload's bytes say: absolute factors of the directions it trained.
-
-    Raises:
-        BadTensors: they are not what the manifest and the job imply.
-    """
-    chosen = upload_directions(job, manifest)
-    ranks = {name: len(at) for name, at in chosen.items()}
-    data = data[: len(data) - manifest.probe_bytes]
-    change = read_adapter(data, job.base.modules, ranks, job.scale, manifest.encoding)
-    before = select(versions.base(manifest), chosen)
-    return Update(manifest.device, add(before, change), chosen, manifest.examples, manifest.metrics)
-
-
-def read_probe(job: Job, manifest: UploadManifest, data: bytes) -> TopLogits | None:
-    """Return an upload's answer to the job's probe, if it brings one.
-
-    Raises:
-        BadTensors: the bytes are no such answer.
-    """
-    if not manifest.probe_bytes or job.probe is None:
-        return None
-    return decode_probe(data[len(data) - manifest.probe_bytes :], job.probe)
-
-
-def update_norm(versions: Versions, manifest: UploadManifest, update: Update) -> float:
-    """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
-    before = select(versions.base(manifest), update.directions)
-    products = gram([update.adapter, before])
-    return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))
-
-
-def factor_norm(update: Update) -> float:
-    """Return the larger of ‖A'‖_F and ‖s·B'‖_F over all modules.
-
-    A factor of zeros hides the other from the product, and not from a factor average.
-    """
-    layers = update.adapter.layers.values()
-    a = np.linalg.norm([np.linalg.norm(f.a.astype(np.float64)) for f in layers])
-    b = np.linalg.norm([np.linalg.norm(f.b.astype(np.float64)) for f in layers])
-    return float(max(a, update.adapter.scale * b))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from aggregator.intake import read_probe, read_update
 from aggregator.issued import TrustMatrix
 from aggregator.merge import RoundView, Update
 from aggregator.merge.lowrank import Float64Array
@@ -17,6 +16,7 @@ from aggregator.personal.state import TrustState
 from aggregator.places import Place
 from aggregator.rounds import RoundState
 from aggregator.store import Store
+from aggregator.updates import read_probe, read_update
 from aggregator.versions import Versions
 from protocol.adapter import Adapter
 from protocol.faults import fault_point
@@ -35,7 +35,6 @@ def merge_personal(
     Raises:
         MergeError: the round cannot be merged.
     """
-    offered = store.issued.candidates(state.version)
     updates: list[Update] = []
     answers: dict[str, Answer] = {}
     probes: dict[str, TopLogits] = {}
@@ -44,6 +43,7 @@ def merge_personal(
         update = read_update(job, versions, manifest, data)
         updates.append(completed(update, versions.base(manifest)))
         if manifest.trust is not None:
+            offered = store.issued.candidates(manifest.version)
             answers[manifest.device] = _answer(manifest.trust, offered)
         probe = read_probe(job, manifest, data)
         if probe is not None:
@@ -69,7 +69,8 @@ def merge_personal(
 
 
 def _answer(losses: TrustLosses, offered: dict[int, str]) -> Answer:
-    tried = {offered[number]: loss for number, loss in losses.candidates.items()}
+    """Return what a device has told, by the names of those whose adapters were `offered` to it."""
+    tried = {offered[n]: loss for n, loss in losses.candidates.items() if n in offered}
     return Answer(losses.received, losses.own, losses.trial, tried)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.intake import upload_stacks
+from aggregator.updates import upload_stacks
 from edge_client.outbox import Outbox
 from edge_client.sender import Sender
 from edge_client.trust import open_trusted

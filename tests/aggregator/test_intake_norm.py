@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aggregator.intake import factor_norm
 from aggregator.merge import Update
+from aggregator.updates import factor_norm
 from protocol.adapter import Adapter, Factors
 
 

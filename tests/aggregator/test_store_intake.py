@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from aggregator.errors import StoreError
-from aggregator.intake import upload_stacks
 from aggregator.rounds import RoundState
 from aggregator.store import Store
+from aggregator.updates import upload_stacks
 from protocol import topics
 from protocol.chunks import split
 from protocol.messages import UploadManifest

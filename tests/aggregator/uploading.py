@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.intake import Intake, upload_stacks
+from aggregator.intake import Intake
 from aggregator.rounds import RoundState
 from aggregator.store import Store
+from aggregator.updates import upload_stacks
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.chunks import split

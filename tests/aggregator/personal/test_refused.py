@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregator.intake import read_probe, read_update, update_norm
 from aggregator.places import Place
+from aggregator.updates import read_probe, read_update, update_norm
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.messages import TrustLosses, UploadManifest

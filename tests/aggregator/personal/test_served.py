@@ -10,10 +10,10 @@ import pytest
 
 from aggregator.errors import StoreError
 from aggregator.export import export_adapter
-from aggregator.intake import upload_directions
 from aggregator.merge.lowrank import gram
 from aggregator.personal.temperature import START
 from aggregator.places import Place, common
+from aggregator.updates import upload_directions
 from protocol.adapter import Adapter, Factors
 from protocol.messages import Round
 from tests.aggregator.personal.conftest import SIZES, Fleet
