@@ -46,6 +46,8 @@ from device_profiles.summary import (
 Event = Mapping[str, Any]
 
 ALONE = "training alone, to compare"
+LOSS_WIDTH = 5
+"""A loss is never cut short; on a narrow terminal other columns are."""
 NONE = "\N{EN DASH}"
 """Stands where a figure was not measured."""
 
@@ -55,37 +57,42 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     fleet = read_summary(summary)
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("device", no_wrap=True)
-    table.add_column("profile", style="dim", overflow="ellipsis")
+    personal = fleet.is_personal
+    if not personal:  # whose column of losses a terminal of 80 characters has to show instead
+        table.add_column("profile", style="dim", overflow="ellipsis")
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("predicted /\npeak MiB", justify="right", no_wrap=True)
-    personal = fleet.is_personal
-    for heading in ("up", "down", "base", "local", "merged", *(["own"] if personal else [])):
+    for heading in ("up", "down"):
         table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("base", "local", "merged", *(["own"] if personal else [])):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=LOSS_WIDTH)
     for device in fleet.devices:
-        table.add_row(*_device_cells(device), *_loss_cells(device.loss, personal))
+        table.add_row(*_device_cells(device, personal), *_loss_cells(device.loss, personal))
     table.add_section()
     up, down = _totals(fleet)
     average = mean(d.rank_end for d in fleet.devices)
     rank = NONE if average is None else f"{average:.3g}"
+    blank = [] if personal else [""]
     table.add_row(
         Text("mean / total", "italic"),
-        *("", rank, "", up, down),
+        *blank,
+        *(rank, "", up, down),
         *_loss_cells(fleet.mean_loss, personal),
     )
     if fleet.across.merged is not None:
-        blank = [""] * 5
+        blank += [""] * 4
         cells = _loss_cells(fleet.across, personal)
-        table.add_row(Text("on everyone's text", "italic"), *blank, *cells)
+        table.add_row(Text("on all text", "italic"), *blank, *cells)
     return table
 
 
-def _device_cells(device: DeviceSummary) -> list[Text]:
+def _device_cells(device: DeviceSummary, personal: bool) -> list[Text]:
     predicted, peak = _number(device.predicted_mib, ".0f"), _number(device.peak_mib, ".0f")
     missed = device.memory_as_predicted is False
     memory = Text.assemble((f"{predicted} / ", "dim"), (peak, "yellow" if missed else ""))
     return [
         Text(device.name),
-        Text(device.profile),
+        *([] if personal else [Text(device.profile)]),
         Text(rank_path(device)),
         memory,
         Text(human_bytes(device.bytes_up)),

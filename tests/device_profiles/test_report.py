@@ -235,42 +235,6 @@ def test_a_device_name_is_shown_as_it_is_and_never_run() -> None:
     assert "hovertemplate" not in page.scripts[0]
 
 
-def with_trust(summary: dict[str, Any], *rounds: int, away: int = 0) -> dict[str, Any]:
-    """Return a summary whose rounds have a trust matrix, without the first `away` devices."""
-    devices = [device["name"] for device in summary["devices"]][away:]
-    draw = random.Random(1)
-    for entry in summary["history"]:
-        if entry["round"] in rounds:
-            rows = [[draw.random() + 3 * (i == j) for j in devices] for i in devices]
-            weights = [[x / sum(row) for x in row] for row in rows]
-            entry["trust"] = {"devices": devices, "weights": weights}
-            entry["trust"]["temperatures"] = dict.fromkeys(devices[1:], 0.05)
-    return summary
-
-
-@pytest.mark.parametrize("devices", [1, 6, 8, 9, 40])
-def test_who_trusts_whom_is_shown_where_there_is_such_a_thing(devices: int) -> None:
-    figures = page_of(with_trust(demo_summary(devices), 2, 3, 12)).figures()
-    assert list(figures)[-1] == "trust"
-    drawn = in_light(figures["trust"])
-    assert "$" not in json.dumps(drawn)
-    go.Figure(drawn)
-    (trace,) = drawn["data"]
-    assert len(trace["z"]) == len(trace["z"][0]) == devices
-    assert sum(trace["z"][0]) == pytest.approx(1)
-    steps = [step["label"] for one in drawn["layout"].get("sliders", []) for step in one["steps"]]
-    assert steps == (["2", "3", "12"] if devices <= 8 else [])
-    assert "the common adapter" in trace["hovertext"][0][0]
-
-
-def test_a_device_that_took_no_part_has_no_cell_in_the_matrix() -> None:
-    page = page_of(with_trust(demo_summary(), 11, away=2))
-    (trace,) = page.figures()["trust"]["data"]
-    assert trace["z"][1] == [None] * 6 and trace["z"][2][:2] == [None, None]
-    assert sum(trace["z"][2][2:]) == pytest.approx(1)
-    assert "round 11" in "".join(page.text)
-
-
 def test_every_device_name_is_in_the_page() -> None:
     text = "".join(page_of(demo_summary(40)).text)
     assert all(device["name"] in text for device in demo_summary(40)["devices"])

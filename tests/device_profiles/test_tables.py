@@ -62,9 +62,9 @@ def words(text: str, word: str) -> str:
 
 def test_the_table_ends_with_losses_across_the_fleet_where_they_were_measured() -> None:
     across = {"base": 2.9, "local": 2.8, "merged": 2.6}
-    told = words(shown(loss_table({**SUMMARY, "across": across})), "everyone's")
+    told = words(shown(loss_table({**SUMMARY, "across": across})), "on all text")
     assert told.endswith("2.900 2.800 2.600")
-    assert "everyone's" not in shown(loss_table(SUMMARY))
+    assert "on all text" not in shown(loss_table(SUMMARY))
 
 
 def test_the_table_holds_a_row_a_device_and_the_mean() -> None:
@@ -212,3 +212,25 @@ def test_the_view_can_be_drawn_before_any_event_and_on_a_narrow_terminal() -> No
 )
 def test_only_events_worth_a_line_get_one(event: dict[str, Any], line: str | None) -> None:
     assert plain_line(event) == line
+
+
+def test_adapters_of_their_own_have_a_column_that_a_narrow_terminal_shows_too() -> None:
+    devices = [dict(device) for device in SUMMARY["devices"]]
+    devices[0] |= {"name": "pi4", "loss": devices[0]["loss"] | {"personal": 2.125}}
+    means = SUMMARY["loss"] | {"personal": 2.25}
+    across = {"base": 2.9, "local": 2.8, "merged": 2.6, "personal": 2.7}
+    summary = {**SUMMARY, "devices": devices, "loss": means, "across": across}
+    text = shown(loss_table(summary), width=80)
+    assert words(text, "base").endswith("base local merged own")
+    assert words(text, "pi4").endswith("3.000 2.600 2.200 2.125")
+    assert words(text, "laptop").endswith("3.400 2.100 \N{EN DASH} \N{EN DASH}")
+    assert words(text, "mean").endswith("3.200 2.500 2.400 2.250")
+    assert words(text, "on all text").endswith("2.900 2.800 2.600 2.700")
+    assert words(shown(loss_table(SUMMARY)), "base").endswith("base local merged")
+
+
+def test_lines_say_which_adapter_was_measured_and_which_was_not_tried() -> None:
+    own = {"event": "evaluated", "device": "pi4", "loss": 2.5, "adapter": "its own adapter"}
+    assert plain_line(own) == "pi4: held-out loss 2.500 with its own adapter"
+    left_out = {"event": "not-tried", "device": "pi4", "adapter": "the trial", "reason": "late"}
+    assert plain_line(left_out) == "pi4: did not try the trial: late"
