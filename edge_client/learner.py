@@ -184,8 +184,7 @@ class Learner:
 
         def attempt() -> TopLogits:
             self._ask("load", trained=None, frozen=adapter.truncated(self.plan.held))
-            window = self._job.training.max_tokens
-            answer: TopLogits = self._ask("predict", probe=probe, window=window)
+            answer: TopLogits = self._ask("predict", probe=probe)
             return answer
 
         return self._persist(attempt)

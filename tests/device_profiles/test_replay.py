@@ -119,6 +119,30 @@ def test_a_fleet_learns_through_mosquitto(tmp_path: Path, mosquitto: BrokerAddre
     assert (out / "latest" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.timeout(600)  # 90 s where nobody else uses the machine
+def test_a_replay_measures_the_devices_own_adapters(
+    tmp_path: Path, mosquitto: BrokerAddress
+) -> None:
+    write_demo_text(tmp_path / "text", seed=0)
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    out, broker = tmp_path / "runs", f"mqtt://{mosquitto.host}:{mosquitto.port}"
+    command = ["run", tmp_path / "fleet.toml", "--broker", broker, "--out", out]
+    done = fleet_replay(*command, "--rule", "trust-weights", "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "latest" / "summary.json").read_text())
+    losses = {device["name"]: device["loss"] for device in summary["devices"]}
+    assert summary["loss"]["personal"] == pytest.approx(
+        sum(loss["personal"] for loss in losses.values()) / 2
+    )
+    for name, part in (("small", "markup"), ("large", "email")):
+        folder = out / "latest" / "devices" / name
+        plain = plain_losses(folder / "adapter", tmp_path / "text", [part])
+        assert losses[name]["personal"] == pytest.approx(plain[part], abs=1e-3)
+        assert losses[name]["personal"] != pytest.approx(losses[name]["merged"], abs=1e-6)
+        assert (folder / "common" / "adapter_model.safetensors").is_file()
+    assert {"base", "local", "merged", "personal"} == summary["across"].keys()
+
+
 def test_latest_names_the_last_run_unless_something_else_goes_by_that_name(tmp_path: Path) -> None:
     first, second = new_run_folder(tmp_path), new_run_folder(tmp_path)
     assert name_latest(first).resolve() == first
