@@ -255,7 +255,7 @@ class Daemon:
         manifest = self._versions.write(
             merged.adapter, version=state.version + 1, parent=state.version
         )
-        manifest = outcome.write(manifest, last=state.number >= self._job.rounds)
+        manifest = outcome.write(manifest)
         fault_point("aggregator.version.written")
         carried = write_memory(self._store, merged.memory, version=manifest.version)
         fault_point("aggregator.memory.written")

@@ -21,11 +21,8 @@ class Outcome:
     def __init__(self, merged: Merged) -> None:
         self.merged = merged
 
-    def write(self, manifest: GlobalManifest, *, last: bool) -> GlobalManifest:
-        """Write what there is beside the common version; return the manifest that says so.
-
-        `last` says that no round follows.
-        """
+    def write(self, manifest: GlobalManifest) -> GlobalManifest:
+        """Write what there is beside the common version; return the manifest that says so."""
         return manifest
 
     def commit(self) -> None:

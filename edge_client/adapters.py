@@ -121,8 +121,10 @@ class Adapters:
             return source, self._bands() if known else ()
         if self._outbox.pending():
             return None
-        if now.state == "finished" and held.personal is not None and held.common is None:
-            return held.common_of(now.version), self._bands()
+        if now.state == "finished":
+            source = held.missing_at_end()
+            bands = held.bands if source is not None and source.is_tried else self._bands()
+            return (source, bands) if source is not None else None
         if now.state == "open" and self._is_trying(now):
             assert self.trying is not None
             return (self.trying.next, held.bands) if self.trying.next is not None else None
@@ -144,7 +146,9 @@ class Adapters:
             held.begin(manifest)
             return
         adapter = fetch.adapter()
-        if source.is_tried:
+        if source.is_tried and now.state == "finished":
+            held.sharper, held.has_looked = adapter, True
+        elif source.is_tried:
             self._try(source, adapter, now)
         elif held.version == now.version:  # it has its own: this one is beside it, in the end
             held.common = adapter
@@ -164,8 +168,11 @@ class Adapters:
         self._events.emit("tried", round=now.number, adapter=str(source), **told)
 
     def _skip(self, now: Round, why: str) -> None:
-        """Leave out an adapter that was to be tried: it is no reason not to train."""
-        assert self.trying is not None
-        left_out = str(self.trying.next)
+        """Leave out an adapter that was to be tried: it is no reason not to train, or to end."""
+        assert self._fetch is not None, "which is given up"
+        left_out = str(self._fetch.source)
         self._events.emit("not-tried", round=now.number, adapter=left_out, reason=why)
-        self.trying.skip()
+        if now.state == "finished":
+            self.held.has_looked = True
+        elif self.trying is not None:
+            self.trying.skip()

@@ -22,7 +22,7 @@ from edge_client.personal import full_adapter, with_answers
 from edge_client.plan import Plan
 from edge_client.prepare import Equip, Equipment, TrainingEquipment
 from edge_client.private import Private
-from edge_client.result import keep_result, train_alone
+from edge_client.result import keep_result, settle, train_alone
 from edge_client.sender import Sender
 from edge_client.standing import Standing
 from edge_client.storage import keeping
@@ -293,6 +293,7 @@ class Agent:
         """Keep the result, report, compare if asked, and end or wait for another job."""
         assert held.adapter is not None and self._plan is not None
         state = self._settings.state
+        settle(learner, held)
         loss = {"base": self._base_loss}
         loss |= keep_result(state, held.job, learner, held.adapter, held.common)
         rank_end = self._rank

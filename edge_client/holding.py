@@ -26,6 +26,10 @@ class Holding:
     bands: tuple[Band, ...] = ()
     common: Adapter | None = None
     """The common adapter, fetched beside its own in the end."""
+    sharper: Adapter | None = None
+    """Its own at a sharper temperature, in the end; None also where it could not be had."""
+    has_looked: bool = False
+    """Whether the sharper one has been fetched, or given up."""
 
     @property
     def personal(self) -> int | None:
@@ -49,7 +53,7 @@ class Holding:
                 f"version {heading.version}", f"it names an adapter of version {own}"
             )
         self.heading = heading
-        self.common = None
+        self.common, self.sharper, self.has_looked = None, None, False
         if own is not None and own == self.personal:
             self.version = heading.version
 
@@ -63,6 +67,17 @@ class Holding:
         if own is None:
             return self.common_of(version)
         return Source(self.job.job, self.device, "personal", own)
+
+    def missing_at_end(self) -> Source | None:
+        """Return what a device with its own adapter compares that with when nobody trains on."""
+        heading = self.heading
+        if heading is None or self.personal is None:
+            return None
+        if self.common is None:
+            return self.common_of(heading.version)
+        if self.device in heading.trials and not self.has_looked:
+            return Source(self.job.job, self.device, "trial", heading.version)
+        return None
 
     def install(self, source: Source, adapter: Adapter, bands: tuple[Band, ...]) -> None:
         """Go on with an adapter that is complete and checked."""

@@ -5,10 +5,26 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from edge_client.holding import Holding
 from edge_client.learner import Learning, OnStep
 from edge_client.storage import keep_adapter
+from edge_client.trying import SPLIT
 from protocol.adapter import Adapter
 from protocol.messages import Job
+
+
+def settle(learner: Learning, held: Holding) -> None:
+    """Let a device with an adapter of its own end with what does best on its trust split.
+
+    That is its own, the same at a sharper temperature, or the common one.
+    """
+    if held.common is None or held.source is None or held.adapter is None or held.heading is None:
+        return
+    best = learner.evaluate(held.adapter, SPLIT)
+    if held.sharper is not None and (loss := learner.evaluate(held.sharper, SPLIT)) < best:
+        held.adapter, best = held.sharper, loss
+    if learner.evaluate(held.common, SPLIT) < best:
+        held.adapter, held.source = held.common, held.common_of(held.heading.version)
 
 
 def keep_result(

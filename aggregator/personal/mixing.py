@@ -55,10 +55,13 @@ def personal_round(
     settings: TrustSettings,
     *,
     version: int,
+    last: bool = False,
 ) -> PersonalRound:
     """Merge a round whose updates are full adapters (`round_view.completed`), one a device.
 
-    `version` is the one that is made. All adapters come from one decomposition of the stacks.
+    `version` is the one that is made. After the `last` round there are no candidates, and a trial
+    is what a device may keep, not what it answers about. All adapters come from one decomposition
+    of the stacks.
 
     Raises:
         MergeError: the round cannot be merged.
@@ -76,10 +79,11 @@ def personal_round(
     for i in mixed:
         rows[i] = softmax_rows(scores[i : i + 1], heat[i])[0]
     tried = [] if fixed else mixed
-    trials = [softmax_rows(scores[i : i + 1], own[i].trial.value(strategy))[0] for i in tried]
+    other = {i: own[i].last if last else own[i].trial for i in tried}
+    trials = [softmax_rows(scores[i : i + 1], other[i].value(strategy))[0] for i in tried]
     offered = (
         draw(devices, settings.candidates, offered=state.offered, version=version, seed=view.seed)
-        if strategy == "trust-validation"
+        if strategy == "trust-validation" and not last
         else []
     )
     alone = np.eye(len(devices))[[devices.index(device) for device in offered]]

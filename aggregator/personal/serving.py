@@ -65,6 +65,7 @@ def merge_personal(
         TrustState.model_validate_json(before) if before else TrustState(),
         read_trust_settings(job.rule_settings),
         version=state.version + 1,
+        last=state.number >= job.rounds,
     )
     return PersonalOutcome(mixed, store, versions, state)
 
@@ -92,24 +93,23 @@ class PersonalOutcome(Outcome):
         self._written: list[tuple[Place, str, GlobalManifest]] = []
         """Place, whose adapter it is, and its manifest."""
 
-    def write(self, manifest: GlobalManifest, *, last: bool) -> GlobalManifest:
+    def write(self, manifest: GlobalManifest) -> GlobalManifest:
         mixed, version = self._round, manifest.version
         personal = self._personal(version)
         new = [device for device, own in personal.items() if own == version]
-        trials = [] if last else [device for device in new if device in mixed.trials]
-        candidates = {} if last else mixed.candidates
+        trials = [device for device in new if device in mixed.trials]
         for device in new:
             self._write(Place("personal", version, device), device, mixed.mixtures[device])
         for device in trials:
             self._write(Place("trial", version, device), device, mixed.trials[device])
-        for number, (device, adapter) in enumerate(candidates.items()):
+        for number, (device, adapter) in enumerate(mixed.candidates.items()):
             self._write(Place("candidate", version, str(number)), device, adapter)
         fault_point("aggregator.personal.written")
         return manifest.model_copy(
             update={
                 "personal": personal,
                 "trials": trials,
-                "candidates": len(candidates),
+                "candidates": len(mixed.candidates),
             }
         )
 

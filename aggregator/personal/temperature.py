@@ -1,8 +1,12 @@
 """How sharply a device's trust becomes weights: found by trial, not by hand.
 
 Too sharp, and devices lose each other's help; too flat, and they drown in it. Each round a device
-tries the neighbour of its temperature beside it, a factor of two up or down, and the better of the
-two on its trust split is the next one. A trial that fails turns the direction of the next.
+tries a neighbour of its temperature beside it, twice as high and half as high by turns, and the
+better of the two on its trust split is the next one.
+
+What does best at once is sharper than what is best to train on from: help that is given up is
+missed in later rounds. So the flatter of two is better unless the sharper wins by `PATIENCE`; and
+after the last round, when nobody trains on, a device is given a sharper one beside its own.
 """
 
 from __future__ import annotations
@@ -13,11 +17,15 @@ from aggregator.personal.settings import Strategy
 
 START: dict[Strategy, float] = {
     "trust-weights": 0.1,
-    "trust-validation": 0.1,
+    "trust-validation": 0.4,
     "trust-predictions": 1.0,
 }
 """In the units of a strategy's scores: a cosine, nats a token, a distance in parts of the mean."""
 STEP = 2.0
+PATIENCE = 0.01
+"""Part of its loss by which a sharper temperature has to be better."""
+LAST_STEPS = -2
+"""From the last temperature to the one that is tried when the job is finished."""
 FURTHEST = 10
 """Steps from the start."""
 
@@ -27,7 +35,7 @@ class Temperature:
     """Hold a device's temperature as steps from the strategy's start, and where it looks next."""
 
     steps: int = 0
-    direction: int = -1
+    direction: int = 1
     """−1 is sharper, 1 flatter."""
 
     def value(self, strategy: Strategy) -> float:
@@ -38,9 +46,15 @@ class Temperature:
         """The neighbour that is tried beside this one."""
         return replace(self, steps=self.steps + self.direction)
 
+    @property
+    def last(self) -> Temperature:
+        """The sharper one that is tried when nobody trains on."""
+        return replace(self, steps=self.steps + LAST_STEPS)
+
     def after(self, received: float, trial: float) -> Temperature:
         """Return the next temperature, given the losses at this one and at its trial."""
-        moved = self.trial if trial < received else replace(self, direction=-self.direction)
-        if abs(moved.steps) >= FURTHEST:  # both ways are open only from inside
-            return Temperature(moved.steps, -1 if moved.steps > 0 else 1)
-        return moved
+        flatter, sharper = (trial, received) if self.direction > 0 else (received, trial)
+        flatter_is_better = flatter <= (1 + PATIENCE) * sharper
+        taken = flatter_is_better == (self.direction > 0)
+        steps = self.trial.steps if taken else self.steps
+        return Temperature(max(-FURTHEST, min(steps, FURTHEST)), -self.direction)

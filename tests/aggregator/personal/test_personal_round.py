@@ -65,7 +65,7 @@ def test_who_has_not_answered_gets_the_common_adapter() -> None:
     assert set(second.mixtures) == set(second.trials) == {"d1"}
     own = second.rows[1]
     assert own[0] > own[1] > own[3] and own[2] == 0  # nobody has tried d2's
-    np.testing.assert_allclose(own[0] / own[1], np.exp(4.0))  # 0.4 nats at a temperature of 0.1
+    np.testing.assert_allclose(own[0] / own[1], np.e)  # 0.4 nats at a temperature of 0.4
     shares = np.array([second.common.weights[d] for d in second.devices])
     np.testing.assert_allclose(second.rows[[0, 2, 3]], [shares] * 3)
 
@@ -137,15 +137,33 @@ def test_predictions_are_compared_among_those_who_sent_them() -> None:
 
 def test_a_temperature_moves_to_where_the_trust_split_does_better() -> None:
     start = Temperature()
-    assert start.trial.value("trust-validation") == 0.05
-    assert start.after(2.0, 1.9) == Temperature(-1, -1)
-    assert start.after(2.0, 2.1) == Temperature(0, 1)
-    assert start.after(2.0, 2.1).after(2.0, 1.9) == Temperature(1, 1)
-    hot = Temperature(FURTHEST - 1, 1).after(2.0, 1.9)
-    assert hot == Temperature(FURTHEST, -1)
+    assert start.trial.value("trust-validation") == 0.8
+    assert start.after(2.0, 1.9) == Temperature(1, -1)
+    assert start.after(2.0, 2.1) == Temperature(0, -1)
+    assert start.after(2.0, 2.1).after(2.0, 1.9) == Temperature(-1, 1)
+    assert Temperature(FURTHEST, 1).after(2.0, 1.9) == Temperature(FURTHEST, -1)
     answers = {"d0": Answer(received=2.0, trial=1.0, candidates={"d1": 1.0})}
     found = by_validation(full_round(), answers, TrustState())
-    assert found.temperatures == {"d0": 0.05}
+    assert found.temperatures == {"d0": 0.8}
+
+
+def test_the_sharper_of_two_temperatures_has_to_win_clearly() -> None:
+    flatter, sharper = Temperature(0, 1), Temperature(0, -1)
+    assert flatter.after(2.0, 2.01) == Temperature(1, -1)  # half a percent worse, and flatter
+    assert sharper.after(2.0, 1.99) == Temperature(0, 1)  # half a percent better is not enough
+    assert sharper.after(2.0, 1.9) == Temperature(-1, 1)
+
+
+def test_after_the_last_round_a_sharper_mixture_is_there_to_keep() -> None:
+    view = full_round()
+    answers = {"d1": Answer(received=2.0, own=1.9, candidates={"d0": 1.5, "d3": 2.5})}
+    last = personal_round(
+        "trust-validation", view, answers, {}, TrustState(), AUTO, version=3, last=True
+    )
+    assert last.candidates == {}
+    fixed = TrustSettings(temperature=0.1)
+    sharper = personal_round("trust-validation", view, answers, {}, TrustState(), fixed, version=3)
+    assert distance(last.trials["d1"], sharper.mixtures["d1"]) < 1e-4
 
 
 def test_candidates_are_those_offered_longest_ago() -> None:

@@ -81,11 +81,11 @@ def test_by_weights_those_who_are_alike_share(fleet_of: Begin) -> None:
     assert third.personal == dict.fromkeys(EVERYBODY, 3)
     start = START["trust-weights"]
     assert fleet.trust(1)["temperatures"] == dict.fromkeys(EVERYBODY, start)
-    assert fleet.trust(2)["temperatures"] == dict.fromkeys(EVERYBODY, start / 2), "the trial won"
+    assert fleet.trust(2)["temperatures"] == dict.fromkeys(EVERYBODY, 2 * start), "the trial won"
     assert apart(attic.adapter(Place("trial", 3, "attic")), attic.adapter(common(3))) > 0
     fleet.run_rounds(3)
     last = attic.manifest(common(4))
-    assert last is not None and (last.trials, last.candidates) == ([], 0)
+    assert last is not None and (last.trials, last.candidates) == (list(EVERYBODY), 0)
     assert fleet.aggregators[0].wait() == 0
     kept = {place.version for place in fleet.store().issued.places() if place.kind == "personal"}
     assert kept == {2, 3, 4}
