@@ -39,7 +39,7 @@ class FoldingTrainer(TorchTrainer):
         super().load(trained, None, plan)
 
     def _put(self, name: str, adapter: Adapter | None, dtype: torch.dtype) -> None:
-        """Fill PEFT's layers anew if they are there; what is not loaded stays, and is not active."""
+        """Fill PEFT's layers anew if they are there; without an adapter they are not active."""
         if adapter is None or adapter.rank == 0:
             return
         if name != TRAINED or not self._layers:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import base_tiny
 from benchmarks.quality import demo
-from benchmarks.quality.arms import ARMS, Schedule
+from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
 from benchmarks.quality.datasets import read_devices
+from benchmarks.quality.report import Sheet, show, write
 from benchmarks.quality.store import Case, best_rate
 from benchmarks.simulation import Setting, Simulation
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate")
     parser.add_argument("--report", action="store_true", help="run nothing, show what there is")
+    parser.add_argument("--out", type=Path, help="write tables and pictures to this folder too")
     options = parser.parse_args()
     if options.data is None:
         demo.run(options.seeds or [0, 1, 2], quick=options.quick)
@@ -37,10 +39,15 @@ def main() -> None:
     if strange := [name for name in options.arms if name not in ARMS]:
         parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
     seeds = options.seeds or [0, 1, 2, 3, 4]
-    for seed in seeds[:1] if options.quick else seeds:
-        for dataset in options.datasets:
-            for model in options.models:
-                Bench(options.data, dataset, model).run(options.arms, seed, options.quick)
+    benches = [Bench(options.data, d, m) for m in options.models for d in options.datasets]
+    if not options.report:
+        for seed in seeds[:1] if options.quick else seeds:
+            for bench in benches:
+                bench.run(options.arms, seed, options.quick)
+    sheets = [bench.sheet(options.arms, seeds) for bench in benches]
+    show(sheets)
+    if options.out:
+        write(sheets, options.out)
 
 
 class Bench:
@@ -54,16 +61,30 @@ class Bench:
     def run(self, arms: Sequence[str], seed: int, quick: bool) -> None:
         """Run arms on one seed; the rate is the one that is best on the trust splits of seed 0."""
         for arm in arms:
-            start = ARMS[arm].start
-            fixed = quick or ARMS[arm].kind == "base"
-            rate = start if fixed else best_rate(lambda r, a=arm: self._trust(a, r), start)
-            self._loss(arm, seed, rate)
+            rate = ARMS[arm].start
+            if not quick and ARMS[arm].kind != "base":
+                rate = best_rate(partial(self._trust, arm, 0), rate)
+            self._trust(arm, seed, rate)
 
-    def _trust(self, arm: str, rate: float) -> float:
-        return self._loss(arm, 0, rate)
+    def sheet(self, arms: Sequence[str], seeds: Sequence[int]) -> Sheet:
+        """Return what there is of arms and seeds, each arm at its best rate of seed 0."""
+        found: dict[str, dict[int, tuple[float, Result]]] = {}
+        for arm in arms:
+            cases = [self._case(arm, seeds[0], rate) for rate in GRID]
+            done = {case.rate: result for case in cases if (result := case.read())}
+            if not done:
+                continue
+            rate = min(done, key=lambda r, done=done: done[r].trust)  # type: ignore[misc]
+            results = {seed: self._case(arm, seed, rate).read() for seed in seeds}
+            found[arm] = {s: (rate, result) for s, result in results.items() if result}
+        return Sheet(self._dataset, self._model, found)
 
-    def _loss(self, arm: str, seed: int, rate: float) -> float:
-        case = Case(self._dataset, self._model, arm, seed, rate, self._schedule)
+    def _case(self, arm: str, seed: int, rate: float) -> Case:
+        return Case(self._dataset, self._model, arm, seed, rate, self._schedule)
+
+    def _trust(self, arm: str, seed: int, rate: float) -> float:
+        """Run one case if it has not been, and return its loss on the trust splits."""
+        case = self._case(arm, seed, rate)
         found = case.read()
         if found is None:
             found = ARMS[arm].run(self._fleet(seed), self._schedule, rate)

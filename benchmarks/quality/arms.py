@@ -219,3 +219,7 @@ def _arms() -> dict[str, Arm]:
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(_arms())
+DEFAULT = "anchored, rotating, by rank"
+"""What a job does by default, without pruning."""
+LARGEST = f"all at rank {max(RANKS)}"
+"""The bound: what no fleet of these devices could run."""

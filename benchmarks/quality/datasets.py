@@ -92,12 +92,13 @@ def cut_devices(
             f"here are {len(usable)}"
         )
     known = {example.payload for rows in train.values() for example in rows}
-    devices = []
+    devices: list[SimulatedDevice] = []
     for domain in usable[:wanted]:
         order = random.Random(f"{seed} {domain}")
         held_out = [example for example in test[domain] if example.payload not in known]
-        parts = zip(_dealt(train[domain], per_domain, order), _dealt(held_out, per_domain, order))
-        for part, (rows, guarded) in enumerate(parts):
+        hands = _dealt(train[domain], per_domain, order)
+        guarded_hands = _dealt(held_out, per_domain, order)
+        for part, (rows, guarded) in enumerate(zip(hands, guarded_hands, strict=True)):
             trust = _share(rows, TRUST_SHARE)
             name = f"{_slug(domain)}-{part}"
             splits = Splits(rows[trust:], rows[:trust], guarded)

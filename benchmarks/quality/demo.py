@@ -102,8 +102,10 @@ def run(seeds: Sequence[int], *, quick: bool) -> None:
     for heading in ("arm", "mean", "seeds", "learning rates"):
         table.add_column(heading)
     for name, found in rows.items():
-        seeds = " ".join(f"{loss:.3f}" for _, loss in found)
-        table.add_row(name, f"{means[name]:.3f}", seeds, " ".join(f"{rate:g}" for rate, _ in found))
+        losses = " ".join(f"{loss:.3f}" for _, loss in found)
+        table.add_row(
+            name, f"{means[name]:.3f}", losses, " ".join(f"{rate:g}" for rate, _ in found)
+        )
     Console().print(table)
     merged = means["anchored"]
     write_claims(
