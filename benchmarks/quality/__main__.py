@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=tuple(ARMS), metavar="ARM")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate")
+    parser.add_argument(
+        "--no-search", action="store_true", help="give each arm the rate its search starts at"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, show what there is")
     parser.add_argument("--out", type=Path, help="write tables and pictures to this folder too")
     options = parser.parse_args()
@@ -43,7 +46,7 @@ def main() -> None:
     if not options.report:
         for seed in seeds[:1] if options.quick else seeds:
             for bench in benches:
-                bench.run(options.arms, seed, options.quick)
+                bench.run(options.arms, seed, search=not (options.no_search or options.quick))
     sheets = [bench.sheet(options.arms, seeds) for bench in benches]
     show(sheets)
     if options.out:
@@ -58,11 +61,11 @@ class Bench:
         self._schedule = Schedule()
         self._fleets: dict[int, Simulation] = {}
 
-    def run(self, arms: Sequence[str], seed: int, quick: bool) -> None:
+    def run(self, arms: Sequence[str], seed: int, *, search: bool) -> None:
         """Run arms on one seed; the rate is the one that is best on the trust splits of seed 0."""
         for arm in arms:
             rate = ARMS[arm].start
-            if not quick and ARMS[arm].kind != "base":
+            if search and ARMS[arm].kind != "base":
                 rate = best_rate(partial(self._trust, arm, 0), rate)
             self._trust(arm, seed, rate)
 
