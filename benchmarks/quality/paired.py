@@ -29,11 +29,13 @@ class Interval:
 class Comparison:
     """Hold by how much one arm is above another over the seeds of both: below 0 it is better.
 
-    `percent` is the mean of the difference in parts of the other's mean.
+    `percent` and `percent_half` are the difference and the half width of its interval, in
+    hundredths of the other's mean.
     """
 
     difference: Interval
     percent: float
+    percent_half: float
     wins: int
 
     @property
@@ -42,8 +44,9 @@ class Comparison:
         return abs(self.difference.mean) > self.difference.half
 
     def __str__(self) -> str:
-        """Return it as "-1.2 % (5 of 5)"."""
-        return f"{self.percent:+.1f} % ({self.wins} of {self.difference.count})"
+        """Return it as "-1.2 ± 0.3 % (5 of 5)": what it is, its interval, how often it won."""
+        half = f" ± {self.percent_half:.1f}" if self.difference.count > 1 else ""
+        return f"{self.percent:+.1f}{half} % ({self.wins} of {self.difference.count})"
 
 
 def interval(values: Mapping[int, float]) -> Interval:
@@ -62,7 +65,6 @@ def compare(losses: Mapping[int, float], other: Mapping[int, float]) -> Comparis
     if not both:
         return None
     difference = interval({seed: losses[seed] - other[seed] for seed in both})
-    mean = fmean(other[seed] for seed in both)
-    return Comparison(
-        difference, 100 * difference.mean / mean, sum(losses[s] < other[s] for s in both)
-    )
+    unit = fmean(other[seed] for seed in both) / 100
+    wins = sum(losses[seed] < other[seed] for seed in both)
+    return Comparison(difference, difference.mean / unit, difference.half / unit, wins)

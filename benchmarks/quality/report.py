@@ -51,7 +51,10 @@ class Sheet:
         for arm in arms:
             loss = interval(self.losses(arm))
             rates = sorted({rate for rate, _ in self.found[arm].values()})
-            others = (self.against(arm, other) for other in (DEFAULT, LOCAL, LARGEST))
+            others = (
+                None if arm == other else self.against(arm, other)
+                for other in (DEFAULT, LOCAL, LARGEST)
+            )
             yield (
                 arm,
                 str(loss),

@@ -29,8 +29,11 @@ class Case:
     @property
     def path(self) -> Path:
         """The file of its result."""
-        settled = {"arm": asdict(ARMS[self.arm]), "schedule": asdict(self.schedule)}
-        settled["arm"].pop("start")
+        arm_fields = asdict(ARMS[self.arm])
+        arm_fields.pop("start")
+        # Only what is set: a setting that arms get later, and do not use, changes no name.
+        arm_fields = {name: value for name, value in arm_fields.items() if value}
+        settled = {"arm": arm_fields, "schedule": asdict(self.schedule)}
         digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()[:8]
         arm = re.sub(r"[^a-z0-9.]+", "-", self.arm)
         name = f"{self.dataset}.{self.model}.{arm}.s{self.seed}.r{self.rate:g}.{digest}.json"
