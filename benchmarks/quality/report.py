@@ -125,14 +125,14 @@ def _claim(claim: str, found: Comparison, target: str, met: bool) -> Claim:
     return Claim(claim, str(found), target, met)
 
 
-CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation")
+CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation, adapted")
 
 
 def write(sheets: Sequence[Sheet], folder: Path) -> None:
     """Write the tables as markdown and a picture for each sheet."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.md").write_text(as_markdown(sheets))
-    for sheet in sheets:
+    for sheet in (sheet for sheet in sheets if not sheet.found.keys().isdisjoint(CURVES)):
         draw(sheet, folder / f"quality-{sheet.dataset}-{sheet.model}.svg")
 
 
@@ -145,9 +145,7 @@ def draw(sheet: Sheet, path: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "tunefleet"  # the same numbers give the same file
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for arm in (*CURVES, "trust-validation, adapted"):
-        if arm not in sheet.found:
-            continue
+    for arm in (arm for arm in CURVES if arm in sheet.found):
         curves = [result.curve for _, result in sheet.found[arm].values()]
         mean = [sum(column) / len(column) for column in zip(*curves, strict=True)]
         axes.plot(range(1, len(mean) + 1), mean, label=arm, marker=".")
