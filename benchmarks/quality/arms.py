@@ -182,6 +182,7 @@ def _arms() -> dict[str, Arm]:
         f"all at rank {smallest}": _rule("anchored", rank=smallest),
         f"all at rank {largest}": _rule("anchored", rank=largest),
         "fedavg": _rule("fedavg"),
+        f"fedavg, all at rank {largest}": _rule("fedavg", rank=largest),
         "hetlora": _rule("hetlora", {**PUBLISHED, "pruning": pruning}),
         "flexlora": _rule("flexlora"),
         "segment": _rule("segment"),

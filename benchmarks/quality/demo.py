@@ -67,9 +67,9 @@ def arms(fleet: Simulation) -> dict[str, Callable[[float], Losses]]:
         return run
 
     def alone(rate: float) -> Losses:
-        adapters = {d: fleet.alone(job(rate), d) for d in fleet.devices}
+        adapters = [(fleet.alone(job(rate), device), device) for device in fleet.devices]
         trust, held_out = (
-            fmean(fleet.loss(adapter, device, split) for device, adapter in adapters.items())
+            fmean(fleet.loss(adapter, device, split) for adapter, device in adapters)
             for split in ("trust", "held_out")
         )
         return trust, held_out

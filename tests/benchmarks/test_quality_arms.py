@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from base_tiny import PATH
+from benchmarks.quality import demo
 from benchmarks.quality.arms import ARMS, DEFAULT, LARGEST, Schedule
 from benchmarks.quality.store import Case
 from benchmarks.simulation import Setting, SimulatedDevice, Simulation
@@ -61,3 +62,11 @@ def test_a_result_is_read_back_only_for_the_same_run(tmp_path, monkeypatch, flee
     assert case.read() == result
     assert Case("made", "base-tiny", "base", 0, 1e-3, Schedule()).read() is None
     assert Case("made", "base-tiny", "base", 1, 1e-3, SCHEDULE).read() is None
+
+
+def test_each_arm_of_the_demo_gives_two_losses(fleet, monkeypatch):
+    monkeypatch.setattr(demo, "DEMO_TRAINING", {"steps": 1, "tokens_per_step": 32})
+    for arm in demo.arms(fleet).values():
+        trust, held_out = arm(2e-3)
+        assert 0 < trust < 20
+        assert 0 < held_out < 20
