@@ -207,6 +207,10 @@ def _arms() -> dict[str, Arm]:
     arms["trust-validation, adapted, last round's losses"] = _trusting(
         Trust("validation", 0.1, stale=True, adapt=True)
     )
+    for temperature in (0.4, 1.6):
+        arms[f"trust-validation, adapted from {temperature}"] = _trusting(
+            Trust("validation", temperature, adapt=True)
+        )
     for name, settings in {
         "balanced split": {"split": "balanced"},
         "momentum 0.3": {"momentum": 0.3},
