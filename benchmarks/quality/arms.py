@@ -207,7 +207,11 @@ def _arms() -> dict[str, Arm]:
     arms["trust-validation, adapted, last round's losses"] = _trusting(
         Trust("validation", 0.1, stale=True, adapt=True)
     )
-    for temperature in (0.4, 1.6):
+    for temperature in (0.2, 0.4, 0.8):
+        arms[f"trust-validation at {temperature}, finish"] = _trusting(
+            Trust("validation", temperature, finish=True)
+        )
+    for temperature in (0.4,):
         arms[f"trust-validation, adapted from {temperature}"] = _trusting(
             Trust("validation", temperature, adapt=True)
         )

@@ -34,6 +34,8 @@ from protocol.adapter import Adapter, initial_adapter
 from protocol.messages import Job
 
 TOP_LOGITS = 100
+FINISH = (1.0, 0.5, 0.25, 0.125)
+"""Parts of the temperature."""
 PROBE_ROWS = 4
 """Rows of the public probe: here one of the trust split of every second device."""
 
@@ -44,13 +46,16 @@ class Trust:
 
     `stale` scores validation by the adapters of the round before, as devices that have not seen
     this round's can, instead of this round's own. `adapt` lets every device move its temperature
-    by factors of two to where the merged adapter does better on its trust split.
+    by factors of two to where the merged adapter does better on its trust split. `finish` lets it
+    choose the temperature of the last merge alone, out of those of `FINISH`: what is best to use is
+    sharper than what is best to train on from.
     """
 
     strategy: Literal["weights", "validation", "predictions"]
     temperature: float
     stale: bool = False
     adapt: bool = False
+    finish: bool = False
 
 
 class PersonalRun:
@@ -73,7 +78,9 @@ class PersonalRun:
             )
             scores = self._scores([update.adapter for update in full])
             if self._trust.adapt:
-                self._adapt(view, scores, number)
+                self._choose(view, scores, (1.0, 2.0 if number % 2 else 0.5))
+            elif self._trust.finish and number == self._job.rounds:
+                self._choose(view, scores, FINISH)
             else:
                 self.held = self._merged(view, scores, self.temperatures)
             on_round(number, self.loss("trust"))
@@ -111,15 +118,15 @@ class PersonalRun:
         rows = softmax_rows(scores / temperatures[:, None])
         return [rounded(adapter, self._job) for adapter in personal(view, rows)]
 
-    def _adapt(self, view: RoundView, scores: Float64Array, number: int) -> None:
-        """Merge at each device's temperature and a neighbour of it; each keeps the better."""
-        neighbours = self.temperatures * (2.0 if number % 2 else 0.5)
-        choices = [self._merged(view, scores, t) for t in (self.temperatures, neighbours)]
+    def _choose(self, view: RoundView, scores: Float64Array, factors: tuple[float, ...]) -> None:
+        """Merge at several temperatures; each device takes the one best on its trust split."""
+        temperatures = [self.temperatures * factor for factor in factors]
+        choices = [self._merged(view, scores, t) for t in temperatures]
         for k, device in enumerate(self._fleet.devices):
-            stay, move = (self._fleet.loss(choice[k], device, "trust") for choice in choices)
-            self.held[k] = choices[move < stay][k]
-            if move < stay:
-                self.temperatures[k] = neighbours[k]
+            losses = [self._fleet.loss(choice[k], device, "trust") for choice in choices]
+            best = int(np.argmin(losses))
+            self.held[k] = choices[best][k]
+            self.temperatures[k] = temperatures[best][k]
 
     @torch.no_grad()
     def _probe(self, adapter: Adapter) -> TopLogits:

@@ -91,14 +91,24 @@ def show(sheets: Sequence[Sheet]) -> None:
     )
 
 
+TITLE = """# Rules on real text: tables
+
+Written by `python -m benchmarks.quality --data DIR --report --out docs/quality`; what the arms are is in
+`benchmarks/quality/arms.py`, what follows from them in [results.md](../results.md). Losses are nats a
+token on held-out text, means over devices and seeds with their 95 % t-interval. "To the default" and so
+on: by how much the arm is above it over the seeds of both, with the interval of the paired difference
+and in how many seeds it is below.
+"""
+
+
 def as_markdown(sheets: Sequence[Sheet]) -> str:
-    """Return the tables for docs/results.md."""
+    """Return the tables as a page of the docs."""
     parts = []
     for sheet in sheets:
         lines = [HEADINGS, ["---"] * len(HEADINGS), *sheet.rows()]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"### {sheet.dataset}, {sheet.model}\n\n{table}\n")
-    return "\n".join(parts)
+    return "\n".join((TITLE, *parts))
 
 
 def claims(sheet: Sheet) -> Iterator[Claim]:
@@ -131,9 +141,9 @@ CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation, ada
 def write(sheets: Sequence[Sheet], folder: Path) -> None:
     """Write the tables as markdown and a picture for each sheet."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "quality.md").write_text(as_markdown(sheets))
+    (folder / "tables.md").write_text(as_markdown(sheets))
     for sheet in (sheet for sheet in sheets if not sheet.found.keys().isdisjoint(CURVES)):
-        draw(sheet, folder / f"quality-{sheet.dataset}-{sheet.model}.svg")
+        draw(sheet, folder / f"{sheet.dataset}-{sheet.model}.svg")
 
 
 def draw(sheet: Sheet, path: Path) -> None:

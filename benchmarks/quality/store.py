@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.claims import FOLDER
 from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
@@ -32,7 +33,7 @@ class Case:
         arm_fields = asdict(ARMS[self.arm])
         arm_fields.pop("start")
         # Only what is set: a setting that arms get later, and do not use, changes no name.
-        arm_fields = {name: value for name, value in arm_fields.items() if value}
+        arm_fields = {name: _set(value) for name, value in arm_fields.items() if value}
         settled = {"arm": arm_fields, "schedule": asdict(self.schedule)}
         digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()[:8]
         arm = re.sub(r"[^a-z0-9.]+", "-", self.arm)
@@ -52,6 +53,10 @@ class Case:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(asdict(result)))
         part.replace(self.path)
+
+
+def _set(value: Any) -> Any:
+    return {n: v for n, v in value.items() if v} if isinstance(value, dict) else value
 
 
 def best_rate(loss: Callable[[float], float], start: float) -> float:
