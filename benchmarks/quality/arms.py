@@ -207,10 +207,16 @@ def _arms() -> dict[str, Arm]:
     arms["trust-validation, adapted, last round's losses"] = _trusting(
         Trust("validation", 0.1, stale=True, adapt=True)
     )
-    for temperature in (0.2, 0.4, 0.8):
+    for temperature in (0.2, 0.4, 0.8, 1.6):
         arms[f"trust-validation at {temperature}, finish"] = _trusting(
             Trust("validation", temperature, finish=True)
         )
+    arms["trust-validation, patient"] = _trusting(
+        Trust("validation", 0.4, adapt=True, finish=True, patience=0.01)
+    )
+    arms["trust-validation, patient, last round's losses"] = _trusting(
+        Trust("validation", 0.4, stale=True, adapt=True, finish=True, patience=0.01)
+    )
     for temperature in (0.4,):
         arms[f"trust-validation, adapted from {temperature}"] = _trusting(
             Trust("validation", temperature, adapt=True)

@@ -48,7 +48,8 @@ class Trust:
     this round's can, instead of this round's own. `adapt` lets every device move its temperature
     by factors of two to where the merged adapter does better on its trust split. `finish` lets it
     choose the temperature of the last merge alone, out of those of `FINISH`: what is best to use is
-    sharper than what is best to train on from.
+    sharper than what is best to train on from. For the same reason `patience` prefers the flatter
+    of two temperatures unless the sharper is better by more than that part of the loss.
     """
 
     strategy: Literal["weights", "validation", "predictions"]
@@ -56,6 +57,7 @@ class Trust:
     stale: bool = False
     adapt: bool = False
     finish: bool = False
+    patience: float = 0.0
 
 
 class PersonalRun:
@@ -77,10 +79,11 @@ class PersonalRun:
                 self.held[0], full, self._job.base.modules, self._job.rank, self._job.seed + number
             )
             scores = self._scores([update.adapter for update in full])
-            if self._trust.adapt:
-                self._choose(view, scores, (1.0, 2.0 if number % 2 else 0.5))
-            elif self._trust.finish and number == self._job.rounds:
-                self._choose(view, scores, FINISH)
+            if self._trust.finish and number == self._job.rounds:
+                self._choose(view, scores, FINISH, 0.0)
+            elif self._trust.adapt:
+                neighbour = 2.0 if number % 2 else 0.5
+                self._choose(view, scores, (1.0, neighbour), self._trust.patience)
             else:
                 self.held = self._merged(view, scores, self.temperatures)
             on_round(number, self.loss("trust"))
@@ -118,13 +121,18 @@ class PersonalRun:
         rows = softmax_rows(scores / temperatures[:, None])
         return [rounded(adapter, self._job) for adapter in personal(view, rows)]
 
-    def _choose(self, view: RoundView, scores: Float64Array, factors: tuple[float, ...]) -> None:
-        """Merge at several temperatures; each device takes the one best on its trust split."""
-        temperatures = [self.temperatures * factor for factor in factors]
+    def _choose(
+        self, view: RoundView, scores: Float64Array, factors: tuple[float, ...], patience: float
+    ) -> None:
+        """Merge at several temperatures; each device takes the one best on its trust split.
+
+        That is the flattest whose loss is no more than the part `patience` above the least.
+        """
+        temperatures = [self.temperatures * factor for factor in sorted(factors, reverse=True)]
         choices = [self._merged(view, scores, t) for t in temperatures]
         for k, device in enumerate(self._fleet.devices):
             losses = [self._fleet.loss(choice[k], device, "trust") for choice in choices]
-            best = int(np.argmin(losses))
+            best = int(np.argmax(np.array(losses) <= (1 + patience) * min(losses)))  # the first
             self.held[k] = choices[best][k]
             self.temperatures[k] = temperatures[best][k]
 
