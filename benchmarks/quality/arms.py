@@ -217,10 +217,6 @@ def _arms() -> dict[str, Arm]:
     arms["trust-validation, patient, last round's losses"] = _trusting(
         Trust("validation", 0.4, stale=True, adapt=True, finish=True, patience=0.01)
     )
-    for temperature in (0.4,):
-        arms[f"trust-validation, adapted from {temperature}"] = _trusting(
-            Trust("validation", temperature, adapt=True)
-        )
     for name, settings in {
         "balanced split": {"split": "balanced"},
         "momentum 0.3": {"momentum": 0.3},

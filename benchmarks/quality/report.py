@@ -135,7 +135,7 @@ def _claim(claim: str, found: Comparison, target: str, met: bool) -> Claim:
     return Claim(claim, str(found), target, met)
 
 
-CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation, adapted")
+CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation, patient")
 
 
 def write(sheets: Sequence[Sheet], folder: Path) -> None:
