@@ -37,13 +37,15 @@ class Sheet:
         return compare(self.losses(arm), self.losses(other))
 
     def best(self, kind: str) -> str | None:
-        """Return the arm of a kind with the least loss on the trust splits."""
-        arms = [a for a in self.found if ARMS[a].kind == kind and ARMS[a].rank is None]
-        return min(arms, key=self._trust, default=None)
+        """Return the arm of a kind with the least loss on the trust splits.
 
-    def _trust(self, arm: str) -> float:
-        results = [result.trust for _, result in self.found[arm].values()]
-        return sum(results) / len(results)
+        Over the seeds that all its arms have, so that none gains by an easier seed.
+        """
+        arms = [a for a in self.found if ARMS[a].kind == kind and ARMS[a].rank is None]
+        seeds = set.intersection(*(set(self.found[arm]) for arm in arms)) if arms else set()
+        if not seeds:
+            return None
+        return min(arms, key=lambda arm: sum(self.found[arm][seed][1].trust for seed in seeds))
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield a line of the table for each arm: best last."""
