@@ -16,9 +16,10 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.claims import Claim, write_claims
-from benchmarks.quality import best, demo_simulation
+from benchmarks.quality.demo import best, demo_simulation
 from benchmarks.simulation import Simulation
 from device_profiles.replay import DEMO_TRAINING
+from protocol.adapter import Adapter
 from protocol.layers import block_count
 from protocol.messages import Job
 
@@ -67,7 +68,9 @@ def main() -> None:
     rate, loss = federated(ROUNDS, "both")
     show("shared", loss, f"at {rate:g}")
     chosen = job(fleet, rate)
-    versions, each = list(fleet.versions(chosen)), chosen.training.steps
+    versions: list[Adapter] = []
+    fleet.federated(chosen, on_round=lambda _, shared: versions.append(shared))
+    each = chosen.training.steps
     last = versions[-1:]
     for arm, beside, steps in (
         (PRIVATE, last, each * ROUNDS),
@@ -77,8 +80,10 @@ def main() -> None:
         mixed = fleet.mixed(chosen, PRIVATE_RANK, beside, steps).values()
         weights = ", ".join(f"{weight:g}" for weight, _ in mixed)
         show(arm, fmean(loss for _, loss in mixed), f"weights {weights}")
-    show("local only, as many steps", fleet.alone(chosen)[1])
-    show("local only, twice as many steps", fleet.alone(job(fleet, rate, 2 * ROUNDS))[1])
+    for times, said in ((1, "as many"), (2, "twice as many")):
+        own = job(fleet, rate, times * ROUNDS)
+        losses = [fleet.loss(fleet.alone(own, device), device) for device in fleet.devices]
+        show(f"local only, {said} steps", fmean(losses))
     for rounds in (ROUNDS, 2 * ROUNDS):
         rate, loss = federated(rounds, "alternating")
         show(f"alternating factors, {rounds} rounds", loss, f"at {rate:g}")

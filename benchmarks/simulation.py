@@ -7,19 +7,19 @@ would on the wire.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from aggregator.merge import RoundView, Update, merge
+from benchmarks.folding import FoldingTrainer
 from edge_client.data import (
     BatchStream,
+    Splits,
     evaluation_batches,
     pack,
-    read_examples,
-    split_examples,
     tokenize,
 )
 from edge_client.learner import learn, learning_rate
@@ -27,7 +27,6 @@ from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.model import load_tokenizer
 from edge_client.plan import Plan
 from edge_client.trainer.base import TrainReport
-from edge_client.trainer.torch_trainer import TorchTrainer
 from protocol.adapter import (
     Adapter,
     Factors,
@@ -42,38 +41,55 @@ from protocol.messages import BaseModelInfo, Job, Training
 from protocol.tensors import round_trip
 
 NOTHING = Adapter({}, 1.0)
+OnRound = Callable[[int, Adapter], None]
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedDevice:
-    """One device: its rank and its text."""
+    """One device: its rank, the most directions it holds, and its text."""
 
     name: str
     rank: int
     held: int
-    data: tuple[Path, ...]
+    splits: Splits
     blocks: int = 0
     """The last so many are trained; 0: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How devices train, and how many rows a loss is measured on."""
+
+    max_tokens: int = 256
+    micro_batch: int = 1
+    most_rows: Mapping[str, int] = field(default_factory=dict)
+    """By split; all rows of a split that is not named."""
 
 
 class Simulation:
     """Hold one base model and the rows of a fleet's devices."""
 
     def __init__(
-        self, model: Path, devices: Sequence[SimulatedDevice], *, seed: int, max_tokens: int = 256
+        self,
+        model: Path,
+        devices: Sequence[SimulatedDevice],
+        *,
+        seed: int,
+        setting: Setting | None = None,
     ) -> None:
         self.devices = devices
-        self._seed = seed
-        self._trainer = TorchTrainer(model, dtype="bf16", threads=1)
-        self._plan = Plan(1, 1, 1, max_tokens, False, "bf16", 1, 0.0, 0.0)
+        self.seed = seed
+        self.setting = setting = setting or Setting()
+        self.trainer = FoldingTrainer(model, threads=1)
+        tokens = setting.max_tokens
+        self._plan = Plan(1, 1, setting.micro_batch, tokens, False, "f32", 1, 0.0, 0.0)
         tokenizer = load_tokenizer(model)
         self._rows: dict[str, dict[str, Any]] = {}
         for device in devices:
-            splits = split_examples(read_examples(device.data).examples, seed=seed)
             self._rows[device.name] = {
                 name: pack(
-                    tokenize(getattr(splits, name), tokenizer, max_tokens=max_tokens),
-                    max_tokens,
+                    tokenize(getattr(device.splits, name), tokenizer, max_tokens=tokens),
+                    tokens,
                     seed=seed,
                 )
                 for name in ("train", "trust", "held_out")
@@ -82,48 +98,75 @@ class Simulation:
     def job(self, **settings: Any) -> Job:
         """Return a job for the simulated base."""
         base = BaseModelInfo(
-            name="simulated", sha256="0" * 64, parameters=1, modules=dict(self._trainer.shapes)
+            name="simulated", sha256="0" * 64, parameters=1, modules=dict(self.trainer.shapes)
         )
-        fields = {"job": "simulation", "base": base, "scale": 2.0, "seed": self._seed, **settings}
+        # Rotating directions are drawn from the job's name.
+        name = f"simulation-{self.seed}"
+        fields = {"job": name, "base": base, "scale": 2.0, "seed": self.seed, **settings}
         return Job.model_validate(fields)
 
+    def with_rank(self, rank: int) -> list[SimulatedDevice]:
+        """Return the devices as if all could train `rank` directions."""
+        return [replace(device, rank=rank, held=rank) for device in self.devices]
+
+    # ---- losses, nats a token ---------------------------------------------------------------
+
     def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> dict[str, float]:
-        """Return the loss of every device on a split, nats a token."""
-        self._trainer.load(NOTHING, adapter, self._plan)
+        """Return the loss of one adapter on every device's split."""
+        self.trainer.load(NOTHING, adapter, self._plan)
         return {device.name: self._loss(device, split) for device in self.devices}
+
+    def loss(self, adapter: Adapter, device: SimulatedDevice, split: str = "held_out") -> float:
+        """Return the loss of an adapter on one device's split."""
+        self.trainer.load(NOTHING, adapter, self._plan)
+        return self._loss(device, split)
 
     def losses(self, adapter: Adapter | None) -> tuple[float, float]:
         """Return the mean loss over devices on the trust and on the held-out split."""
         trust, held_out = self.evaluate(adapter, "trust"), self.evaluate(adapter)
         return fmean(trust.values()), fmean(held_out.values())
 
-    def federated(self, job: Job) -> Adapter:
-        """Run a job to its end; return the shared adapter."""
-        *_, last = self.versions(job)
-        return last
+    def batches(self, device: SimulatedDevice, split: str) -> list[Any]:
+        """Return the batches on which a loss is measured."""
+        rows = self._rows[device.name][split][: self.setting.most_rows.get(split)]
+        return list(evaluation_batches(rows, max(4, self.setting.micro_batch)))
 
-    def versions(self, job: Job) -> Iterator[Adapter]:
-        """Run a job; yield the shared adapter as each round leaves it."""
-        streams = {d.name: self._stream(d) for d in self.devices}
-        ranks = {d.name: d.rank for d in self.devices}
+    def _loss(self, device: SimulatedDevice, split: str) -> float:
+        return self.trainer.evaluate(self.batches(device, split))
+
+    # ---- training ---------------------------------------------------------------------------
+
+    def federated(
+        self,
+        job: Job,
+        *,
+        devices: Sequence[SimulatedDevice] | None = None,
+        on_round: OnRound | None = None,
+    ) -> Adapter:
+        """Run a job to its end; return the shared adapter."""
+        fleet = self.devices if devices is None else devices
+        streams = {d.name: self.stream(d) for d in fleet}
+        ranks = {d.name: d.rank for d in fleet}
         shared = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
+        memory = None
         for number in range(1, job.rounds + 1):
             updates = []
-            for device in self.devices:
-                update, ranks[device.name] = self._round(
+            for device in fleet:
+                update, ranks[device.name] = self.round(
                     job, device, ranks[device.name], shared, number, streams[device.name]
                 )
                 updates.append(update)
+            trained = trained_factors(job.training.factors, number)
             view = RoundView(
-                shared,
-                updates,
-                job.base.modules,
-                job.rank,
-                job.seed + number,
-                trained=trained_factors(job.training.factors, number),
+                shared, updates, job.base.modules, job.rank, job.seed + number, trained=trained
             )
-            shared = _rounded(merge(job.rule, view, settings=job.rule_settings).adapter, job)
-            yield shared
+            if memory is not None:
+                view = replace(view, memory=memory)
+            merged = merge(job.rule, view, settings=job.rule_settings)
+            shared, memory = rounded(merged.adapter, job), merged.memory
+            if on_round:
+                on_round(number, shared)
+        return shared
 
     def mixed(
         self, job: Job, rank: int, versions: Sequence[Adapter], steps: int
@@ -135,30 +178,37 @@ class Simulation:
         settings = job.training.model_copy(update={"steps": steps})
         found = {}
         for device in self.devices:
-            private, stream = first_private(job, device.name, rank), self._stream(device)
+            private, stream = first_private(job, device.name, rank), self.stream(device)
             for shared in versions:
                 private, _ = self._train(job, private, shared, stream, settings, False)
 
             def loss(weight: float, split: str, of: Adapter = private, d: Any = device) -> float:
-                self._trainer.load(NOTHING, stacked(versions[-1], of, weight), self._plan)
-                return self._loss(d, split)
+                return self.loss(stacked(versions[-1], of, weight), d, split)
 
             _, weight = min((loss(weight, "trust"), weight) for weight in WEIGHTS)
             found[device.name] = weight, loss(weight, "held_out")
         return found
 
-    def alone(self, job: Job) -> tuple[float, float]:
-        """Train every device by itself with the whole job's budget; return `losses` of that."""
+    def alone(
+        self,
+        job: Job,
+        device: SimulatedDevice,
+        on_stage: Callable[[Adapter], None] | None = None,
+    ) -> Adapter:
+        """Train one device by itself with the whole job's budget, in one go.
+
+        `on_stage` sees what it has come to each time it has trained as much as a round does.
+        """
         settings = job.training.model_copy(update={"steps": job.training.steps * job.rounds})
-        losses = []
-        for device in self.devices:
-            start = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
-            start = start.truncated(device.rank)
-            adapter, _ = self._train(job, start, None, self._stream(device), settings, False)
-            self._trainer.load(NOTHING, adapter, self._plan)
-            losses.append([self._loss(device, split) for split in ("trust", "held_out")])
-        trust, held_out = zip(*losses, strict=True)
-        return fmean(trust), fmean(held_out)
+        start = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
+        start = start.truncated(device.rank)
+
+        def on_step(step: int, loss: float) -> None:
+            if on_stage and step % job.training.steps == 0:
+                on_stage(self.trainer.adapter())
+
+        stream = self.stream(device)
+        return self._train(job, start, None, stream, settings, False, on_step=on_step)[0]
 
     def pooled(self, job: Job) -> Adapter:
         """Train one adapter of full rank on all devices' text, as if it lay in one place.
@@ -170,16 +220,15 @@ class Simulation:
         tokens = job.training.tokens_per_step * devices
         settings = job.training.model_copy(update={"steps": steps, "tokens_per_step": tokens})
         start = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
-        stream = BatchStream(everything, 1, seed=self._seed)
+        stream = BatchStream(everything, self.setting.micro_batch, seed=self.seed)
         return self._train(job, start, None, stream, settings, False)[0]
 
-    def _loss(self, device: SimulatedDevice, split: str) -> float:
-        return self._trainer.evaluate(evaluation_batches(self._rows[device.name][split], 4))
+    def stream(self, device: SimulatedDevice) -> BatchStream:
+        """Return a device's training text from its start."""
+        rows = self._rows[device.name]["train"]
+        return BatchStream(rows, self.setting.micro_batch, seed=self.seed)
 
-    def _stream(self, device: SimulatedDevice) -> BatchStream:
-        return BatchStream(self._rows[device.name]["train"], 1, seed=self._seed)
-
-    def _round(
+    def round(
         self,
         job: Job,
         device: SimulatedDevice,
@@ -188,6 +237,7 @@ class Simulation:
         number: int,
         stream: BatchStream,
     ) -> tuple[Update, int]:
+        """Train one device for a round; return its update and the rank it goes on with."""
         held = shared.truncated(max(device.held, rank) if job.remainder == "frozen" else rank)
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
@@ -206,7 +256,7 @@ class Simulation:
             rank=learned.rank,
         )
         directions = only(directions, last_blocks(job.base.modules, device.blocks))
-        absolute = add(select(shared, directions), _rounded(learned.change, job))
+        absolute = add(select(shared, directions), rounded(learned.change, job))
         examples = learned.report.tokens
         return Update(device.name, absolute, dict(directions), examples, {}), learned.rank
 
@@ -219,20 +269,22 @@ class Simulation:
         settings: Training,
         prune: bool,
         factors: Trained = "both",
+        on_step: Callable[[int, float], None] = lambda step, loss: None,
     ) -> tuple[Adapter, TrainReport]:
-        self._trainer.load(trained, frozen, self._plan)
-        report = self._trainer.train(
+        self.trainer.load(trained, frozen, self._plan)
+        report = self.trainer.train(
             stream,
             settings=settings,
             learning_rate=learning_rate(job, trained.rank),
             pruning=job.pruning if prune else None,
-            on_step=lambda step, loss: None,
+            on_step=on_step,
             factors=factors,
         )
-        return self._trainer.adapter(), report
+        return self.trainer.adapter(), report
 
 
-def _rounded(adapter: Adapter, job: Job) -> Adapter:
+def rounded(adapter: Adapter, job: Job) -> Adapter:
+    """Return an adapter as it is after it has travelled."""
     return Adapter(
         {
             name: Factors(

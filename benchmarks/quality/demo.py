@@ -1,4 +1,4 @@
-"""Held-out loss of merge rules against training alone and against all text in one place.
+"""The demo's fleet: merge rules against training alone and against all text in one place.
 
     python -m benchmarks.quality [--quick] [--seeds 0 1 2]
 
@@ -9,7 +9,6 @@ split, in nats a token, as the mean over devices.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from device_profiles.cli import for_rule
 from device_profiles.demo_text import write_demo_text
 from device_profiles.fleet import DEMO_DEVICES, merge_settings
 from device_profiles.replay import DEMO_TRAINING
+from edge_client.data import read_examples, split_examples
 from protocol.messages import Job
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -46,14 +46,11 @@ def demo_simulation(seed: int) -> Simulation:
     """Return the demo's fleet."""
     folder = Path(tempfile.mkdtemp(prefix="tunefleet-"))
     write_demo_text(folder, seed=seed)
-    return Simulation(
-        PATH,
-        [
-            SimulatedDevice(name, RANKS[name], 64, (folder / part,))
-            for name, _, part in DEMO_DEVICES
-        ],
-        seed=seed,
-    )
+    devices = []
+    for name, _, part in DEMO_DEVICES:
+        splits = split_examples(read_examples([folder / part]).examples, seed=seed)
+        devices.append(SimulatedDevice(name, RANKS[name], 64, splits))
+    return Simulation(PATH, devices, seed=seed)
 
 
 def arms(fleet: Simulation) -> dict[str, Callable[[float], Losses]]:
@@ -69,8 +66,16 @@ def arms(fleet: Simulation) -> dict[str, Callable[[float], Losses]]:
 
         return run
 
+    def alone(rate: float) -> Losses:
+        adapters = [(fleet.alone(job(rate), device), device) for device in fleet.devices]
+        trust, held_out = (
+            fmean(fleet.loss(adapter, device, split) for adapter, device in adapters)
+            for split in ("trust", "held_out")
+        )
+        return trust, held_out
+
     return {
-        "local only": lambda rate: fleet.alone(job(rate)),
+        "local only": alone,
         "all text in one place": lambda rate: fleet.losses(fleet.pooled(job(rate))),
         **{rule: federated(rule) for rule in RULES},
     }
@@ -82,15 +87,11 @@ def best(arm: Callable[[float], Losses], rates: Sequence[float]) -> tuple[float,
     return rate, held_out
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="one seed, one learning rate")
-    options = parser.parse_args()
-    rates = (2e-3,) if options.quick else RATES
+def run(seeds: Sequence[int], *, quick: bool) -> None:
+    """Run the arms and write what came of them; quick: one seed, one learning rate."""
+    rates = (2e-3,) if quick else RATES
     rows: dict[str, list[tuple[float, float]]] = {}
-    for seed in options.seeds[:1] if options.quick else options.seeds:
+    for seed in seeds[:1] if quick else seeds:
         fleet = demo_simulation(seed)
         rows.setdefault("base", []).append((0.0, fleet.losses(None)[1]))
         for name, arm in arms(fleet).items():
@@ -101,8 +102,10 @@ def main() -> None:
     for heading in ("arm", "mean", "seeds", "learning rates"):
         table.add_column(heading)
     for name, found in rows.items():
-        seeds = " ".join(f"{loss:.3f}" for _, loss in found)
-        table.add_row(name, f"{means[name]:.3f}", seeds, " ".join(f"{rate:g}" for rate, _ in found))
+        losses = " ".join(f"{loss:.3f}" for _, loss in found)
+        table.add_row(
+            name, f"{means[name]:.3f}", losses, " ".join(f"{rate:g}" for rate, _ in found)
+        )
     Console().print(table)
     merged = means["anchored"]
     write_claims(
@@ -120,7 +123,3 @@ def main() -> None:
 
 def _below(claim: str, loss: float, than: float) -> Claim:
     return Claim(claim, loss / than, "< 1", loss < than)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,116 @@
+"""Held-out loss of merge rules, alone and together: `python -m benchmarks.quality`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import base_tiny
+from benchmarks.quality import demo
+from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
+from benchmarks.quality.datasets import read_devices
+from benchmarks.quality.report import Sheet, show, write
+from benchmarks.quality.store import Case, best_rate
+from benchmarks.simulation import Setting, Simulation
+
+DATASETS = ("multilingual_ud", "dialogue_sgd", "shakespeare_roles")
+BUNDLED = "base-tiny"
+ROWS = {"trust": 8, "held_out": 40}
+"""Rows of 128 tokens on which each device's losses are measured."""
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder of text and models, see datasets.py")
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=("stories260K",), metavar="NAME")
+    parser.add_argument("--arms", nargs="+", default=tuple(ARMS), metavar="ARM")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N")
+    parser.add_argument("--quick", action="store_true", help="one seed, one learning rate")
+    parser.add_argument(
+        "--no-search", action="store_true", help="give each arm the rate its search starts at"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing, show what there is")
+    parser.add_argument("--out", type=Path, help="write tables and pictures to this folder too")
+    options = parser.parse_args()
+    if options.data is None:
+        demo.run(options.seeds or [0, 1, 2], quick=options.quick)
+        return
+    if strange := [name for name in options.arms if name not in ARMS]:
+        parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
+    seeds = options.seeds or [0, 1, 2, 3, 4]
+    benches = [Bench(options.data, d, m) for m in options.models for d in options.datasets]
+    if not options.report:
+        for seed in seeds[:1] if options.quick else seeds:
+            for bench in benches:
+                bench.run(options.arms, seed, search=not (options.no_search or options.quick))
+    sheets = [bench.sheet(options.arms, seeds) for bench in benches]
+    show(sheets)
+    if options.out:
+        write(sheets, options.out)
+
+
+class Bench:
+    """Run arms on one dataset and model, each at its best learning rate."""
+
+    def __init__(self, data: Path, dataset: str, model: str) -> None:
+        self._data, self._dataset, self._model = data, dataset, model
+        self._schedule = Schedule()
+        self._fleets: dict[int, Simulation] = {}
+
+    def run(self, arms: Sequence[str], seed: int, *, search: bool) -> None:
+        """Run arms on one seed; the rate is the one that is best on the trust splits of seed 0."""
+        for arm in arms:
+            rate = ARMS[arm].start
+            if search and ARMS[arm].kind != "base":
+                rate = best_rate(partial(self._trust, arm, 0), rate)
+            self._trust(arm, seed, rate)
+
+    def sheet(self, arms: Sequence[str], seeds: Sequence[int]) -> Sheet:
+        """Return what there is of arms and seeds, each arm at its best rate of seed 0."""
+        found: dict[str, dict[int, tuple[float, Result]]] = {}
+        for arm in arms:
+            cases = [self._case(arm, seeds[0], rate) for rate in GRID]
+            done = {case.rate: result for case in cases if (result := case.read())}
+            if not done:
+                continue
+            rate = min(done, key=lambda r, done=done: done[r].trust)  # type: ignore[misc]
+            results = {seed: self._case(arm, seed, rate).read() for seed in seeds}
+            found[arm] = {s: (rate, result) for s, result in results.items() if result}
+        return Sheet(self._dataset, self._model, found)
+
+    def _case(self, arm: str, seed: int, rate: float) -> Case:
+        return Case(self._dataset, self._model, arm, seed, rate, self._schedule)
+
+    def _trust(self, arm: str, seed: int, rate: float) -> float:
+        """Run one case if it has not been, and return its loss on the trust splits."""
+        case = self._case(arm, seed, rate)
+        found = case.read()
+        if found is None:
+            found = ARMS[arm].run(self._fleet(seed), self._schedule, rate)
+            case.write(found)
+            print(
+                f"{self._dataset} {self._model} seed {seed} rate {rate:g} {arm}: "
+                f"{found.held_out:.4f} (trust {found.trust:.4f}, {found.seconds:.0f} s)",
+                flush=True,
+            )
+        return found.trust
+
+    def _fleet(self, seed: int) -> Simulation:
+        if seed not in self._fleets:
+            bundled = self._model == BUNDLED
+            folder = base_tiny.PATH if bundled else self._data / "models" / self._model
+            schedule = self._schedule
+            setting = Setting(
+                schedule.max_tokens, schedule.tokens_per_step // schedule.max_tokens, ROWS
+            )
+            devices = read_devices(self._data, self._dataset, seed=seed)
+            self._fleets[seed] = Simulation(folder, devices, seed=seed, setting=setting)
+        return self._fleets[seed]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The arms that are compared: each a function of a fleet and a learning rate.
+
+All arms see the same devices, the same text, the same number of steps and tokens, and start from
+the same adapter. `PUBLISHED` is what a rule of a paper goes with: a device cuts the shared adapter
+to its own rank, trains the top directions and has one learning rate whatever its rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from types import MappingProxyType
+from typing import Any, Literal
+
+from benchmarks.quality.datasets import RANKS
+from benchmarks.quality.full_weights import FullWeights
+from benchmarks.quality.personal import PersonalRun, Trust
+from benchmarks.simulation import Simulation
+from protocol.adapter import Adapter
+from protocol.messages import Job
+
+Kind = Literal["base", "alone", "common", "personal", "full weights"]
+Fields = Mapping[str, Any]
+LADDER = (2, 4, 8, 16)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+"""Learning rates that an arm may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How much every device trains."""
+
+    rounds: int = 10
+    steps: int = 8
+    tokens_per_step: int = 256
+    max_tokens: int = 128
+
+    @property
+    def training(self) -> dict[str, int]:
+        """Return it as settings of a job's training."""
+        return {
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "max_tokens": self.max_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to; losses are nats a token, `curve` is on the trust splits by round."""
+
+    trust: float
+    held_out: float
+    devices: dict[str, float]
+    """Held-out loss of each device."""
+    curve: list[float]
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One thing to compare: how it merges, and how its devices train.
+
+    `rank` is that of every device; None leaves each its own. `start` is the learning rate at which
+    the search for the arm's best begins.
+    """
+
+    kind: Kind
+    job: Fields = field(default_factory=dict)
+    training: Fields = field(default_factory=dict)
+    rank: int | None = None
+    trust: Trust | None = None
+    start: float = 8e-3
+
+    def run(self, fleet: Simulation, schedule: Schedule, rate: float) -> Result:
+        """Run the arm on a fleet."""
+        started = time.monotonic()
+        found = _RUNS[self.kind](self, fleet, self._job(fleet, schedule, rate))
+        trust, devices, curve, details = found
+        held_out = fmean(devices.values())
+        seconds = time.monotonic() - started
+        return Result(trust, held_out, devices, curve, seconds, details)
+
+    def _job(self, fleet: Simulation, schedule: Schedule, rate: float) -> Job:
+        ladder = [r for r in LADDER if self.rank is None or r <= self.rank]
+        training = {"learning_rate_by_rank": False, **schedule.training, **self.training}
+        fields = {"pruning": {"enabled": False}, **PUBLISHED, **self.job}
+        return fleet.job(
+            ladder=ladder,
+            rounds=schedule.rounds,
+            training={**training, "learning_rate": rate},
+            **fields,
+        )
+
+
+Found = tuple[float, dict[str, float], list[float], dict[str, Any]]
+
+
+def _base(arm: Arm, fleet: Simulation, job: Job) -> Found:
+    return fmean(fleet.evaluate(None, "trust").values()), fleet.evaluate(None), [], {}
+
+
+def _common(arm: Arm, fleet: Simulation, job: Job) -> Found:
+    curve: list[float] = []
+    adapter = fleet.federated(
+        job,
+        devices=None if arm.rank is None else fleet.with_rank(arm.rank),
+        on_round=lambda _, shared: curve.append(fmean(fleet.evaluate(shared, "trust").values())),
+    )
+    return curve[-1], fleet.evaluate(adapter), curve, {}
+
+
+def _alone(arm: Arm, fleet: Simulation, job: Job) -> Found:
+    """Train each device by itself; where it overfits it keeps its best by the trust split."""
+    held_out: dict[str, float] = {}
+    at_end: list[float] = []
+    curves, kept = [], []
+    for device in fleet.devices:
+        stages: list[Adapter] = []
+        fleet.alone(job, device, stages.append)
+        curve = [fleet.loss(adapter, device, "trust") for adapter in stages]
+        best = min(range(len(curve)), key=curve.__getitem__)
+        held_out[device.name] = fleet.loss(stages[best], device)
+        at_end.append(fleet.loss(stages[-1], device))
+        curves.append(curve)
+        kept.append(best)
+    trust = fmean(curve[best] for curve, best in zip(curves, kept, strict=True))
+    means = [fmean(column) for column in zip(*curves, strict=True)]
+    details = {"stopped_after": [best + 1 for best in kept], "held_out_at_end": fmean(at_end)}
+    return trust, held_out, means, details
+
+
+def _personal(arm: Arm, fleet: Simulation, job: Job) -> Found:
+    assert arm.trust is not None, "a personal arm weighs by trust"
+    curve: list[float] = []
+    run = PersonalRun(fleet, job, arm.trust)
+    run.run(lambda _, loss: curve.append(loss))
+    details = {"temperatures": run.temperatures.tolist()}
+    return curve[-1], run.own_losses("held_out"), curve, details
+
+
+def _full_weights(arm: Arm, fleet: Simulation, job: Job) -> Found:
+    control, curve = FullWeights(fleet), []
+    trust, held_out = control.run(
+        job, lambda _: curve.append(fmean(control.losses("trust").values()))
+    )
+    return trust, held_out, curve, {}
+
+
+_RUNS = {
+    "base": _base,
+    "alone": _alone,
+    "common": _common,
+    "personal": _personal,
+    "full weights": _full_weights,
+}
+
+PUBLISHED = {"remainder": "dropped", "directions": "top"}
+FROZEN = {"remainder": "frozen", "directions": "top"}
+ROTATING = {"remainder": "frozen", "directions": "rotating"}
+BY_RANK = {"learning_rate_by_rank": True}
+
+
+def _rule(name: str, fields: Fields = PUBLISHED, **others: Any) -> Arm:
+    return Arm("common", {"rule": name, **fields}, **others)
+
+
+def _trusting(trust: Trust) -> Arm:
+    return Arm("personal", {"rule": "anchored", **ROTATING}, BY_RANK, trust=trust)
+
+
+def _arms() -> dict[str, Arm]:
+    pruning = {"enabled": True, "gamma": 0.99, "penalty": 0.005, "rank_min": 2}
+    default = _rule("anchored", ROTATING, training=BY_RANK)
+    smallest, largest = min(RANKS), max(RANKS)
+    arms = {
+        "base": Arm("base"),
+        "local only": Arm("alone", training=BY_RANK),
+        f"all at rank {smallest}": _rule("anchored", rank=smallest),
+        f"all at rank {largest}": _rule("anchored", rank=largest),
+        "fedavg": _rule("fedavg"),
+        f"fedavg, all at rank {largest}": _rule("fedavg", rank=largest),
+        "hetlora": _rule("hetlora", {**PUBLISHED, "pruning": pruning}),
+        "flexlora": _rule("flexlora"),
+        "segment": _rule("segment"),
+        "flora": _rule("flora"),
+        "geomed": _rule("geomed", ROTATING, training=BY_RANK),
+        "krum": _rule("krum", ROTATING, training=BY_RANK),
+        "anchored, dropped": _rule("anchored"),
+        "anchored, frozen": _rule("anchored", FROZEN),
+        "anchored, frozen, by rank": _rule("anchored", FROZEN, training=BY_RANK),
+        "anchored, rotating": _rule("anchored", ROTATING),
+        "anchored, rotating, by rank": default,
+        "full weights averaged": Arm("full weights", start=1e-3),
+        "trust-weights": _trusting(Trust("weights", 0.1)),
+        "trust-predictions": _trusting(Trust("predictions", 1.0)),
+        "trust-validation": _trusting(Trust("validation", 0.1)),
+    }
+    for temperature in (0.05, 0.2, 0.4):
+        arms[f"trust-validation at {temperature}"] = _trusting(Trust("validation", temperature))
+    arms["trust-validation, last round's losses"] = _trusting(Trust("validation", 0.1, stale=True))
+    for strategy, temperature in (("weights", 0.1), ("validation", 0.1), ("predictions", 1.0)):
+        arms[f"trust-{strategy}, adapted"] = _trusting(Trust(strategy, temperature, adapt=True))  # type: ignore[arg-type]
+    arms["trust-validation, adapted, last round's losses"] = _trusting(
+        Trust("validation", 0.1, stale=True, adapt=True)
+    )
+    for temperature in (0.2, 0.4, 0.8, 1.6):
+        arms[f"trust-validation at {temperature}, finish"] = _trusting(
+            Trust("validation", temperature, finish=True)
+        )
+    arms["trust-validation, patient"] = _trusting(
+        Trust("validation", 0.4, adapt=True, finish=True, patience=0.01)
+    )
+    arms["trust-validation, patient, last round's losses"] = _trusting(
+        Trust("validation", 0.4, stale=True, adapt=True, finish=True, patience=0.01)
+    )
+    for name, settings in {
+        "balanced split": {"split": "balanced"},
+        "momentum 0.3": {"momentum": 0.3},
+        "momentum 0.5": {"momentum": 0.5},
+        "error feedback": {"error_feedback": True},
+    }.items():
+        arms[f"anchored, rotating, by rank, {name}"] = _rule(
+            "anchored", {**ROTATING, "rule_settings": settings}, training=BY_RANK
+        )
+    return arms
+
+
+ARMS: Mapping[str, Arm] = MappingProxyType(_arms())
+DEFAULT = "anchored, rotating, by rank"
+"""What a job does by default, without pruning."""
+LARGEST = f"all at rank {max(RANKS)}"
+"""The bound: what no fleet of these devices could run."""
