@@ -74,11 +74,11 @@ def test_what_is_too_old_goes_from_broker_and_state(fleet_of: Begin) -> None:
     offered = {Place("candidate", 6, "0"), Place("candidate", 6, "1")}
     shared = {common(6), common(7)}
     fleet.run(lambda: attic.places() <= mine | offered | shared)
-    assert attic.places() == mine | offered | shared, "nothing is to be tried after the last round"
+    assert attic.places() == mine | offered | shared, "no candidates after the last round"
     assert fleet.aggregators[0].wait() == 0
     named = {Place("personal", n, name) for n in (5, 6, 7) for name in rest}
     named |= {Place("personal", 3, "den")} | offered
-    named |= {Place("trial", 6, name) for name in rest}
+    named |= {Place("trial", n, name) for n in (6, 7) for name in rest}
     assert fleet.store().issued.places() == named
     files = (fleet.state / "personal").rglob("*.safetensors")
     on_disk = {str(path.parent.relative_to(fleet.state)) for path in files}
