@@ -31,7 +31,7 @@ from protocol.factors import Trained, trained_factors
 from protocol.layers import beyond, last_blocks, only, to_bitmap, within
 from protocol.messages import Job, Probe
 from protocol.metrics import LOSS_BEFORE, asked_for
-from protocol.probe import TopLogits
+from protocol.probe import WINDOW_TOKENS, TopLogits
 
 T = TypeVar("T")
 OnStep = Callable[[int, float], None]
@@ -184,7 +184,8 @@ class Learner:
 
         def attempt() -> TopLogits:
             self._ask("load", trained=None, frozen=adapter.truncated(self.plan.held))
-            answer: TopLogits = self._ask("predict", probe=probe)
+            window = min(WINDOW_TOKENS, self._job.training.max_tokens)
+            answer: TopLogits = self._ask("predict", probe=probe, window=window)
             return answer
 
         return self._persist(attempt)

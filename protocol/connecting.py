@@ -9,7 +9,7 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.properties import Properties, VariableByteIntegers
 
 from protocol.errors import BrokerUnreachable, TlsRefused, TransportError
 from protocol.link import BrokerAddress
@@ -25,8 +25,33 @@ RECONNECT_S = 30
 """The longest pause between two attempts to get a lost connection back."""
 RECONNECT_REFUSED_S = 300
 """The same, when the other side does not take the certificate: that seldom heals."""
+PROPERTIES_BYTES = 4096
+"""Properties of a packet above this are skipped unread; nothing here sends or needs as many."""
 _HANG_UPS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)
 """How a server ends a connection without a word."""
+
+
+def _bound_properties() -> None:
+    """Keep paho from reading properties without end, whoever sent them.
+
+    Its `unpack` takes time that grows with the square of their number: a megabyte of user
+    properties, which a broker hands on, held the network thread for minutes.
+    """
+    unpack: Any = Properties.unpack
+
+    def bounded(self: Properties, buffer: bytes) -> tuple[Properties, int]:
+        length, prefix = VariableByteIntegers.decode(buffer)
+        if length > PROPERTIES_BYTES:
+            self.clear()
+            return self, length + prefix
+        # The rest of the packet would be copied with each property.
+        found: tuple[Properties, int] = unpack(self, buffer[: length + prefix])
+        return found
+
+    Properties.unpack = bounded  # type: ignore[method-assign]
+
+
+_bound_properties()
 
 
 def new_client(
