@@ -27,7 +27,7 @@ from protocol.adapter import (
     without,
 )
 from protocol.messages import Job, Probe
-from protocol.probe import TopLogits
+from protocol.probe import WINDOW_TOKENS, TopLogits
 
 T = TypeVar("T")
 OnStep = Callable[[int, float], None]
@@ -134,7 +134,8 @@ class Learner:
 
         def attempt() -> TopLogits:
             self._ask("load", trained=None, frozen=adapter.truncated(self.plan.held))
-            answer: TopLogits = self._ask("predict", probe=probe)
+            window = min(WINDOW_TOKENS, self._job.training.max_tokens)
+            answer: TopLogits = self._ask("predict", probe=probe, window=window)
             return answer
 
         return self._persist(attempt)

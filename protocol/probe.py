@@ -16,8 +16,8 @@ from protocol.messages import Probe
 from protocol.tensors import pack, read_header, unpack
 
 WINDOW_TOKENS = 64
-"""The probe is predicted in windows of so many tokens, each by itself: the shortest sequences that
-any device trains on, so that all predict from the same and none needs more memory for it."""
+"""The probe is predicted in windows of so many tokens (the job's `max_tokens`, if fewer),
+each by itself: no device trains on shorter sequences, so all predict from the same."""
 LARGEST = float(np.finfo(np.float16).max)
 
 

@@ -214,13 +214,22 @@ def evaluation_batches(rows: Sequence[PackedRow], micro_batch: int) -> Iterator[
         yield _batch(rows[start : start + micro_batch])
 
 
-def text_batches(ids: Sequence[int], longest: int) -> Iterator[Batch]:
-    """Yield a text to be predicted, cut into windows of `longest` tokens: a batch of one each."""
-    for start in range(0, len(ids), longest):
-        window = np.asarray(ids[start : start + longest], np.int32)
-        place = np.arange(len(window), dtype=np.int32)
-        unlearnt = np.full_like(window, IGNORED)
-        yield _batch([PackedRow(window, unlearnt, place, np.ones_like(window))])
+def text_batches(
+    ids: Sequence[int], *, window: int, seq_len: int, micro_batch: int
+) -> Iterator[Batch]:
+    """Yield a text to be predicted, cut into windows of `window` tokens that don't see each other.
+
+    Rows hold them in order, and every batch has the shape of training, with filler: kernels for
+    another shape would be made for it, and stay in memory.
+    """
+    windows = []
+    for start in range(0, len(ids), window):
+        part = np.asarray(ids[start : start + window], np.int32)
+        windows.append(TokenSequence(part, np.full_like(part, IGNORED)))
+    each = seq_len // window
+    rows = [_fill_row(windows[i : i + each], seq_len) for i in range(0, len(windows), each)]
+    rows += [_fill_row([], seq_len)] * (-len(rows) % micro_batch)
+    return evaluation_batches(rows, micro_batch)
 
 
 def _batch(rows: Sequence[PackedRow]) -> Batch:

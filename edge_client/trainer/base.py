@@ -52,7 +52,7 @@ class Trainer(Protocol):
         ...
 
     def predict(self, batches: Iterable[Batch], top_k: int) -> TopLogits:
-        """Return the `top_k` largest logits at each position, one row after the other."""
+        """Return the `top_k` largest logits at each position that is no filler, row after row."""
         ...
 
     def adapter(self) -> Adapter:

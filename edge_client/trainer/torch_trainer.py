@@ -107,10 +107,13 @@ class TorchTrainer:
         self.model.eval()
         indices, values = [], []
         for batch in batches:
+            at = 0
             for logits in self._logits(self._inputs(batch)):
                 top = logits.float().topk(min(top_k, logits.shape[-1]))
-                indices.append(top.indices.numpy().astype(np.uint32))
-                values.append(top.values.numpy())
+                tokens = batch.segments.flatten()[at : at + len(logits)] > 0
+                indices.append(top.indices.numpy().astype(np.uint32)[tokens])
+                values.append(top.values.numpy()[tokens])
+                at += len(logits)
         return TopLogits(np.concatenate(indices), np.concatenate(values))
 
     def adapter(self) -> Adapter:

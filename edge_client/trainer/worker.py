@@ -36,7 +36,7 @@ from protocol.adapter import Adapter, initial_adapter
 from protocol.errors import TunefleetError
 from protocol.messages import Probe as PublicProbe
 from protocol.messages import Pruning, Training
-from protocol.probe import WINDOW_TOKENS, TopLogits
+from protocol.probe import TopLogits
 
 if TYPE_CHECKING:
     from edge_client.trainer.torch_trainer import TorchTrainer
@@ -233,16 +233,17 @@ class Worker:
         self._unload()
         return loss
 
-    def predict(self, probe: PublicProbe) -> TopLogits:
+    def predict(self, probe: PublicProbe, window: int) -> TopLogits:
         """Return the largest logits of what is loaded on a public text; then unload it."""
         from edge_client.data import text_batches
 
-        trainer, _ = self._ready()
+        trainer, plan = self._ready()
         ids = self._tokenizer(probe.text, add_special_tokens=False, verbose=False)["input_ids"]
         positions = min(probe.positions, len(ids) - 1)
         if positions < 1:
             raise DataError("the job's probe is a text of one token: there is nothing to predict")
-        answer = trainer.predict(text_batches(ids[:positions], WINDOW_TOKENS), probe.top_k)
+        size = {"seq_len": plan.seq_len, "micro_batch": plan.micro_batch}
+        answer = trainer.predict(text_batches(ids[:positions], window=window, **size), probe.top_k)
         self._unload()
         return answer
 

@@ -288,10 +288,14 @@ def test_the_largest_logits_are_those_of_the_model_as_others_run_it(
     trainer.load(Adapter({}, SCALE), random_adapter(trainer.shapes, 4), PLAN)
     ids = [int(n) for n in np.random.default_rng(0).integers(2, 90, 50)]
     with torch.no_grad():
-        whole = [trainer.model(torch.tensor([ids[at : at + 32]])).logits[0] for at in (0, 32)]
-    expected = torch.cat(whole).topk(5)
-    found = trainer.predict(text_batches(ids, 32), 5)
-    np.testing.assert_array_equal(found.indices, expected.indices.numpy())
-    np.testing.assert_allclose(found.values, expected.values.numpy(), rtol=1e-4, atol=1e-4)
-    every = trainer.predict(text_batches(ids[:3], 32), 100_000)
+        windows = [torch.tensor([ids[at : at + 16]]) for at in range(0, 50, 16)]
+        expected = torch.cat([trainer.model(window).logits[0] for window in windows]).topk(5)
+    for seq_len, micro_batch in ((16, 1), (40, 1), (64, 1), (40, 3)):
+        packed = list(text_batches(ids, window=16, seq_len=seq_len, micro_batch=micro_batch))
+        assert {batch.ids.shape for batch in packed} == {(micro_batch, seq_len)}
+        found = trainer.predict(packed, 5)
+        np.testing.assert_array_equal(found.indices, expected.indices.numpy())
+        np.testing.assert_allclose(found.values, expected.values.numpy(), rtol=1e-4, atol=1e-4)
+    few = text_batches(ids[:3], window=16, seq_len=16, micro_batch=1)
+    every = trainer.predict(few, 100_000)
     assert every.indices.shape == (3, trainer.model.config.vocab_size), "k is the vocabulary"
