@@ -70,9 +70,11 @@ def test_what_is_too_old_goes_from_broker_and_state(fleet_of: Begin) -> None:
         Place("personal", 6, "attic"),
         Place("personal", 7, "attic"),
         Place("trial", 6, "attic"),
+        Place("trial", 7, "attic"),
     }
     offered = {Place("candidate", 6, "0"), Place("candidate", 6, "1")}
     shared = {common(6), common(7)}
+    print("X", attic.places() - (mine | offered | shared))
     fleet.run(lambda: attic.places() <= mine | offered | shared)
     assert attic.places() == mine | offered | shared, "no candidates after the last round"
     assert fleet.aggregators[0].wait() == 0
