@@ -5,6 +5,7 @@ Anybody can reach it, so that it reads little, keeps nothing open for long and s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from typing import Any
 
 import uvicorn
 from cryptography.hazmat.primitives import serialization
@@ -35,6 +37,7 @@ from protocol.events import EventLog, Seldom
 from protocol.signing import open_message
 
 CONNECTIONS = 64
+"""At once, whatever they have said; more are hung up on."""
 IDLE_S = 5
 START_S = 10.0
 WORDS = {
@@ -156,7 +159,7 @@ class EnrolmentServer:
         """
         seldom = Seldom(events)
         self._complaints = _Complaints(seldom)
-        self._socket = _listen(folder.settings.bind, port)
+        self._socket = _Door(_listen(folder.settings.bind, port))
         self.port: int = self._socket.getsockname()[1]
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -165,6 +168,7 @@ class EnrolmentServer:
                 ssl_keyfile=folder.server_key,
                 log_config=None,
                 access_log=False,
+                loop="asyncio",  # `_Door` is asked for each connection
                 lifespan="off",
                 ws="none",
                 server_header=False,
@@ -194,6 +198,32 @@ class EnrolmentServer:
         self._thread.join(5)
         logging.getLogger("uvicorn.error").removeHandler(self._complaints)
         self._socket.close()
+
+
+class _Door(socket.socket):
+    """A listening socket that hangs up where too many connections of it are open.
+
+    The library counts requests: a connection that says nothing is none, and has a file descriptor
+    all the same, which the aggregator needs for its files.
+    """
+
+    def __init__(self, listening: socket.socket) -> None:
+        super().__init__(fileno=listening.detach())
+        self._open: list[socket.socket] = []
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection.
+
+        Raises:
+            BlockingIOError: none is waiting, or it has been hung up on.
+        """
+        connection, address = super().accept()
+        self._open = [one for one in self._open if one.fileno() >= 0]
+        if len(self._open) >= CONNECTIONS:
+            connection.close()
+            raise BlockingIOError(errno.EAGAIN, "too many connections of enrolment")
+        self._open.append(connection)
+        return connection, address
 
 
 def _listen(bind: str, port: int) -> socket.socket:

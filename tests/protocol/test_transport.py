@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties, VariableByteIntegers
 
 from protocol.broker import EmbeddedBroker, free_port
 from protocol.connecting import WINDOW
@@ -307,3 +309,13 @@ def test_addresses(url: str, address: BrokerAddress) -> None:
 def test_what_is_not_an_address(url: str) -> None:
     with pytest.raises(TransportError, match="not a broker address"):
         BrokerAddress.parse(url)
+
+
+def test_properties_without_end_are_skipped_unread() -> None:
+    """paho would take minutes for a packet that a broker hands on, whoever sent it."""
+    few, many = b"\x26\x00\x01a\x00\x01b", b"\x26\x00\x00\x00\x00" * 200_000
+    read, used = Properties(PacketTypes.PUBLISH).unpack(bytes([len(few)]) + few + b"payload")
+    assert (read.UserProperty, used) == ([("a", "b")], 1 + len(few))
+    prefix = VariableByteIntegers.encode(len(many))
+    skipped, used = Properties(PacketTypes.PUBLISH).unpack(prefix + many + b"payload")
+    assert not hasattr(skipped, "UserProperty") and used == len(prefix) + len(many)

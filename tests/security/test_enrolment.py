@@ -8,9 +8,11 @@ import shutil
 import socket
 import stat
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from aggregator.enrol.ca import key_pem, pem
-from aggregator.enrol.server import EnrolmentServer
+from aggregator.enrol.server import CONNECTIONS, EnrolmentServer
 from aggregator.errors import FolderError
 from edge_client.errors import ConfigError, JoinRefused
 from edge_client.join import join
@@ -281,6 +283,23 @@ def test_a_folder_belongs_to_one_aggregator(fleet: Fleet) -> None:
 )
 def test_a_request_that_can_not_be_read(fleet: Fleet, body: bytes, status: int) -> None:
     assert ask(fleet, body)[0] == status
+
+
+def test_connections_that_say_nothing_are_bounded(fleet: Fleet) -> None:
+    before = psutil.Process().num_fds()
+    port = int(fleet.url.rpartition(":")[2])
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * CONNECTIONS)]
+    ended = 0
+    for connection in reversed(silent):
+        connection.settimeout(0.05 if ended else 5)
+        with suppress(TimeoutError):
+            ended += connection.recv(1) == b""
+    assert ended >= 2 * CONNECTIONS
+    # Ours at this end, and those of the server that it has not hung up on.
+    assert psutil.Process().num_fds() - before <= len(silent) + CONNECTIONS + 4
+    for connection in silent:
+        connection.close()
+    fleet.join("kitchen")
 
 
 def test_weak_and_unreadable_certificate_requests(fleet: Fleet) -> None:
