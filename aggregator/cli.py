@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protocol.cli import run_command
+from protocol.link import in_url
 
 if TYPE_CHECKING:
     from aggregator.enrol.folder import FleetFolder
@@ -84,9 +85,10 @@ def enroll(
     fleet = FleetFolder(folder)
     token = fleet.issue_token(check_device(name), hours=hours, now=datetime.now(timezone.utc))
     typer.echo(str(token))
-    where = f"https://{fleet.settings.hosts[0]}:{fleet.settings.enrol_port}"
+    where = f"https://{in_url(fleet.settings.hosts[0])}:{fleet.settings.enrol_port}"
     typer.echo(
-        f"good once, for {hours:g} hours; on {name}: edge-client join {where} --token …", err=True
+        f"good once, for {hours:g} hours; on {name}: edge-client join {where} --token {token}",
+        err=True,
     )
 
 

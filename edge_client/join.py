@@ -34,6 +34,7 @@ from protocol.enrolment import (
 )
 from protocol.errors import ProtocolError, os_words
 from protocol.files import PRIVATE, write_durably
+from protocol.link import in_url
 from protocol.signing import SigningKey, open_message
 from protocol.tls import client_context, explain, socket_words
 
@@ -117,7 +118,7 @@ def _ask(
     host: str, port: int, context: ssl.SSLContext, method: str, path: str, body: bytes = b""
 ) -> bytes:
     """Make one request; no redirects, no proxies, and a bounded answer."""
-    where = f"https://{host}:{port}"
+    where = f"https://{in_url(host)}:{port}"
     connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
     try:
         connection.request(method, path, body or None, {"Content-Type": "application/json"})

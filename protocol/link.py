@@ -28,6 +28,11 @@ REFUSED_FOR_GOOD = frozenset({0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x9D})
 """Codes of a CONNACK that waiting does not change, the last: the broker has moved."""
 
 
+def in_url(host: str) -> str:
+    """Return a host as it stands in an address: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
     """Where a broker listens; written mqtt://host:port, or mqtts:// for TLS.
@@ -66,7 +71,7 @@ class BrokerAddress:
         return cls(parts.hostname or "", port or (8883 if tls else 1883), tls, version)
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = in_url(self.host)
         version = f"?version={self.version}" if self.version else ""
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}{version}"
 

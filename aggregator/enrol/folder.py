@@ -197,7 +197,9 @@ class FleetFolder:
             FolderError: the time is not one.
         """
         if not 0 < hours <= HOURS_MAX:
-            raise FolderError(f"--hours {hours:g}: a token is good for up to {HOURS_MAX} hours")
+            raise FolderError(
+                f"--hours {hours:g}: a token is good for some time, up to {HOURS_MAX} hours"
+            )
         token = Token.issue(ca.sha256(self._certificate("ca.pem")))
         registry = self.registry()
         registry.add_token(token.digest, device, expires=now.timestamp() + hours * 3600)
@@ -317,6 +319,8 @@ def _check(path: Path, settings: FleetSettings) -> None:
                 f"--host {host!r} is neither a host name nor an IP address; give what devices "
                 "connect to, without port or mqtts://"
             )
+        if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
+            raise FolderError(f"--host {host}: no device can connect to that; name this computer")
     if settings.bind and not _is_address(settings.bind):
         raise FolderError(f"--bind {settings.bind!r} is not an IP address of this computer")
     if settings.port == settings.enrol_port:

@@ -104,6 +104,7 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path, stack: ExitStack) -> None:
     said = {
         ("aggregator", "init", fleet, "--host", "a"): "is there already",
         ("aggregator", "init", missing, "--host", "mqtts://a"): "neither a host name nor",
+        ("aggregator", "init", missing, "--host", "0.0.0.0"): "no device can connect to that",
         ("aggregator", "init", missing, "--host", "a", "--bind", "b"): "--bind 'b' is not an IP",
         ("aggregator", "init", missing, "--host", "a", "--port", 8884): "a port each",
         ("aggregator", "init", job / "x", "--host", "a"): "can't make",
