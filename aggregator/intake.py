@@ -9,7 +9,7 @@ time after time is kept out for a while. Where a fleet has a registry, nobody el
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from aggregator.enrol.registry import Registry
 from aggregator.personal.refusals import probe_limit, wrong_personal
@@ -22,7 +22,7 @@ from aggregator.window import ChunkWindow
 from protocol import topics
 from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
-from protocol.events import EventLog
+from protocol.events import EventLog, Seldom
 from protocol.faults import fault_point
 from protocol.layers import from_bitmap
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
@@ -31,6 +31,7 @@ from protocol.signing import SigningKey, open_message
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
 LIMITS_KEPT = 4096
+TOPIC_SHOWN = 200
 Outgoing = list[tuple[str, bytes]]
 
 
@@ -57,6 +58,7 @@ class Intake:
         self._policy = policy or Policy()
         self._registry = registry
         self._clock = clock
+        self._seldom = Seldom(events, clock)
         self._messages = Bucket()
         self._bytes = RoundBytes()
         self._window = ChunkWindow()
@@ -76,9 +78,9 @@ class Intake:
             if self._registry is not None and self._registry.signing_key(device) is None:
                 raise MalformedMessage(topic, "this device is not enrolled, or has been revoked")
             if found.kind == "upload_chunk":
-                return self._chunk(device, topic, payload)
-            if not self._messages.take(device, self._clock()):
-                raise ProtocolError("too many messages of the device at once: this one is dropped")
+                return self._chunk(found.fields, topic, payload)
+            if not self.charge(device, topic):
+                return []
             if found.kind == "status":
                 return self._status(device, topic, payload)
             if found.kind == "upload_manifest":
@@ -87,9 +89,20 @@ class Intake:
             self._refuse(device, topic, error)
         return []
 
-    def charge(self, device: str) -> None:
-        """Count a message that the device should not have sent against what it may send."""
-        self._messages.take(device, self._clock())
+    def charge(self, device: str, topic: str) -> bool:
+        """Count a message against what a device may send; False when it has sent too much.
+
+        A device at that is told of, and where only it can have sent them struck, once a minute.
+        """
+        if self._messages.take(device, self._clock()):
+            return True
+        shown = topic[:TOPIC_SHOWN]
+        told = self._seldom.emit(
+            device, "flooding", device=device, topic=shown, reason="too many messages: dropped"
+        )
+        if told and self._registry is not None:
+            self.blame(device)
+        return False
 
     def blame(self, device: str) -> None:
         """Bring a device nearer to quarantine."""
@@ -157,11 +170,11 @@ class Intake:
         fault_point("aggregator.manifest.expected")
         return self._go_on(manifest)
 
-    def _chunk(self, device: str, topic: str, payload: bytes) -> Outgoing:
-        fields = topics.match(topic).fields
-        upload, number = fields["upload"], int(fields["index"])
-        known = self._store.uploads.known(upload)
+    def _chunk(self, fields: Mapping[str, str], topic: str, payload: bytes) -> Outgoing:
+        device, number = fields["device"], int(fields["index"])
+        known = self._store.uploads.known(fields["upload"])
         if known is None or known.manifest.device != device or known.state != "receiving":
+            self.charge(device, topic)
             return []
         manifest = known.manifest
         info = manifest.file

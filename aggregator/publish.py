@@ -19,7 +19,6 @@ from protocol.transport import MqttTransport
 VERSIONS_KEPT = 2
 """Versions on the broker: the newest, and the one that devices may still be downloading. The state
 keeps at least these: a manifest says which topics are to be cleared."""
-PUBLISH_TIMEOUT_S = 120.0
 
 
 class Publisher:
@@ -124,7 +123,5 @@ class Publisher:
         self._send([(name, b"") for name in names])
 
     def _send(self, messages: list[tuple[str, bytes]]) -> None:
-        for delivery in self._link.publish_all(
-            messages, retain=True, timeout_s=PUBLISH_TIMEOUT_S, meanwhile=self._meanwhile
-        ):
+        for delivery in self._link.publish_all(messages, retain=True, meanwhile=self._meanwhile):
             delivery.check()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 MESSAGES_BURST, MESSAGES_PER_S = 120.0, 2.0
-"""Messages of a device but good chunks: far more than one that follows the protocol sends."""
+"""Messages of a device but chunks that are expected: far more than one that follows the protocol
+sends, and room for a window of chunks that no longer are, which were on their way."""
 FILES_A_ROUND = 4
 """Times its own largest upload a device may send in a round: lost, broken and changed ones."""
 KEYS_KEPT = 4096

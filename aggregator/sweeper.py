@@ -17,7 +17,7 @@ from contextlib import suppress
 from paho.mqtt.client import topic_matches_sub
 
 from aggregator.enrol.registry import Registry
-from aggregator.intake import Intake
+from aggregator.intake import TOPIC_SHOWN, Intake
 from protocol import topics
 from protocol.errors import ProtocolError
 from protocol.events import EventLog, Seldom
@@ -30,7 +30,6 @@ LOOK_S = 5.0
 CLEARING_BYTES = 4 << 20
 """About what may be on its way to the broker, whose answers come behind all that it has sent us;
 more waits for the next look."""
-TOPIC_SHOWN = 200
 _STRANGER = ""
 
 
@@ -81,8 +80,9 @@ class Sweeper:
             why = "retained, which of a device only its status is"
             self._note(device, incoming, why, at_fault=True)
             return True
-        if kind and job != self._job:
-            self._note(device, incoming, "an upload for a job that is not served")
+        if job != self._job:
+            why = "an upload for a job that is not served" if kind else "no upload's name"
+            self._note(device, incoming, why)
             return True
         return False
 
@@ -123,7 +123,7 @@ class Sweeper:
         if told and at_fault:
             self._intake.blame(device)
         if device != _STRANGER:
-            self._intake.charge(device)
+            self._intake.charge(device, incoming.topic)
 
 
 def _is_of_device(topic: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,10 @@ VERSIONS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 QOS = 1
 WINDOW = 32
 """Messages in flight either way before somebody waits."""
+RETRIES = 2
+"""Times the last version of MQTT is tried again."""
+MQTT5_PATIENCE_S = 2.5
+"""How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
 SESSION_EXPIRY_S = 7 * 24 * 3600
 KEEPALIVE_S = 30
 RECONNECT_S = 30
@@ -52,6 +57,13 @@ def _bound_properties() -> None:
 
 
 _bound_properties()
+
+
+def attempts(version: str, timeout_s: float) -> list[tuple[int, float]]:
+    """Return with which MQTT, the given one or each, to connect, and seconds to wait for a word."""
+    first, last = VERSIONS[version or "5"], VERSIONS[version or "3.1.1"]
+    patient: list[tuple[int, float]] = [(last, timeout_s)] * (1 + RETRIES)
+    return patient if first == last else [(first, min(timeout_s, MQTT5_PATIENCE_S)), *patient]
 
 
 def new_client(
@@ -108,6 +120,13 @@ def knock(client: paho.Client, address: BrokerAddress, version: int, *, temporar
 def set_pauses(client: paho.Client, *, refused: bool) -> None:
     """Set the pauses between attempts to get a connection back: `refused` ones seldom heal."""
     client.reconnect_delay_set(1, RECONNECT_REFUSED_S if refused else RECONNECT_S)
+
+
+def hang_up(client: paho.Client) -> None:
+    """Break the connection under a client, whose thread then gets another."""
+    if isinstance(raw := client.socket(), socket.socket):
+        with suppress(OSError):  # it has just been closed
+            socket.socket.shutdown(raw, socket.SHUT_RDWR)  # TLS's own would end it under the thread
 
 
 def end(client: paho.Client) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 SELDOM_S = 60.0
+KEYS_KEPT = 4096
 
 
 class EventLog:
@@ -69,6 +70,8 @@ class Seldom:
         if now < until:
             self._quiet[key] = until, left_out + 1
             return False
+        if len(self._quiet) > KEYS_KEPT:
+            self._quiet = {k: v for k, v in self._quiet.items() if now < v[0]}
         self._quiet[key] = now + SELDOM_S, 0
         self._events.emit(event, **fields, **({"left_out": left_out} if left_out else {}))
         return True

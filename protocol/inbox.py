@@ -19,6 +19,11 @@ LIMIT = 256
 """Messages."""
 WAITING_LIMIT_BYTES = 128 << 20
 """While an answer is waited for."""
+UNASSURED_LIMIT = 32
+"""Messages that wait when another comes that its sender left to luck (QoS 0, as nothing of ours is,
+and not retained): it is let go, and holds nobody up."""
+SWAMPED = 10_000
+"""Messages let go, beside which Mosquitto may have dropped what it should not."""
 
 
 class Inbox:
@@ -30,6 +35,7 @@ class Inbox:
         self._bytes = 0
         self._waiting = 0
         self._closed = False
+        self._let_go = 0
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -37,6 +43,10 @@ class Inbox:
     def put(self, message: Incoming) -> None:
         """Add a message, when there is room; a closed inbox forgets it."""
         with self._changed:
+            unassured = not message.message_id and not message.retained
+            if unassured and len(self._messages) >= UNASSURED_LIMIT:
+                self._let_go += 1
+                return
             self._changed.wait_for(lambda: self._closed or self._has_room())
             if not self._closed:
                 self._messages.append(message)
@@ -64,6 +74,14 @@ class Inbox:
         finally:
             with self._changed:
                 self._waiting -= 1
+
+    def swamped(self) -> bool:
+        """Say, once, that many messages have been let go."""
+        with self._changed:
+            if self._let_go < SWAMPED:
+                return False
+            self._let_go = 0
+            return True
 
     def close(self) -> None:
         """Let nobody wait for room any longer."""

@@ -47,6 +47,10 @@ class Outages:
         self._taken = (self._taken if short else 0) + taken_over
         self._ask_next = now + FIRST_S
 
+    def settled(self, now: float) -> bool:
+        """Say whether the last connection was made so long ago that it is no short one."""
+        return now - self._made >= SHORT_S
+
     @property
     def contested(self) -> str:
         """Return why coming back is of no use, with {broker} and {client}; else an empty text."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from protocol import VERSION
@@ -97,6 +98,7 @@ def subscription(kind: str, **fields: object) -> str:
     return TABLE[kind].pattern.format(**known)
 
 
+@lru_cache(maxsize=256)
 def match(name: str) -> Match:
     """Read a topic.
 

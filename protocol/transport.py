@@ -19,7 +19,7 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
-from protocol.connecting import QOS, VERSIONS, end, knock, new_client, set_pauses
+from protocol.connecting import QOS, attempts, end, hang_up, knock, new_client, set_pauses
 from protocol.errors import BrokerRefused, BrokerUnreachable, TlsRefused, TransportError
 from protocol.inbox import Inbox
 from protocol.limits import BrokerLimits
@@ -34,12 +34,9 @@ __all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles",
 Meanwhile = Callable[[], object] | None
 CONNECTIONS_LIMIT = 4
 """Connections that a message may be sent on again without an answer."""
-RETRIES = 2
 TIMEOUT_S = 30.0
 ABANDON_S = 5.0
 """How long who was told to stop waits on a connection, whose other end may be gone unseen."""
-MQTT5_PATIENCE_S = 2.5
-"""How long a broker may leave an MQTT 5 CONNECT unanswered before 3.1.1 is tried."""
 
 
 class MqttTransport:
@@ -59,7 +56,7 @@ class MqttTransport:
 
         `tls` says who this client is, where the address asks for TLS. A broker may then take the
         client id from the certificate: all links of one certificate have one session. `on_outage`
-        hears why a lost connection is not made again, now and then, on the thread that waits.
+        hears, on the thread that waits, why there is no connection, now and then, or a new one.
 
         Raises:
             CertificateUnusable: its certificate is not in order.
@@ -70,25 +67,21 @@ class MqttTransport:
         self.connection = 0
         """Connections made so far: a rise tells that one was lost in between."""
         self._will = will
-        self._versions = [VERSIONS[v]] if (v := address.version) else list(VERSIONS.values())
         self._state = threading.Condition()
         self._inbox = Inbox(self._state)
         self._verdicts = Verdicts()
         self._subscriptions = Subscriptions()
         self._limits = BrokerLimits()
-        self._connected = False
+        self._connected = self._refused_for_good = self._abandoned = False
         self._refused = ""
-        self._refused_for_good = False
         self._outages = Outages()
         self._on_outage = on_outage
-        self._abandoned = False
         self._announcement: tuple[str, bytes] | None = None
         self._context: ssl.SSLContext | None = None
         if address.tls:
             self._context = tls.context() if tls else ssl.create_default_context()
         self._client: paho.Client | None = None
-        self.bytes_sent = 0
-        self.bytes_received = 0
+        self.bytes_sent = self.bytes_received = 0
         """Payload bytes published and received."""
 
     @property
@@ -109,13 +102,12 @@ class MqttTransport:
             TlsRefused: one side does not take the other's certificate; says why.
         """
         why = "no answer"
-        for version in [*self._versions, *self._versions[-1:] * RETRIES]:
+        for version, patience_s in attempts(self.address.version, timeout_s):
             client = self._new_client(version)
             knock(client, self.address, version, temporary=self._temporary)
             self._client, self._refused, self._refused_for_good = client, "", False
             client.loop_start()
-            last = version == self._versions[-1]
-            deadline = time.monotonic() + (timeout_s if last else min(timeout_s, MQTT5_PATIENCE_S))
+            deadline = time.monotonic() + patience_s
             with self._state:
                 while time.monotonic() < deadline and not (
                     self._connected or self._refused or stopping()
@@ -188,8 +180,7 @@ class MqttTransport:
         """Publish with QoS 1 and return the broker's verdict.
 
         Raises:
-            TransportError: the broker did not answer in time; paho goes on trying. Time without
-                a connection does not count, for on the next one everything is sent again.
+            TransportError: as `publish_all`; time without a connection does not count.
         """
         return self.publish_all([(topic, payload)], retain=retain, timeout_s=timeout_s)[0]
 
@@ -207,7 +198,7 @@ class MqttTransport:
         it: who has much to say and much to hear must not let what is heard pile up.
 
         Raises:
-            TransportError: a verdict did not come in `timeout_s` seconds.
+            TransportError: a verdict did not come in `timeout_s` seconds, nor on new connections.
         """
         deliveries: list[Delivery] = []
         flying: deque[tuple[str, int | Delivery]] = deque()
@@ -328,12 +319,9 @@ class MqttTransport:
             context=self._context,
             will=self._will,
         )
-        client.on_connect = self._on_connect
-        client.on_disconnect = self._on_disconnect
-        client.on_socket_close = self._on_socket_close
-        client.on_message = self._on_message
-        client.on_publish = self._on_publish
-        client.on_subscribe = self._on_subscribe
+        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
+        client.on_socket_close, client.on_message = self._on_socket_close, self._on_message
+        client.on_publish, client.on_subscribe = self._on_publish, self._on_subscribe
         return client
 
     def _live(self) -> paho.Client:
@@ -366,14 +354,20 @@ class MqttTransport:
     ) -> None:
         """Wait until something has happened; only time with a connection counts.
 
-        A broker that hangs up at what is said, each time it is said again, is no longer waited for.
+        Mosquitto 2.0.11 drops answers that do not fit its queue: all is said again then, on another
+        connection. A broker that hangs up, or is silent, each time, is no longer waited for.
         """
         left, last = timeout_s, self.connection + CONNECTIONS_LIMIT
         while not happened():
             left = min(left, ABANDON_S) if self._abandoned else left
             given_up = self.connection >= last or (self._abandoned and not self._connected)
-            if left <= 0 or given_up:
+            over = left <= 0 and (self._abandoned or self.connection + 1 >= last)
+            if over or given_up:
                 raise TransportError(f"{self.address} did not answer to {what} in time")
+            if left <= 0:
+                self._on_outage(f"no answer to {what} in {timeout_s:g} s: connecting anew")
+                hang_up(self._live())
+                left = timeout_s
             self._live()
             since = time.monotonic()
             if meanwhile is not None and self._inbox:
@@ -388,9 +382,15 @@ class MqttTransport:
             self._look_after()
 
     def _look_after(self) -> None:
-        """While a lost connection is not made again ask why, seldom, and tell who wants to know."""
-        client = self._client
-        if client is None or self._connected or not self._outages.due(time.monotonic()):
+        """Leave a swamped connection for another, on which what the broker dropped comes again.
+
+        While a lost one is not made again ask why, seldom, and tell who wants to know.
+        """
+        client, now = self._client, time.monotonic()
+        if client and self._connected and self._outages.settled(now) and self._inbox.swamped():
+            self._on_outage("more comes from it than is taken in: connecting anew")
+            hang_up(client)
+        if client is None or self._connected or not self._outages.due(now):
             return
         why, refused = why_away(self.address, self._context)
         if refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from aggregator.enrol.broker_config import QUEUED_MESSAGES
 from aggregator.store import Store
 from protocol import topics
 from protocol.errors import TransportError
+from protocol.messages import Job
+from protocol.tls import TlsFiles
 from protocol.transport import MqttTransport
 from tests.aggregator.light_device import LightDevice, run_until
 from tests.aggregator.uploading import make_job
@@ -30,9 +33,9 @@ GROWTH_MIB = 100
 
 
 @contextmanager
-def serving(fleet: Fleet, folder: Path) -> Iterator[Program]:
+def serving(fleet: Fleet, folder: Path, job: Job = JOB) -> Iterator[Program]:
     file = folder / "notes.json"
-    file.write_text(JOB.model_dump_json())
+    file.write_text(job.model_dump_json())
     arguments = ["serve", file, "--dir", fleet.folder.path, "--enroll-port", "0", "--json"]
     with Program("aggregator", arguments, folder, "aggregator") as program:
         program.wait_for("serving")
@@ -169,3 +172,57 @@ def test_at_its_memory_limit_mosquitto_hangs_up_and_goes_on(tmp_path: Path) -> N
         assert not any(delivery.refused for delivery in cleared)
         other.publish("t/small", bytes(100_000)).check()
         other.close()
+
+
+class Blast:
+    """Send chunks that nobody expects, QoS 0, so many a second, until it ends."""
+
+    def __init__(self, fleet: Fleet, files: TlsFiles, device: str, rate: float) -> None:
+        self._rate = rate
+        self._ending = threading.Event()
+        raw = socket.create_connection(("localhost", fleet.folder.port))
+        self._socket = files.context().wrap_socket(raw, server_hostname="localhost")
+        connect = b"\0\4MQTT\5\2\0\0\0" + b"\0\1x"
+        self._socket.sendall(bytes([0x10, len(connect)]) + connect)
+        assert self._socket.recv(200)[0] == 0x20, "CONNACK"
+        names = [f"tunefleet/1/notes/d/{device}/up/{n:032x}/0".encode() for n in range(50)]
+        bodies = [len(name).to_bytes(2, "big") + name + b"\0x" for name in names]
+        self._packets = b"".join(bytes([0x30, len(body)]) + body for body in bodies)
+        self._thread = threading.Thread(target=self._run, args=(len(names),))
+        self._thread.start()
+
+    def _run(self, at_once: int) -> None:
+        began, sent = time.monotonic(), 0
+        while not self._ending.is_set():
+            self._socket.sendall(self._packets)
+            sent += at_once
+            time.sleep(max(0.0, began + sent / self._rate - time.monotonic()))
+
+    def end(self) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._socket.close()
+
+
+def test_rounds_go_on_through_a_flood_of_chunks_that_nobody_expects(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    """At first as many as the broker can pass on, then more: it drops answers and good chunks."""
+    hostile, files = fleet.join("hostile"), fleet.join("kitchen")
+    job, broker = make_job(ladder=[2, 4], rounds=1000), fleet.folder.broker_for_devices
+    with serving(fleet, tmp_path, job) as aggregator:
+        place = fleet.devices / "kitchen"
+        kitchen = LightDevice(broker, place, "kitchen", job, lambda now: 1e-3, tls=files)
+        fleet.stack.callback(kitchen.close)
+        blast = Blast(fleet, hostile, "hostile", 8000)
+        run_until(lambda: len(aggregator.of("merged")) >= 2, kitchen)
+        blast.end()
+        blast = Blast(fleet, hostile, "hostile", 50_000)
+        until = time.monotonic() + 3
+        run_until(lambda: time.monotonic() > until, kitchen)
+        blast.end()
+        before = len(aggregator.of("merged"))
+        run_until(lambda: len(aggregator.of("merged")) >= before + 2, kitchen)
+        (told,) = aggregator.of("flooding")
+        assert told["device"] == "hostile"
+    assert "being dropped for client _aggregator" in (fleet.folder.path / "broker/log").read_text()

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aggregator.enrol.registry import Registry
 from aggregator.intake import Intake
 from aggregator.quota import FILES_A_ROUND, KEYS_KEPT, Bucket, RoundBytes
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.versions import Versions
 from protocol.chunks import CHUNK_BYTES, split
+from protocol.connecting import WINDOW
 from protocol.events import EventLog
 from protocol.tensors import encode
 from tests.aggregator.uploading import DEVICE, Aggregator, make_job, update
@@ -33,7 +35,7 @@ class Clock:
         return self.now
 
 
-def with_clock(aggregator: Aggregator, policy: Policy) -> Clock:
+def with_clock(aggregator: Aggregator, policy: Policy, registry: Registry | None = None) -> Clock:
     clock = Clock()
     aggregator.intake = Intake(
         aggregator.job,
@@ -42,6 +44,7 @@ def with_clock(aggregator: Aggregator, policy: Policy) -> Clock:
         aggregator.key,
         EventLog(as_json=True, stream=aggregator.events),
         policy=policy,
+        registry=registry,
         clock=clock,
     )
     return clock
@@ -143,6 +146,30 @@ def test_a_flood_of_messages_is_dropped_and_hardly_logged(aggregator: Aggregator
     clock.now += 2
     (need,) = aggregator.offer(aggregator.manifest(data))
     assert need.kind == "need"
+
+
+def test_who_floods_with_chunks_that_are_not_expected_is_named_and_kept_out(
+    aggregator: Aggregator, tmp_path: Path
+) -> None:
+    """A window of them, on their way when the upload was over, is no fault."""
+    registry = Registry(tmp_path / "registry.db")
+    registry._db.run(
+        "INSERT INTO devices VALUES (?, ?, NULL)", DEVICE, aggregator.device_key.public
+    )
+    clock = with_clock(aggregator, Policy(quarantine_after=2), registry)
+    data = encode(update(aggregator.job), "f32")
+    chunk = f"tunefleet/1/notes/d/{DEVICE}/up/{0:032x}/0"
+    for _ in range(WINDOW):
+        assert aggregator.intake.handle(chunk, b"x") == []
+    (answer,) = aggregator.deliver(aggregator.manifest(data), data)
+    assert answer.kind == "done" and "flooding" not in aggregator.heard()
+    for minute in range(1, 3):
+        for _ in range(2000):
+            aggregator.intake.handle(chunk, b"x")
+        assert aggregator.heard().count("flooding") == minute
+        clock.now += 61
+    assert aggregator.store.devices.quarantined(clock.now) == {DEVICE}
+    registry.close()
 
 
 def test_buckets_and_bytes() -> None:
