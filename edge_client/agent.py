@@ -292,7 +292,7 @@ class Agent:
     def _finish(self, learner: Learning, held: Holding) -> None:
         """Keep the result, report, compare if asked, and end or wait for another job."""
         assert held.adapter is not None and self._plan is not None
-        state = self._settings.state
+        state, own = self._settings.state, held.personal
         settle(learner, held)
         loss = {"base": self._base_loss}
         loss |= keep_result(state, held.job, learner, held.adapter, held.common)
@@ -307,7 +307,7 @@ class Agent:
             "finished",
             adapter=str(state / "adapter"),
             kept=str(held.source),
-            personal=held.personal,
+            personal=own,
             loss=loss,
             **({"private": mixed.as_dict()} if mixed else {}),
             rank_start=self._rank_start,

@@ -138,8 +138,9 @@ def test_a_replay_measures_the_devices_own_adapters(
         folder = out / "latest" / "devices" / name
         plain = plain_losses(folder / "adapter", tmp_path / "text", [part])
         assert losses[name]["personal"] == pytest.approx(plain[part], abs=1e-3)
-        assert losses[name]["personal"] != pytest.approx(losses[name]["merged"], abs=1e-6)
-        assert (folder / "common" / "adapter_model.safetensors").is_file()
+        kept, common = (folder / n / "adapter_model.safetensors" for n in ("adapter", "common"))
+        if kept.read_bytes() != common.read_bytes():  # it may do better with the common one
+            assert losses[name]["personal"] != pytest.approx(losses[name]["merged"], abs=1e-6)
     assert {"base", "local", "merged", "personal"} == summary["across"].keys()
 
 

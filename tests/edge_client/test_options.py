@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import base_tiny
-from benchmarks.simulation import SimulatedDevice, Simulation
+from benchmarks.simulation import Setting, SimulatedDevice, Simulation
+from edge_client.data import read_examples, split_examples
 from edge_client.mixing import WEIGHTS
 from protocol.adapter import Adapter, initial_adapter
 from protocol.layers import last_blocks
@@ -26,14 +27,22 @@ def fleet(tmp_path: Path, request: pytest.FixtureRequest) -> Simulation:
     for name, rank, blocks in (("kitchen", 2, 0), ("desk", 4, getattr(request, "param", 0))):
         pages = [f"{name} page {n}: " + f"what {name} says {n} times. " * 20 for n in range(8)]
         (tmp_path / f"{name}.txt").write_text("\n\n".join(pages))
-        devices.append(SimulatedDevice(name, rank, 4, (tmp_path / f"{name}.txt",), blocks))
-    return Simulation(base_tiny.PATH, devices, seed=0, max_tokens=LENGTH)
+        splits = split_examples(read_examples([tmp_path / f"{name}.txt"]).examples, seed=0)
+        devices.append(SimulatedDevice(name, rank, 4, splits, blocks))
+    return Simulation(base_tiny.PATH, devices, seed=0, setting=Setting(max_tokens=LENGTH))
 
 
 def job(fleet: Simulation, **more: Any) -> Job:
     training = {"steps": 3, "tokens_per_step": LENGTH, "max_tokens": LENGTH, "warmup_steps": 0}
     training |= more.pop("training", {})
     return fleet.job(rounds=2, ladder=[2, 4], training=training, encoding_up="f32", **more)
+
+
+def versions(fleet: Simulation, wanted: Job) -> list[Adapter]:
+    """Return the shared adapter as each round leaves it."""
+    found: list[Adapter] = []
+    fleet.federated(wanted, on_round=lambda _, shared: found.append(shared))
+    return found
 
 
 def row_space(adapter: Adapter, module: str) -> np.ndarray:
@@ -50,7 +59,7 @@ def test_alternating_factors_learn_and_a_round_of_b_stays_in_the_rows_of_a(
 ) -> None:
     wanted = job(fleet, training={"factors": "alternating"}, pruning={"enabled": False})
     start = initial_adapter(wanted.base.modules, wanted.rank, wanted.scale, wanted.seed)
-    first, second = fleet.versions(wanted)
+    first, second = versions(fleet, wanted)
     losses = [np.mean(list(fleet.evaluate(v).values())) for v in (None, first, second)]
     assert losses[2] < losses[1] < losses[0]
     moved = 0
@@ -71,7 +80,7 @@ def test_a_device_of_two_blocks_helps_there_and_leaves_the_others_to_the_rest(
     fleet: Simulation,
 ) -> None:
     wanted = job(fleet, layers="fit", pruning={"enabled": False})
-    *_, last = fleet.versions(wanted)
+    *_, last = versions(fleet, wanted)
     base, merged = fleet.evaluate(None), fleet.evaluate(last)
     assert all(merged[name] < base[name] for name in base)
     mine = last_blocks(wanted.base.modules, 2)
