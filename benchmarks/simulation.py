@@ -32,11 +32,9 @@ from protocol.adapter import (
     Factors,
     add,
     initial_adapter,
-    module_directions,
     select,
 )
 from protocol.factors import Trained, trained_factors
-from protocol.layers import last_blocks, only
 from protocol.messages import BaseModelInfo, Job, Training
 from protocol.tensors import round_trip
 
@@ -245,20 +243,9 @@ class Simulation:
             return self._train(job, received, frozen, stream, job.training, True, factors)
 
         learned = learn(job, device.name, held, rank, number, train, blocks=device.blocks)
-        directions = module_directions(
-            job.base.modules,
-            job.directions,
-            job=job.job,
-            device=device.name,
-            round_number=number,
-            rank_trained=learned.rank_trained,
-            held=learned.held,
-            rank=learned.rank,
-        )
-        directions = only(directions, last_blocks(job.base.modules, device.blocks))
-        absolute = add(select(shared, directions), rounded(learned.change, job))
+        absolute = add(select(shared, learned.directions), rounded(learned.change, job))
         examples = learned.report.tokens
-        return Update(device.name, absolute, dict(directions), examples, {}), learned.rank
+        return Update(device.name, absolute, learned.directions, examples, {}), learned.rank
 
     def _train(
         self,

@@ -276,7 +276,7 @@ class Agent:
         )
         own_loss = None
         if job.is_personal or job.probe is not None:
-            full = full_adapter(job, held.device, now.number, adapter, learned)
+            full = full_adapter(adapter, learned)
             manifest, data, own_loss = with_answers(
                 (manifest, data),
                 learner,

@@ -7,10 +7,13 @@ docs/algorithms.md: directions drawn, remainder frozen, learning rate by rank, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from edge_client.errors import WorkerKilled
 from edge_client.mixing import stacked
@@ -52,6 +55,8 @@ class Learned:
     report: TrainReport
     held: int
     """Directions that were held while training."""
+    directions: Mapping[str, npt.NDArray[np.intp]]
+    """Module → those of the held directions that `change` is of, in ascending order."""
     modules: str | None = None
     """The modules that were trained, as they travel; None: all."""
 
@@ -290,7 +295,8 @@ def learn(
     before, after = tail_product(received, head), tail_product(trained, head)
     kept = rank_after(before, after, rank, head) if job.pruning.enabled else rank
     change = difference(trained.truncated(kept), received.truncated(kept))
-    return Learned(change, rank, kept, before, after, report, held.rank, modules)
+    directions = {name: at[:kept] for name, at in chosen.items()}
+    return Learned(change, rank, kept, before, after, report, held.rank, directions, modules)
 
 
 def learning_rate(job: Job, rank: int) -> float:

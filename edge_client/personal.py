@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from edge_client.learner import Learned, Learning
 from edge_client.trying import SPLIT, can_be_told
-from protocol.adapter import Adapter, Factors, module_directions
-from protocol.layers import from_bitmap, only
+from protocol.adapter import Adapter, Factors
 from protocol.messages import Job, TrustLosses, UploadManifest, describe_file
 from protocol.probe import encode_probe
 
 
-def full_adapter(
-    job: Job, device: str, round_number: int, held: Adapter, learned: Learned
-) -> Adapter:
+def full_adapter(held: Adapter, learned: Learned) -> Adapter:
     """Return what a device has after training: its change laid over all the directions it held."""
-    chosen = module_directions(
-        job.base.modules,
-        job.directions,
-        job=job.job,
-        device=device,
-        round_number=round_number,
-        rank_trained=learned.rank_trained,
-        held=learned.held,
-        rank=learned.rank,
-    )
-    if learned.modules is not None:
-        chosen = only(chosen, from_bitmap(job.base.modules, learned.modules))
     layers = {}
     for name, whole in held.truncated(learned.held).layers.items():
-        change, at = learned.change.layers[name], chosen[name]
+        change, at = learned.change.layers[name], learned.directions[name]
         a, b = whole.a.copy(), whole.b.copy()  # (held, d_in), (d_out, held)
         a[at] += change.a
         b[:, at] += change.b

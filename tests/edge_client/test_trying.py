@@ -218,7 +218,7 @@ def test_the_full_adapter_is_the_one_that_the_aggregator_sees(directions: str) -
         return add(received, Adapter(step, job.scale)), TrainReport(1, 10, 1.0, 0.0)
 
     learned: Learned = learn(job, "phone", held, 4, 7, moved)
-    full = full_adapter(job, "phone", 7, held, learned)
+    full = full_adapter(held, learned)
     chosen = module_directions(
         MODULES, directions, job="notes", device="phone", round_number=7, rank_trained=4, held=8
     )

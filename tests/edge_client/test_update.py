@@ -26,7 +26,7 @@ def made(settings: dict[str, Any], loss: float, *sample: float) -> UploadManifes
     job = Job.model_validate({"job": "notes", "base": base, "scale": 2, "rule_settings": settings})
     before_after = (sample[0], sample[1]) if sample else None
     report = TrainReport(12, 1000, loss, 1.0, before_after)
-    learned = Learned(CHANGE, 2, 2, 0.0, 0.0, report, 4)
+    learned = Learned(CHANGE, 2, 2, 0.0, 0.0, report, 4, {})
     return make_update(job, ROUND, "pi", learned, TEXT, held_out_loss=1.0)[0]
 
 
