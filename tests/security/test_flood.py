@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from paho.mqtt.properties import VariableByteIntegers
 
 from aggregator.enrol.broker_config import QUEUED_MESSAGES
 from aggregator.store import Store
@@ -226,3 +228,35 @@ def test_rounds_go_on_through_a_flood_of_chunks_that_nobody_expects(
         (told,) = aggregator.of("flooding")
         assert told["device"] == "hostile"
     assert "being dropped for client _aggregator" in (fleet.folder.path / "broker/log").read_text()
+
+
+def test_properties_without_end_hold_nobody_up(fleet: Fleet) -> None:
+    """A megabyte of MQTT 5 user properties, written by hand: no client library sends as many."""
+    files, broker = fleet.join("evil"), fleet.folder.broker_for_devices
+    aggregator = fleet.aggregator()
+    aggregator.subscribe([topics.subscription("status")])
+    context = ssl.create_default_context(cafile=str(files.ca))
+    context.load_cert_chain(files.certificate, files.key)
+
+    def packet(kind: int, body: bytes) -> bytes:
+        return bytes([kind]) + VariableByteIntegers.encode(len(body)) + body
+
+    def text(value: str) -> bytes:
+        return len(value).to_bytes(2, "big") + value.encode()
+
+    with (
+        socket.create_connection((broker.host, broker.port)) as plain,
+        context.wrap_socket(plain, server_hostname=broker.host) as secure,
+    ):
+        version_5, clean_start, keepalive, no_properties = b"\x05", b"\x02", b"\x00\x3c", b"\x00"
+        head = text("MQTT") + version_5 + clean_start + keepalive + no_properties
+        secure.sendall(packet(0x10, head + text("evil")))
+        assert secure.recv(100)[:1] == b"\x20", "CONNACK"
+        topic = text(topics.topic("status", job="notes", device="evil"))
+        for payload, count in ((b"long", 200_000), (b"after", 0)):
+            properties = b"\x26\x00\x00\x00\x00" * count
+            length = VariableByteIntegers.encode(len(properties))
+            secure.sendall(packet(0x30, topic + length + properties + payload))
+        for payload in (b"long", b"after"):
+            incoming = aggregator.receive(5)
+            assert incoming is not None and incoming.payload == payload
