@@ -18,8 +18,9 @@ from rich.table import Table
 
 from benchmarks.claims import Claim, write_claims
 from tests.conftest import MOSQUITTO
+from tests.faults.audit_personal import SETTINGS, PersonalAuditor
 from tests.faults.rig import Rig, running
-from tests.faults.rows import Fault, Row, every_point, random_instants
+from tests.faults.rows import Fault, Row, every_point, personal_points, random_instants
 from tests.faults.rows_around import around
 from tests.faults.rows_power import CutRow, power_cuts
 
@@ -33,7 +34,8 @@ def every_fault() -> list[Fault]:
 def run(rig: Rig, faults: Sequence[Fault], share: float) -> list[Row]:
     """Do all faults, each `share` of its full number of times and once at least."""
     rows = []
-    rig.begin()
+    if faults:
+        rig.begin()
     for fault in faults:
         began = time.monotonic()
         row = fault.run(rig, max(1, round(fault.times * share)))
@@ -88,10 +90,13 @@ def main() -> int:
         print("error: mosquitto is not installed; make mosquitto", file=sys.stderr)
         return 1
     faults = [f for f in every_fault() if given.only in f.name]
+    personal = [f for f in personal_points() if given.only in f.name]
     share = 0.0 if given.quick else given.kills / KILLS
     with tempfile.TemporaryDirectory() as folder:
         with running(Path(folder) / "fleet", given.seed) as rig:
             rows = run(rig, faults, share)
+        with running(Path(folder) / "own", given.seed, auditor=PersonalAuditor, **SETTINGS) as rig:
+            rows += run(rig, personal, share)
         cuts = [] if given.only else power_cuts(Path(folder), given.seed, 1 if given.quick else 5)
     show(rows)
     for row in rows:

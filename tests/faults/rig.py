@@ -17,6 +17,7 @@ from protocol.broker import free_port
 from protocol.faults import VARIABLE
 from tests.conftest import MOSQUITTO
 from tests.faults.audit import Auditor
+from tests.faults.audit_personal import PersonalAuditor
 from tests.faults.processes import Event, Program
 
 JOB = "faults"
@@ -30,6 +31,7 @@ STALLED_S = 150.0
 """Nothing makes progress for this long: the fleet has not recovered."""
 
 Start = Callable[[Mapping[str, str]], Program]
+AuditorOf = Callable[[Path, dict[str, Path]], Auditor | PersonalAuditor]
 
 
 class NotRecovered(Exception):
@@ -182,14 +184,16 @@ class Rig:
         seed: int,
         devices: Sequence[str] = DEVICES,
         modules: int = 3,
+        auditor: AuditorOf = Auditor,
         **settings: object,
     ) -> None:
         """Prepare; an update has 128 KiB of numbers for each module, and a chunk as many.
 
-        The job is merged by `fedavg`, which the auditor can follow, unless `settings` say
+        The job is merged by `fedavg`, which `Auditor` can follow, unless `settings` say
         otherwise.
         """
         assert MOSQUITTO is not None
+        self._auditor = auditor
         self.folder = folder
         self.random = random.Random(seed)
         self.port = free_port()
@@ -223,7 +227,7 @@ class Rig:
                 service.end(signal.SIGKILL)
         for folder in ("aggregator", *self.devices):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
-        self.auditor = Auditor(
+        self.auditor = self._auditor(
             self.folder / "aggregator", {name: self.folder / name for name in self.devices}
         )
         self.forget_broker()
@@ -361,11 +365,12 @@ def running(
     seed: int,
     devices: Sequence[str] = DEVICES,
     modules: int = 3,
+    auditor: AuditorOf = Auditor,
     **settings: object,
 ) -> Iterator[Rig]:
     """Run a fleet for as long as the block lasts; leave no process behind."""
     (folder / "logs").mkdir(parents=True)
-    rig = Rig(folder, seed, devices, modules, **settings)
+    rig = Rig(folder, seed, devices, modules, auditor, **settings)
     try:
         yield rig
     finally:

@@ -17,8 +17,7 @@ AT_FIRST = (
 )
 """Points that the aggregator passes when a job is new."""
 PERSONAL_ALONE = ("aggregator.personal.written", "aggregator.personal.published")
-"""Points that jobs with personal adapters pass alone, which this fleet's job is none of: see
-tests/aggregator/personal/test_kept.py."""
+"""Points that only jobs with personal adapters pass."""
 ONCE_A_LIFE = "aggregator.start."
 OFTEN = (
     "aggregator.chunk.",
@@ -147,8 +146,13 @@ def at_random(
     return strike
 
 
+def personal_points() -> list[Fault]:
+    """Return a fault for each named point that only jobs with personal adapters pass."""
+    return [Fault(point, at_point(point), 8) for point in PERSONAL_ALONE]
+
+
 def every_point() -> list[Fault]:
-    """Return a fault for each named point."""
+    """Return a fault for each named point that a job with a common adapter passes."""
     faults = []
     for point in POINTS:
         if point in PERSONAL_ALONE:
