@@ -77,9 +77,9 @@ def main() -> None:
         (f"{PRIVATE}, in {ROUNDS} parts", last * ROUNDS, each),
         (f"{PRIVATE}, beside each version", versions, each),
     ):
-        mixed = fleet.mixed(chosen, PRIVATE_RANK, beside, steps).values()
-        weights = ", ".join(f"{weight:g}" for weight, _ in mixed)
-        show(arm, fmean(loss for _, loss in mixed), f"weights {weights}")
+        mixed = [fleet.mixed(chosen, d, PRIVATE_RANK, beside, steps) for d in fleet.devices]
+        weights = ", ".join(f"{found.weight:g}" for found in mixed)
+        show(arm, fmean(found.held_out for found in mixed), f"weights {weights}")
     for times, said in ((1, "as many"), (2, "twice as many")):
         own = job(fleet, rate, times * ROUNDS)
         losses = [fleet.loss(fleet.alone(own, device), device) for device in fleet.devices]

@@ -55,6 +55,15 @@ class SimulatedDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixed:
+    """What a private adapter comes to: its weight, and losses of the mixture."""
+
+    weight: float
+    trust: float
+    held_out: float
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """How devices train, and how many rows a loss is measured on."""
 
@@ -167,25 +176,27 @@ class Simulation:
         return shared
 
     def mixed(
-        self, job: Job, rank: int, versions: Sequence[Adapter], steps: int
-    ) -> dict[str, tuple[float, float]]:
-        """Return each device's mixing weight, and its held-out loss with a private adapter.
+        self,
+        job: Job,
+        device: SimulatedDevice,
+        rank: int,
+        versions: Sequence[Adapter],
+        steps: int,
+    ) -> Mixed:
+        """Give a device a private adapter, and mix it with the shared one as it does best.
 
         It trains `steps` beside each of the shared adapters in turn, and is mixed with the last.
         """
         settings = job.training.model_copy(update={"steps": steps})
-        found = {}
-        for device in self.devices:
-            private, stream = first_private(job, device.name, rank), self.stream(device)
-            for shared in versions:
-                private, _ = self._train(job, private, shared, stream, settings, False)
+        private, stream = first_private(job, device.name, rank), self.stream(device)
+        for shared in versions:
+            private, _ = self._train(job, private, shared, stream, settings, False)
 
-            def loss(weight: float, split: str, of: Adapter = private, d: Any = device) -> float:
-                return self.loss(stacked(versions[-1], of, weight), d, split)
+        def loss(weight: float, split: str) -> float:
+            return self.loss(stacked(versions[-1], private, weight), device, split)
 
-            _, weight = min((loss(weight, "trust"), weight) for weight in WEIGHTS)
-            found[device.name] = weight, loss(weight, "held_out")
-        return found
+        trust, weight = min((loss(weight, "trust"), weight) for weight in WEIGHTS)
+        return Mixed(weight, trust, loss(weight, "held_out"))
 
     def alone(
         self,

@@ -6,7 +6,9 @@ better of the two on its trust split is the next one.
 
 What does best at once is sharper than what is best to train on from: help that is given up is
 missed in later rounds. So the flatter of two is better unless the sharper wins by `PATIENCE`; and
-after the last round, when nobody trains on, a device is given a sharper one beside its own.
+after the last round, when nobody trains on, a device is given one beside its own that is sharper
+than its own and than the start: half of the lower of both. However flat devices trained, there
+lay the best on languages and on roles alike (`benchmarks.quality`).
 """
 
 from __future__ import annotations
@@ -24,8 +26,6 @@ START: dict[Strategy, float] = {
 STEP = 2.0
 PATIENCE = 0.01
 """Part of its loss by which a sharper temperature has to be better."""
-LAST_STEPS = -2
-"""From the last temperature to the one that is tried when the job is finished."""
 FURTHEST = 10
 """Steps from the start."""
 
@@ -49,7 +49,7 @@ class Temperature:
     @property
     def last(self) -> Temperature:
         """The sharper one that is tried when nobody trains on."""
-        return replace(self, steps=self.steps + LAST_STEPS)
+        return replace(self, steps=min(self.steps, 0) - 1)
 
     def after(self, received: float, trial: float) -> Temperature:
         """Return the next temperature, given the losses at this one and at its trial."""

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from benchmarks.quality.datasets import RANKS
 from benchmarks.quality.full_weights import FullWeights
-from benchmarks.quality.personal import PersonalRun, Trust
+from benchmarks.quality.personal import PersonalRun
 from benchmarks.simulation import Simulation
 from protocol.adapter import Adapter
-from protocol.messages import Job
+from protocol.messages import Job, PersonalRule
 
 Kind = Literal["base", "alone", "common", "personal", "full weights"]
 Fields = Mapping[str, Any]
@@ -64,15 +64,18 @@ class Result:
 class Arm:
     """One thing to compare: how it merges, and how its devices train.
 
-    `rank` is that of every device; None leaves each its own. `start` is the learning rate at which
-    the search for the arm's best begins.
+    `rank` is that of every device; None leaves each its own. Personal arms have a `strategy`, or
+    the common adapter where it is None; with `private` each device then trains a private adapter of
+    its own rank beside it, with as many steps as it had, and mixes the two. `start` is the learning
+    rate at which the search for the arm's best begins.
     """
 
     kind: Kind
     job: Fields = field(default_factory=dict)
     training: Fields = field(default_factory=dict)
     rank: int | None = None
-    trust: Trust | None = None
+    strategy: PersonalRule | None = None
+    private: bool = False
     start: float = 8e-3
 
     def run(self, fleet: Simulation, schedule: Schedule, rate: float) -> Result:
@@ -104,13 +107,18 @@ def _base(arm: Arm, fleet: Simulation, job: Job) -> Found:
 
 
 def _common(arm: Arm, fleet: Simulation, job: Job) -> Found:
+    adapter, curve = _shared(arm, fleet, job)
+    return curve[-1], fleet.evaluate(adapter), curve, {}
+
+
+def _shared(arm: Arm, fleet: Simulation, job: Job) -> tuple[Adapter, list[float]]:
     curve: list[float] = []
     adapter = fleet.federated(
         job,
         devices=None if arm.rank is None else fleet.with_rank(arm.rank),
         on_round=lambda _, shared: curve.append(fmean(fleet.evaluate(shared, "trust").values())),
     )
-    return curve[-1], fleet.evaluate(adapter), curve, {}
+    return adapter, curve
 
 
 def _alone(arm: Arm, fleet: Simulation, job: Job) -> Found:
@@ -134,12 +142,22 @@ def _alone(arm: Arm, fleet: Simulation, job: Job) -> Found:
 
 
 def _personal(arm: Arm, fleet: Simulation, job: Job) -> Found:
-    assert arm.trust is not None, "a personal arm weighs by trust"
-    curve: list[float] = []
-    run = PersonalRun(fleet, job, arm.trust)
-    run.run(lambda _, loss: curve.append(loss))
-    details = {"temperatures": run.temperatures.tolist()}
-    return curve[-1], run.own_losses("held_out"), curve, details
+    if arm.strategy:
+        curve: list[float] = []
+        run = PersonalRun(fleet, job, arm.strategy)
+        run.run(lambda _, loss: curve.append(loss))
+        held, details = run.held, {"temperatures": run.temperatures}
+    else:
+        shared, curve = _shared(arm, fleet, job)
+        held, details = {device.name: shared for device in fleet.devices}, {}
+    if not arm.private:
+        held_out = {d.name: fleet.loss(held[d.name], d) for d in fleet.devices}
+        return curve[-1], held_out, curve, details
+    steps = job.training.steps * job.rounds
+    mixed = {d.name: fleet.mixed(job, d, d.rank, [held[d.name]], steps) for d in fleet.devices}
+    details["private"] = {name: found.weight for name, found in mixed.items()}
+    held_out = {name: found.held_out for name, found in mixed.items()}
+    return fmean(found.trust for found in mixed.values()), held_out, curve, details
 
 
 def _full_weights(arm: Arm, fleet: Simulation, job: Job) -> Found:
@@ -162,14 +180,17 @@ PUBLISHED = {"remainder": "dropped", "directions": "top"}
 FROZEN = {"remainder": "frozen", "directions": "top"}
 ROTATING = {"remainder": "frozen", "directions": "rotating"}
 BY_RANK = {"learning_rate_by_rank": True}
+TWICE = {"steps": 2 * Schedule().steps}
+"""What devices train that have a private adapter too."""
 
 
 def _rule(name: str, fields: Fields = PUBLISHED, **others: Any) -> Arm:
     return Arm("common", {"rule": name, **fields}, **others)
 
 
-def _trusting(trust: Trust) -> Arm:
-    return Arm("personal", {"rule": "anchored", **ROTATING}, BY_RANK, trust=trust)
+def _personal_arm(strategy: PersonalRule | None, **others: Any) -> Arm:
+    rule = strategy or "anchored"
+    return Arm("personal", {"rule": rule, **ROTATING}, BY_RANK, strategy=strategy, **others)
 
 
 def _arms() -> dict[str, Arm]:
@@ -195,28 +216,16 @@ def _arms() -> dict[str, Arm]:
         "anchored, rotating": _rule("anchored", ROTATING),
         "anchored, rotating, by rank": default,
         "full weights averaged": Arm("full weights", start=1e-3),
-        "trust-weights": _trusting(Trust("weights", 0.1)),
-        "trust-predictions": _trusting(Trust("predictions", 1.0)),
-        "trust-validation": _trusting(Trust("validation", 0.1)),
+        "trust-weights": _personal_arm("trust-weights"),
+        "trust-validation": _personal_arm("trust-validation"),
+        "trust-predictions": _personal_arm("trust-predictions"),
+        "shared and private": _personal_arm(None, private=True),
+        "trust-validation and private": _personal_arm("trust-validation", private=True),
+        "local only, twice the steps": Arm("alone", training={**BY_RANK, **TWICE}),
+        "anchored, rotating, by rank, twice the steps": _rule(
+            "anchored", ROTATING, training={**BY_RANK, **TWICE}
+        ),
     }
-    for temperature in (0.05, 0.2, 0.4):
-        arms[f"trust-validation at {temperature}"] = _trusting(Trust("validation", temperature))
-    arms["trust-validation, last round's losses"] = _trusting(Trust("validation", 0.1, stale=True))
-    for strategy, temperature in (("weights", 0.1), ("validation", 0.1), ("predictions", 1.0)):
-        arms[f"trust-{strategy}, adapted"] = _trusting(Trust(strategy, temperature, adapt=True))  # type: ignore[arg-type]
-    arms["trust-validation, adapted, last round's losses"] = _trusting(
-        Trust("validation", 0.1, stale=True, adapt=True)
-    )
-    for temperature in (0.2, 0.4, 0.8, 1.6):
-        arms[f"trust-validation at {temperature}, finish"] = _trusting(
-            Trust("validation", temperature, finish=True)
-        )
-    arms["trust-validation, patient"] = _trusting(
-        Trust("validation", 0.4, adapt=True, finish=True, patience=0.01)
-    )
-    arms["trust-validation, patient, last round's losses"] = _trusting(
-        Trust("validation", 0.4, stale=True, adapt=True, finish=True, patience=0.01)
-    )
     for name, settings in {
         "balanced split": {"split": "balanced"},
         "momentum 0.3": {"momentum": 0.3},

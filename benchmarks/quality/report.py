@@ -137,7 +137,7 @@ def _claim(claim: str, found: Comparison, target: str, met: bool) -> Claim:
     return Claim(claim, str(found), target, met)
 
 
-CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation, patient")
+CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation")
 
 
 def write(sheets: Sequence[Sheet], folder: Path) -> None:

@@ -40,8 +40,9 @@ def fleet() -> Simulation:
         LARGEST,
         "full weights averaged",
         "trust-weights",
-        "trust-predictions, adapted",
-        "trust-validation, adapted, last round's losses",
+        "trust-predictions",
+        "trust-validation and private",
+        "shared and private",
     ],
 )
 def test_an_arm_learns_and_leaves_the_base_alone(fleet, arm):

@@ -161,9 +161,14 @@ def test_after_the_last_round_a_sharper_mixture_is_there_to_keep() -> None:
         "trust-validation", view, answers, {}, TrustState(), AUTO, version=3, last=True
     )
     assert last.candidates == {}
-    fixed = TrustSettings(temperature=0.1)
+    fixed = TrustSettings(temperature=0.2)
     sharper = personal_round("trust-validation", view, answers, {}, TrustState(), fixed, version=3)
     assert distance(last.trials["d1"], sharper.mixtures["d1"]) < 1e-4
+
+
+def test_however_flat_devices_trained_the_last_mixture_is_sharper_than_the_start() -> None:
+    assert Temperature(5).last.value("trust-validation") == 0.2
+    assert Temperature(-1).last.value("trust-validation") == 0.1
 
 
 def test_candidates_are_those_offered_longest_ago() -> None:
