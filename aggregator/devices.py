@@ -59,7 +59,7 @@ class Devices:
         return {row[0] for row in rows}
 
     def strike(self, device: str, limit: int, until: float) -> bool:
-        """Note a refused update; after `limit` in a row quarantine begins and True is returned."""
+        """Note a refused update, or a flood; at `limit` quarantine begins and True is returned."""
         with self._db.transaction():
             self._db.run(
                 "INSERT INTO conduct VALUES (?, 1, 0) "
@@ -75,8 +75,10 @@ class Devices:
             return begun > 0
 
     def forgive(self, device: str) -> None:
-        """Forget what was refused before: an update of the device has been counted."""
-        self._db.run("DELETE FROM conduct WHERE device = ?", device)
+        """Take one strike back: an update of the device has been counted."""
+        self._db.run(
+            "UPDATE conduct SET strikes = strikes - 1 WHERE device = ? AND strikes > 0", device
+        )
 
     def quarantine(self, device: str) -> float:
         """Return until when a device is kept out, in seconds since 1970; 0 if it never was."""

@@ -130,7 +130,11 @@ class Intake:
         if status.device != device or status.job != self._job.job:
             raise MalformedMessage(topic, "it speaks of another device or job")
         before = self._store.devices.status(device)
-        if self._store.devices.set_status(status, key) and before != status:
+        if not self._store.devices.set_status(status, key):
+            raise MalformedMessage(
+                topic, f"it is of start {status.boot}, a later one has been heard"
+            )
+        if before != status:
             self._events.emit(
                 "device",
                 device=device,
@@ -163,7 +167,7 @@ class Intake:
             return self._reject(manifest, why)
         if not self._store.has_room(manifest.file.bytes):
             why = "the aggregator's disk is full; it takes the update once there is room again"
-            self._events.emit("full", device=device, round=manifest.round)
+            self._seldom.emit(("full", device), "full", device=device, round=manifest.round)
             return [self._answer(manifest, "wait", reason=why)]
         fault_point("aggregator.manifest.received")
         self._store.uploads.expect(manifest)
@@ -186,7 +190,7 @@ class Intake:
         except BadChunk as error:
             self._refuse(device, topic, error)
             return self._ask_again(manifest, number)
-        if why := self._late(manifest):
+        if why := self._late(manifest) or self._kept_out(device):
             return self._reject(manifest, why, at_fault=False)
         fault_point("aggregator.chunk.received")
         self._store.uploads.add_chunk(manifest, number, payload)
@@ -262,7 +266,9 @@ class Intake:
         """Say why an upload is not wanted now, through no fault of it; empty if it is."""
         now = self._store.round()
         behind = now.number - manifest.round
-        if now.state != "open" or not 0 <= behind <= self._policy.late_updates:
+        if behind < 0:
+            return f"round {manifest.round} has not begun (it is round {now.number}, {now.state})"
+        if now.state != "open" or behind > self._policy.late_updates:
             return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
         if behind and self._store.uploads.has_counted(manifest.device, now.number):
             return f"another update of this device counts in round {now.number} already"
@@ -280,8 +286,7 @@ class Intake:
         if self._clock() >= until:
             return ""
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(until))
-        times = self._policy.quarantine_after
-        return f"{times} of its updates in a row were refused: it is in quarantine until {when}"
+        return f"too much of what it sent was refused: it is in quarantine until {when}"
 
     def _unfit(self, manifest: UploadManifest) -> str:
         """Say what is wrong with an upload, from its manifest alone; empty if nothing is."""
@@ -333,12 +338,20 @@ class Intake:
         return f"it sent more than {self._round_limit(manifest)} bytes in this round"
 
     def _reject(self, manifest: UploadManifest, reason: str, *, at_fault: bool = True) -> Outgoing:
-        """Refuse an upload; whose device is at fault comes nearer to quarantine."""
-        device = manifest.device
-        self._store.uploads.reject(manifest, reason)
-        self._events.emit("rejected", device=device, round=manifest.round, reason=reason)
+        """Refuse an upload; whose device is at fault comes nearer to quarantine.
+
+        One that is of no matter to the open round leaves nothing: a device can make up any number.
+        """
+        device, told = manifest.device, {"round": manifest.round, "reason": reason}
+        if at_fault or (manifest.round, manifest.attempt) == self._attempt():
+            self._store.uploads.reject(manifest, reason)
+        else:
+            self._store.uploads.forget(manifest)
         if at_fault:
+            self._events.emit("rejected", device=device, **told)
             self.blame(device)
+        else:
+            self._seldom.emit(("rejected", device), "rejected", device=device, **told)
         return [self._answer(manifest, "reject", reason=reason)]
 
     def _answer(

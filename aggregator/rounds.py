@@ -33,7 +33,8 @@ class Policy:
     fraction: float = 1.0
     """Share of the fleet that is asked first; drawn by a hash of device and round."""
     quarantine_after: int = 5
-    """Updates of a device, in a row, that are refused for what they are before it is kept out."""
+    """Strikes before a device is kept out: one for each update refused for what it is and each
+    minute of flooding, one taken back for each update that counts."""
     quarantine_s: float = 3600.0
     """For how long."""
     keep_versions: int = 10

@@ -127,8 +127,17 @@ class Uploads:
             self._settle(manifest, "counted", "")
 
     def reject(self, manifest: UploadManifest, reason: str) -> None:
-        self.expect(manifest)
-        self._settle(manifest, "rejected", reason)
+        """Refuse an upload; of those of a device that were refused the last is remembered."""
+        with self._db.transaction():
+            before = "device = ? AND upload != ? AND state = 'rejected'"
+            self._forget(before, manifest.device, manifest.upload)
+            self.expect(manifest)
+            self._settle(manifest, "rejected", reason)
+
+    def forget(self, manifest: UploadManifest) -> None:
+        """Forget an upload that does not count, and what of it has come."""
+        with self._db.transaction():
+            self._forget("upload = ? AND state != 'counted'", manifest.upload)
 
     def _settle(self, manifest: UploadManifest, state: str, reason: str) -> None:
         with self._db.transaction():

@@ -6,6 +6,7 @@ only when the aggregator has said `done` or `reject`.
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -184,8 +185,11 @@ class Outbox:
         return row[0] if row else default
 
     def next_boot(self) -> int:
-        """Count this start of the agent and return its number."""
-        boot = self._number("boot", 0) + 1
+        """Return a number for this start of the agent: larger than that of any start before.
+
+        By the clock too: a device restored from a copy does not count the same starts again.
+        """
+        boot = max(self._number("boot", 0) + 1, int(time.time()))
         self._set("boot", boot)
         return boot
 

@@ -111,7 +111,7 @@ def test_other_bytes_under_the_same_upload_begin_it_anew(aggregator: Aggregator)
     ("changed", "reason"),
     [
         ({"version": 2}, "version 2"),
-        ({"round": 7}, "round 7 is over"),
+        ({"round": 7}, "round 7 has not begun"),
         ({"round": 0}, "round 0 is over"),
         ({"held": 129}, "129 directions"),
         ({"encoding": "bf16"}, "encoding is bf16"),

@@ -103,11 +103,18 @@ def test_what_was_put_is_on_disk_without_a_close(tmp_path: Path) -> None:
     outbox.close()
 
 
-def test_every_start_is_counted(tmp_path: Path) -> None:
-    for expected in (1, 2, 3):
+def test_every_start_has_a_larger_number_whatever_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = 0
+    for clock in (1.8e9, 1.8e9, 1.7e9, 1.9e9):
+        monkeypatch.setattr("edge_client.outbox.time.time", lambda clock=clock: clock)
         outbox = Outbox(tmp_path)
-        assert outbox.next_boot() == expected
+        boot = outbox.next_boot()
         outbox.close()
+        assert boot > last
+        last = boot
+    assert last == 1.9e9, "a copy of an older state counts from the clock"
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

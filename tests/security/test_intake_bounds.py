@@ -67,7 +67,7 @@ def test_bad_updates_in_a_row_lead_to_quarantine_and_it_ends(aggregator: Aggrega
 
     in_round(aggregator, 4)
     (answer,) = aggregator.deliver(aggregator.manifest(good, round=4), good)
-    assert "3 of its updates in a row were refused" in answer.reason
+    assert "too much of what it sent was refused" in answer.reason
     aggregator.reopen()
     clock = with_clock(aggregator, Policy(quarantine_after=3, quarantine_s=60))
     in_round(aggregator, 5)
@@ -93,6 +93,57 @@ def test_a_good_update_in_between_and_being_late_are_no_faults(aggregator: Aggre
         (answer,) = aggregator.offer(aggregator.manifest(good, round=late))
         assert "is over" in answer.reason
     assert "quarantined" not in aggregator.heard()
+
+
+def test_made_up_manifests_leave_next_to_nothing(aggregator: Aggregator) -> None:
+    """A device can sign any number; of what it had refused the last is kept."""
+    clock = with_clock(aggregator, Policy(quarantine_after=1000))
+    good = encode(update(aggregator.job), "f32")
+    wrong = {"held": 129, "rank": 64}
+    for number in range(200):
+        clock.now += 1
+        (answer,) = aggregator.offer(aggregator.manifest(good, round=1000 + number))
+        assert answer.kind == "reject" and "has not begun (it is round 1, open)" in answer.reason
+        in_round(aggregator, number + 2)
+        (answer,) = aggregator.offer(aggregator.manifest(good, round=number + 2, **wrong))
+        assert answer.kind == "reject" and "it claims 129 directions" in answer.reason
+        in_round(aggregator, 1)
+    rows = aggregator.store._db.rows("SELECT upload FROM uploads")
+    assert len(rows) == 1
+    made_up = [e for e in aggregator.heard() if e == "rejected"]
+    assert len(made_up) < 200 + 10, "those of no matter are logged once a minute"
+    (answer,) = aggregator.deliver(aggregator.manifest(good), good)
+    assert answer.kind == "done"
+
+
+def test_quarantine_ends_by_time_alone_and_counting_takes_back_one_strike(
+    aggregator: Aggregator,
+) -> None:
+    clock = with_clock(aggregator, Policy(quarantine_after=3, quarantine_s=60))
+    data = encode(update(aggregator.job), "f32")
+    manifest, chunks = aggregator.manifest(data), split(data)
+    aggregator.offer(manifest)
+    for index, chunk in enumerate(chunks[:-1]):
+        aggregator.chunk(manifest, index, chunk)
+    for _ in range(3):
+        aggregator.intake.blame(DEVICE)
+    (answer,) = aggregator.chunk(manifest, len(chunks) - 1, chunks[-1])
+    assert answer.kind == "reject" and "quarantine" in answer.reason
+    clock.now += 61
+    for number, kind in ((2, "done"), (3, "reject")):
+        for _ in range(2):
+            aggregator.intake.blame(DEVICE)
+        in_round(aggregator, number)
+        answers = aggregator.deliver(aggregator.manifest(data, round=number), data)
+        assert answers[-1].kind == kind, "one strike of two is left from the round before"
+
+
+def test_a_status_of_an_earlier_start_is_refused_and_logged(aggregator: Aggregator) -> None:
+    aggregator.greet(boot=9)
+    aggregator.greet(boot=5)
+    known = aggregator.store.devices.status(DEVICE)
+    assert known is not None and known.boot == 9
+    assert "it is of start 5, a later one has been heard" in aggregator.events.getvalue()
 
 
 def test_no_round_waits_for_who_is_kept_out() -> None:
