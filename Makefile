@@ -28,8 +28,9 @@ $(VENV)/complete: pyproject.toml constraints.txt
 mosquitto:
 	@sh scripts/install_mosquitto.sh
 
+# Many tests wait for real processes most of the time: three run at once, also on two cores.
 test: $(VENV) mosquitto
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Kills everything everywhere, about 500 times, and prints what became of every update.
 FAULTS_FLAGS ?=
