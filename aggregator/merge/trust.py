@@ -77,10 +77,18 @@ def prediction_distance(probes: Sequence[TopLogits]) -> Float64Array:
 
 
 def prediction_scores(distance: Float64Array, tau: float | None = None) -> Float64Array:
-    """Return score_ij = -τ·D_ij / mean_j(D_ij), τ = 10/K by default; 0 where a row is all zero."""
+    """Return score_ij = -τ·D_ij / typical_i, τ = 10/K by default; 0 where a row is all zero.
+
+    The source divides by mean_j D_ij, which one far answer makes as large as it likes, so that all
+    others look alike. Here the median over the others stands for each of them in that mean; where
+    it is zero (most answered the same) the mean is taken.
+    """
     devices = len(distance)
     mean = distance.mean(axis=1, keepdims=True)
-    relative = np.divide(distance, mean, out=np.zeros_like(distance), where=mean > 0)
+    others = distance[~np.eye(devices, dtype=bool)].reshape(devices, devices - 1)
+    median = np.median(others, axis=1, keepdims=True) if devices > 1 else np.zeros((devices, 1))
+    typical = np.where(median > 0, median * (devices - 1) / devices, mean)
+    relative = np.divide(distance, typical, out=np.zeros_like(distance), where=typical > 0)
     return np.asarray(-(10 / devices if tau is None else tau) * relative)
 
 

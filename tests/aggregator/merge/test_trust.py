@@ -53,6 +53,21 @@ def test_prediction_distance_equals_dense_logits(seed: int, count: int, position
     np.testing.assert_allclose(prediction_distance(probes), wanted, atol=1e-12)
 
 
+def test_one_far_answer_leaves_the_weights_of_the_others() -> None:
+    near = np.array([[0.0, 1, 2, 3], [1, 0, 1, 2], [2, 1, 0, 1], [3, 2, 1, 0]])
+    far = np.pad(near, (0, 1), constant_values=1e6)
+    far[4, 4] = 0
+    before, after = (
+        softmax_rows(prediction_scores(near, 2)),
+        softmax_rows(prediction_scores(far, 2)),
+    )
+    assert after[:4, 4].max() < 1e-9
+    assert np.abs(after[:4, :4] - before).max() < 0.2, "by the mean all four would be level"
+    assert after[0, 0] > 2 * after[0, 3]
+    same = np.array([[0.0, 0, 0, 6]] * 4)  # most answered alike: the mean, as published
+    np.testing.assert_allclose(prediction_scores(same, 1)[0], [0, 0, 0, -4])
+
+
 def test_trust_refuses_what_it_cannot_use() -> None:
     with pytest.raises(BadRuleSettings, match="temperature"):
         softmax_rows(np.zeros((2, 2)), 0.0)
