@@ -78,6 +78,11 @@ class Arm:
     private: bool = False
     start: float = 8e-3
 
+    @property
+    def steps(self) -> Literal["as many", "twice as many"]:
+        """How much its devices train, next to the other arms."""
+        return "twice as many" if self.private or "steps" in self.training else "as many"
+
     def run(self, fleet: Simulation, schedule: Schedule, rate: float) -> Result:
         """Run the arm on a fleet."""
         started = time.monotonic()

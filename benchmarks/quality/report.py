@@ -36,12 +36,13 @@ class Sheet:
         """Compare two arms over the seeds of both."""
         return compare(self.losses(arm), self.losses(other))
 
-    def best(self, kind: str) -> str | None:
-        """Return the arm of a kind with the least loss on the trust splits.
+    def best(self, kind: str, steps: str) -> str | None:
+        """Return the arm of a kind, with so many steps, with the least loss on the trust splits.
 
         Over the seeds that all its arms have, so that none gains by an easier seed.
         """
         arms = [a for a in self.found if ARMS[a].kind == kind and ARMS[a].rank is None]
+        arms = [a for a in arms if ARMS[a].steps == steps]
         seeds = set.intersection(*(set(self.found[arm]) for arm in arms)) if arms else set()
         if not seeds:
             return None
@@ -125,12 +126,13 @@ def claims(sheet: Sheet) -> Iterator[Claim]:
         target = f"< {BOUND_PERCENT:g} %"
         met = bound.percent < BOUND_PERCENT
         yield _claim(f"{where}default against all at the largest rank", bound, target, met)
-    personal, common = sheet.best("personal"), sheet.best("common")
-    for other in (LOCAL, common):
-        found = sheet.against(personal, other) if personal and other else None
-        if found:
-            claim = f"{where}best personal ({personal}) against {other}"
-            yield _claim(claim, found, "< 0 %", found.percent < 0)
+    for steps in ("as many", "twice as many"):
+        personal = sheet.best("personal", steps)
+        for other in (sheet.best("alone", steps), sheet.best("common", steps)):
+            found = sheet.against(personal, other) if personal and other else None
+            if found:
+                claim = f"{where}best personal ({personal}) against {other}"
+                yield _claim(claim, found, "< 0 %", found.percent < 0)
 
 
 def _claim(claim: str, found: Comparison, target: str, met: bool) -> Claim:
