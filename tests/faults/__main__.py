@@ -25,7 +25,6 @@ from tests.faults.rows_around import around
 from tests.faults.rows_power import CutRow, power_cuts
 from tests.faults.rows_secure import secured
 from tests.faults.secure_rig import HOUSE, SecureRig
-from tests.faults.secure_rig import SETTINGS as SECURE_SETTINGS
 
 KILLS = 500
 
@@ -101,8 +100,7 @@ def main() -> int:
             rows = run(rig, faults, share)
         with running(Path(folder) / "own", given.seed, auditor=PersonalAuditor, **SETTINGS) as rig:
             rows += run(rig, personal, share)
-        house = {"kind": SecureRig, **SECURE_SETTINGS}
-        with running(Path(folder) / "house", given.seed, HOUSE, **house) as rig:
+        with running(Path(folder) / "house", given.seed, HOUSE, kind=SecureRig) as rig:
             rows += run(rig, certified, share)
         cuts = [] if given.only else power_cuts(Path(folder), given.seed, 1 if given.quick else 5)
     show(rows)

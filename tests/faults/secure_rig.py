@@ -16,10 +16,7 @@ from tests.security.fleet import make_folder
 
 HOUSE = ("attic", "barn", "cellar", "dairy")
 QUORUM = 3
-SETTINGS: dict[str, Any] = {
-    "policy": {"min_devices": len(HOUSE), "quorum": QUORUM, "keep_versions": 0}
-}
-"""Rounds go on without one device."""
+"""With which rounds go on without one of them."""
 
 
 class SecureRig(Rig):
