@@ -13,25 +13,13 @@ from edge_client.outbox import FILE
 from protocol import topics
 from tests.faults.audit import read_records
 from tests.faults.rig import Service
-from tests.faults.rows import Fault, Row
+from tests.faults.rows import Fault, Happened, Row, expect
 from tests.faults.secure_rig import QUORUM, SecureRig
 
-HEARD_S = 60.0
-"""Whoever is refused has said so by then."""
 CHUNKS = 4
 """Of an update: three modules, and a header."""
 REVOKED = "has been revoked"
 DENIED = "access rules do not let this client do that"
-
-Happened = Callable[[], bool]
-
-
-def expect(rig: SecureRig, row: Row, happened: Happened, what: str) -> None:
-    """Keep a fleet up until something has happened, which it has to before long."""
-    deadline = time.monotonic() + HEARD_S
-    rig.keep_up(lambda: happened() or time.monotonic() > deadline)
-    if not happened():
-        row.problems.append(f"{what}: not in {HEARD_S:.0f} s")
 
 
 def until_counted(rig: SecureRig, row: Row, device: Service) -> None:
