@@ -112,6 +112,6 @@ def devices_disk(rig: Rig, row: Row, times: int) -> None:
 def full_disks() -> list[Fault]:
     """Return the faults of disks without room."""
     return [
-        Fault("aggregator's disk full", aggregators_disk, 8),
-        Fault("a device's disk full", devices_disk, 8),
+        Fault("aggregator's disk full", aggregators_disk, 6),
+        Fault("a device's disk full", devices_disk, 6),
     ]

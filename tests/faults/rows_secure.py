@@ -63,18 +63,14 @@ WAYS = (stays_connected, is_killed, loses_its_broker)
 
 def refused(rig: SecureRig, device: Service) -> Happened:
     """Return what looks whether a device has been refused from now on, and that was said."""
-    ended, program, place = (
-        ends_saying(device, REVOKED),
-        rig.aggregator.program,
-        f"/d/{device.name}/",
-    )
-    since = len(program.of("refused"))
+    ended, program = ends_saying(device, REVOKED), rig.aggregator.program
+    place, since = f"/d/{device.name}/", len(program.of("refused"))
 
     def happened() -> bool:
         dropped = program.of("refused")[since:]
         return (
             ended()
-            or any(REVOKED in event["why"] for event in device.program.of("waiting"))
+            or any(REVOKED in event.get("why", "") for event in device.program.of("waiting"))
             or any(place in e["topic"] and REVOKED in e["reason"] for e in dropped)
         )
 
