@@ -26,7 +26,7 @@ from aggregator.places import Place
 from aggregator.rounds import RoundState
 from aggregator.uploads import SCHEMA as UPLOADS_SCHEMA
 from aggregator.uploads import Uploads
-from protocol.database import Database, DatabaseDamaged
+from protocol.database import FULL, Database, DatabaseDamaged
 from protocol.errors import os_words
 from protocol.faults import fault_point
 from protocol.messages import GlobalManifest
@@ -69,6 +69,8 @@ class Store:
         except DatabaseDamaged as error:
             raise StoreError(self._damaged(error)) from None
         except OSError as error:
+            if error.errno in FULL:
+                raise StoreError(self._refused(error)) from None
             raise StoreError(
                 f"can't keep the aggregator's state in {folder}: {os_words(error)}; name a folder "
                 "that can be written to with --state"
@@ -93,11 +95,7 @@ class Store:
         except DatabaseDamaged as error:
             raise StoreError(self._damaged(error)) from None
         except OSError as error:
-            raise StoreError(
-                f"can't use the aggregator's state in {self.folder}: {error.strerror}; make room "
-                "there, or mend that disk, and start it again: nothing that a device has been "
-                "told is lost"
-            ) from None
+            raise StoreError(self._refused(error)) from None
 
     def transaction(self) -> AbstractContextManager[None]:
         """Commit what the block does as one, or none of it; inside another it is a part of that.
@@ -225,6 +223,13 @@ class Store:
         return self.folder / place.folder / f"{band}.safetensors"
 
     # -- private ---------------------------------------------------------------------------------
+
+    def _refused(self, error: OSError) -> str:
+        return (
+            f"can't use the aggregator's state in {self.folder}: {error.strerror}; make room "
+            "there, or mend that disk, and start it again: nothing that a device has been told is "
+            "lost"
+        )
 
     def _damaged(self, error: DatabaseDamaged) -> str:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 Guard = Callable[[], AbstractContextManager[None]]
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a write is refused with where there is no room."""
+_NO_ROOM_BYTES = 256 * 1024
+"""With less than this SQLite may fail in other words than that the disk is full."""
 
 
 class DatabaseRefused(OSError):
@@ -52,8 +57,9 @@ class Database:
         self._guard = guard
         self._before_commit, self._after_commit = before_commit, after_commit
         self._after_rollback = after_rollback
+        self._folder = path.parent
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _refusals():
+        with self._refusals():
             self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_s)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -67,12 +73,12 @@ class Database:
 
         Returns the number of rows that it changed.
         """
-        with self._guard(), _refusals():
+        with self._guard(), self._refusals():
             return self._db.execute(statement, values).rowcount
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
-        with self._guard(), _refusals():
+        with self._guard(), self._refusals():
             return self._db.execute(query, values).fetchall()
 
     def one(self, query: str, *values: object) -> tuple[Any, ...] | None:
@@ -85,7 +91,7 @@ class Database:
         if self._db.in_transaction:
             yield
             return
-        with self._guard(), _refusals():
+        with self._guard(), self._refusals():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -98,16 +104,23 @@ class Database:
                 raise
             self._after_commit()
 
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Raise what the disk is to blame for as DatabaseRefused; other errors are bugs."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            why = str(error)
+            if "full" not in why and "locked" not in why and self._no_room():
+                why = f"the disk is full ({why})"
+            raise DatabaseRefused(errno.ENOSPC if "full" in why else errno.EIO, why) from None
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses are other things
+                raise
+            raise DatabaseDamaged(errno.EIO, str(error)) from None
 
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Raise what the disk is to blame for as DatabaseRefused; sqlite3's other errors are bugs."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        number = errno.ENOSPC if "full" in str(error) else errno.EIO
-        raise DatabaseRefused(number, str(error)) from None
-    except sqlite3.DatabaseError as error:
-        if type(error) is not sqlite3.DatabaseError:  # its subclasses are other things than damage
-            raise
-        raise DatabaseDamaged(errno.EIO, str(error)) from None
+    def _no_room(self) -> bool:
+        try:
+            return shutil.disk_usage(self._folder).free < _NO_ROOM_BYTES
+        except OSError:
+            return False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 
 from aggregator.errors import StoreError
+from aggregator.store import Store
 from edge_client.outbox import Pending
 from protocol.chunks import split
 from protocol.tensors import encode
@@ -20,9 +19,9 @@ from protocol.transport import BrokerAddress
 from tests.aggregator.light_device import LightDevice, run_until
 from tests.aggregator.uploading import Aggregator, make_job, update
 from tests.faults.processes import Program
+from tests.faults.small_disk import MIB, fill, mounted
 
 pytestmark = pytest.mark.timeout(180)
-MIB = 1 << 20
 DISK_MIB = 96
 BASE = {"name": "toy", "sha256": "0" * 64, "parameters": 1, "modules": {"m": (300_000, 4)}}
 JOB = make_job(base=BASE, ladder=[2, 4], rounds=1)
@@ -32,27 +31,10 @@ JOB = make_job(base=BASE, ladder=[2, 4], rounds=1)
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """Return the folder of a small disk of this test's own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "none", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"there is no mount: {error}")
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def fill(disk: Path, leave: int = 0) -> Path:
-    """Fill a disk up to some bytes, as if somebody else had; return what to delete."""
-    ballast = disk / f"ballast-{leave}"
-    with ballast.open("wb") as file:
-        while (free := os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize) > leave:
-            file.write(bytes(min(MIB, free - leave)))
-            file.flush()
-    return ballast
+    with mounted(tmp_path / "disk", DISK_MIB * MIB) as why:
+        if why:
+            pytest.skip(why)
+        yield tmp_path / "disk"
 
 
 def test_an_upload_waits_until_there_is_room(
@@ -91,6 +73,13 @@ def test_a_write_that_fails_is_one_error_and_leaves_the_store_in_order(disk: Pat
     assert answer.kind == "done"
     assert aggregator.counted() == [manifest]
     aggregator.store.close()
+
+
+def test_a_disk_that_is_full_at_the_start_is_called_so(disk: Path) -> None:
+    Store(disk / "state").close()
+    fill(disk)
+    with pytest.raises(StoreError, match=r"state: .*full.*; make room there"):
+        Store(disk / "state")
 
 
 def test_an_aggregator_whose_disk_fills_up_goes_on_when_there_is_room(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, Incoming
 from tests.edge_client.test_outbox_download import MODULES, manifest
 from tests.faults.processes import Program
+from tests.faults.small_disk import MIB, fill, mounted
 
 pytestmark = pytest.mark.timeout(120)
 FULL = "the disk is full: .* can't be kept in {}; free some space and start again"
@@ -31,34 +31,23 @@ class Disk:
     """A disk of half a MiB."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
+        self._ballast = path
         self.state = path / "state"
 
     def fill(self) -> None:
-        with (self.path / "rest").open("wb", buffering=0) as file:
-            while True:
-                try:
-                    file.write(b"x" * 512)
-                except OSError:
-                    return
+        self._ballast = fill(self._path)
 
     def free(self) -> None:
-        (self.path / "rest").unlink()
+        self._ballast.unlink()
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", path]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("nothing can be mounted here")
-    yield Disk(path)
-    subprocess.run(["umount", path], check=True)
+    with mounted(tmp_path / "disk", MIB // 2) as why:
+        if why:
+            pytest.skip(why)
+        yield Disk(tmp_path / "disk")
 
 
 def test_an_update_that_finds_no_room_leaves_the_others(disk: Disk) -> None:

@@ -22,7 +22,10 @@ from tests.faults.audit_personal import SETTINGS, PersonalAuditor
 from tests.faults.rig import Rig, running
 from tests.faults.rows import Fault, Row, every_point, personal_points, random_instants
 from tests.faults.rows_around import around
+from tests.faults.rows_disk import full_disks
 from tests.faults.rows_power import CutRow, power_cuts
+from tests.faults.rows_secure import secured
+from tests.faults.secure_rig import HOUSE, SecureRig
 
 KILLS = 500
 
@@ -91,12 +94,18 @@ def main() -> int:
         return 1
     faults = [f for f in every_fault() if given.only in f.name]
     personal = [f for f in personal_points() if given.only in f.name]
+    full = [f for f in full_disks() if given.only in f.name]
+    certified = [f for f in secured() if given.only in f.name]
     share = 0.0 if given.quick else given.kills / KILLS
     with tempfile.TemporaryDirectory() as folder:
         with running(Path(folder) / "fleet", given.seed) as rig:
             rows = run(rig, faults, share)
         with running(Path(folder) / "own", given.seed, auditor=PersonalAuditor, **SETTINGS) as rig:
             rows += run(rig, personal, share)
+        with running(Path(folder) / "disks", given.seed) as rig:
+            rows += run(rig, full, share)
+        with running(Path(folder) / "house", given.seed, HOUSE, kind=SecureRig) as rig:
+            rows += run(rig, certified, share)
         cuts = [] if given.only else power_cuts(Path(folder), given.seed, 1 if given.quick else 5)
     show(rows)
     for row in rows:

@@ -114,6 +114,8 @@ class Auditor:
     def __init__(self, aggregator: Path, devices: dict[str, Path]) -> None:
         self._aggregator, self._devices = aggregator, devices
         self._audited = 0
+        self.out: set[tuple[str, int]] = set()
+        """Devices and rounds that they were put out of: their update there may count, or not."""
 
     def audit(self) -> Found:
         """Compare ledgers and records for the rounds that have ended since the last audit."""
@@ -168,10 +170,11 @@ class Auditor:
                     )
                 if line["what"] == "made":
                     made[line["sha256"]] = {**line, "device": name}
-        found.sent += len({line["device"] for line in made.values()})
         counted: dict[str, Line] = {}
         for upload, (device, of, state, sha256, reason) in records.uploads.items():
             if of != number or device not in self._devices:
+                continue
+            if state != "counted" and (device, number) in self.out:
                 continue
             if state != "counted":
                 found.rejected += 1
@@ -180,6 +183,8 @@ class Auditor:
                 found.problems.append(f"{upload} of {device} is counted and nobody made it")
             else:
                 counted[device] = made[sha256]
+        sent = {line["device"] for line in made.values()}
+        found.sent += len({d for d in sent if d in counted or (d, number) not in self.out})
         self._merge(number, Version(self._aggregator, version), before, weights, counted, found)
 
     def _merge(

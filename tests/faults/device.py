@@ -22,6 +22,7 @@ from device_profiles.schema import load_profile
 from edge_client.agent import Agent
 from edge_client.config import Settings
 from edge_client.learner import Learned, OnStep, StepDown, learn
+from edge_client.membership import identity
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.trainer.base import TrainReport
@@ -32,7 +33,6 @@ from protocol.events import EventLog
 from protocol.files import lock_folder
 from protocol.messages import Control, Job, Probe, UploadManifest
 from protocol.probe import TopLogits
-from protocol.transport import BrokerAddress
 
 TICK_S = 0.05
 """The agent looks this often for what is to be done: rounds here take parts of a second."""
@@ -176,9 +176,13 @@ def main() -> None:
     given = arguments.parse_args()
     edge_client.agent.TICK_S = TICK_S
     edge_client.agent.Outbox = WatchedOutbox
+    name, broker, tls = identity(
+        given.state, name=given.name, broker=given.broker, default_name=given.name
+    )
     settings = Settings(
-        name=given.name,
-        broker=BrokerAddress.parse(given.broker),
+        name=name,
+        broker=broker,
+        tls=tls,
         data=(),
         state=given.state,
         cache=given.state,

@@ -197,6 +197,10 @@ class Rig:
         self.folder = folder
         self.random = random.Random(seed)
         self.port = free_port()
+        self.broker_home = folder
+        """Where the broker's settings are, and what it keeps."""
+        self.serve: Sequence[object] = ("--broker", f"mqtt://127.0.0.1:{self.port}")
+        """How the aggregator is told where its broker is."""
         self.merged = 0
         """Rounds merged since this rig is there."""
         self._progress: dict[str, float] = {}
@@ -225,12 +229,10 @@ class Rig:
         for service in self.services:
             if service.lives:
                 service.end(signal.SIGKILL)
-        for folder in ("aggregator", *self.devices):
-            shutil.rmtree(self.folder / folder, ignore_errors=True)
+        self.clear()
         self.auditor = self._auditor(
             self.folder / "aggregator", {name: self.folder / name for name in self.devices}
         )
-        self.forget_broker()
         self.broker.start()
         time.sleep(0.3)
         for service in self.services[1:]:
@@ -243,22 +245,24 @@ class Rig:
         self.wait_for_rounds(1)
         return time.monotonic() - began
 
+    def clear(self) -> None:
+        """Take away what all of them have on disk."""
+        for folder in ("aggregator", *self.devices):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
+        self.forget_broker()
+
     def progress_at(self, name: str) -> float:
         """Return when a device's update was last counted, or anything for another service."""
         return self._progress.get(name if name in self.devices else "fleet", 0.0)
 
     def run(self, killers: Sequence[Killer]) -> None:
-        """Let all killers do their work.
-
-        Raises:
-            NotRecovered: nothing is counted or merged for a long time.
-        """
-        self._keep_up(lambda: all(killer.finished for killer in killers), killers)
+        """Let all killers do their work."""
+        self.keep_up(lambda: all(killer.finished for killer in killers), killers)
 
     def wait_for_rounds(self, count: int) -> None:
         """Wait until so many more rounds are merged."""
         wanted = self.merged + count
-        self._keep_up(lambda: self.merged >= wanted)
+        self.keep_up(lambda: self.merged >= wanted)
 
     def restart(self, *services: Service) -> float:
         """Have services ended in good order and started again; return seconds until progress."""
@@ -270,7 +274,12 @@ class Rig:
         self.wait_for_rounds(1)
         return time.monotonic() - began
 
-    def _keep_up(self, done: Callable[[], bool], killers: Sequence[Killer] = ()) -> None:
+    def keep_up(self, done: Callable[[], bool], killers: Sequence[Killer] = ()) -> None:
+        """Start again who ends, until something is done.
+
+        Raises:
+            NotRecovered: nothing is counted or merged for a long time.
+        """
         began = time.monotonic()
         while not done():
             for killer in killers:
@@ -294,8 +303,8 @@ class Rig:
 
     def forget_broker(self) -> None:
         """Take away what the broker has on disk."""
-        shutil.rmtree(self.folder / "broker", ignore_errors=True)
-        (self.folder / "broker").mkdir()
+        shutil.rmtree(self.broker_home / "broker", ignore_errors=True)
+        (self.broker_home / "broker").mkdir()
 
     def _note(self, event: Event) -> None:
         """Note progress, with this process's own clock."""
@@ -332,7 +341,7 @@ class Rig:
     def _start_broker(self, environment: Mapping[str, str]) -> Program:
         return Program(
             "-c",
-            [self.folder / "mosquitto.conf"],
+            [self.broker_home / "mosquitto.conf"],
             self.folder / "logs",
             "broker",
             runner=[str(MOSQUITTO)],
@@ -341,7 +350,7 @@ class Rig:
 
     def _start_aggregator(self, environment: Mapping[str, str]) -> Program:
         arguments = ["serve", self.folder / "job.json", "--state", self.folder / "aggregator"]
-        arguments += ["--json", "--broker", f"mqtt://127.0.0.1:{self.port}"]
+        arguments += ["--json", *self.serve]
         logs = self.folder / "logs"
         return Program(
             "aggregator",
@@ -366,11 +375,12 @@ def running(
     devices: Sequence[str] = DEVICES,
     modules: int = 3,
     auditor: AuditorOf = Auditor,
+    kind: type[Rig] = Rig,
     **settings: object,
 ) -> Iterator[Rig]:
     """Run a fleet for as long as the block lasts; leave no process behind."""
     (folder / "logs").mkdir(parents=True)
-    rig = Rig(folder, seed, devices, modules, auditor, **settings)
+    rig = kind(folder, seed, devices, modules, auditor, **settings)
     try:
         yield rig
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,10 @@ OFTEN = (
     "aggregator.version.publishing",
 )
 """Points that are passed several times a round."""
+HEARD_S = 60.0
+"""What has to be said has been said by then."""
+
+Happened = Callable[[], bool]
 
 
 @dataclass
@@ -77,6 +82,14 @@ class Fault:
         for service in rig.services:
             row.problems += service.complaints()
         return row
+
+
+def expect(rig: Rig, row: Row, happened: Happened, what: str) -> None:
+    """Keep a fleet up until something has happened, which it has to before long."""
+    deadline = time.monotonic() + HEARD_S
+    rig.keep_up(lambda: happened() or time.monotonic() > deadline)
+    if not happened():
+        row.problems.append(f"{what}: not in {HEARD_S:.0f} s")
 
 
 def kill(row: Row, rig: Rig, blows: dict[Service, Sequence[Blow]]) -> None:

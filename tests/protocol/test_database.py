@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from protocol.database import Database, DatabaseDamaged, DatabaseRefused
+from tests.faults.small_disk import MIB, fill, mounted
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, line TEXT) STRICT;"
 ADD = "INSERT INTO notes VALUES (?, ?)"
@@ -160,3 +161,17 @@ def test_a_mistake_in_the_code_stays_one(database: Database) -> None:
         database.run(ADD, "one", "")
     with pytest.raises(sqlite3.ProgrammingError):
         database.run(ADD, "one")
+
+
+def test_a_disk_that_was_full_before_it_is_opened_is_called_full(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", MIB // 2) as why:
+        if why:
+            pytest.skip(why)
+        path = tmp_path / "disk" / "notes.sqlite"
+        Database(path, SCHEMA, nullcontext).close()
+        ballast = fill(path.parent)
+        with pytest.raises(DatabaseRefused, match="the disk is full") as caught:
+            Database(path, SCHEMA, nullcontext)
+        assert caught.value.errno == errno.ENOSPC
+        ballast.unlink()
+        Database(path, SCHEMA, nullcontext).close()
