@@ -62,7 +62,8 @@ def init(
     bind: Annotated[str, typer.Option(help="Address to listen on (default: all).")] = "",
 ) -> None:
     """Make a fleet: its keys and certificates, and the settings of its broker."""
-    from aggregator.enrol.folder import FleetSettings, create_fleet
+    from aggregator.enrol.create import create_fleet
+    from aggregator.enrol.folder import FleetSettings
 
     settings = FleetSettings(hosts=host, port=port, enrol_port=enroll_port, bind=bind)
     fleet = create_fleet(folder, settings, datetime.now(timezone.utc))
@@ -98,7 +99,9 @@ def revoke(name: Annotated[str, typer.Argument(help="The device.")], folder: Fle
     from aggregator.enrol.folder import FleetFolder
 
     fleet = FleetFolder(folder)
-    fleet.revoke(name, datetime.now(timezone.utc))
+    if not fleet.revoke(name, datetime.now(timezone.utc)):
+        typer.echo(f"{name} had not joined: its token is worth nothing now")
+        return
     broker = fleet.reload_broker()
     told = (
         f"Mosquitto (process {broker}) has been told"
@@ -257,7 +260,7 @@ def _open_fleet(
 
     Raises:
         FolderError: it is not there, not in order, or another aggregator serves it.
-        ConfigError: enrolment can't be served.
+        ConfigError: the port of enrolment is taken.
     """
     import importlib.util
 
@@ -267,7 +270,7 @@ def _open_fleet(
     fleet = FleetFolder(path)
     stack.enter_context(fleet.served_here())
     for name in fleet.renew(datetime.now(timezone.utc)):
-        events.emit("renewed", certificate=name)
+        events.emit("renewed", file=name)
     port = fleet.settings.enrol_port if enroll_port is None else enroll_port
     if not port:
         return fleet
