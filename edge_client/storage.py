@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edge_client.errors import StorageError
 from protocol.adapter import Adapter
-from protocol.database import DatabaseDamaged, DatabaseRefused
+from protocol.database import DatabaseDamaged
 from protocol.files import write_peft
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_ROOM_BYTES = 256 * 1024
-"""With less than this SQLite may fail in other words than that the disk is full."""
 
 
 @contextmanager
@@ -42,7 +39,7 @@ def keep_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
 
 
 def _words(error: OSError, what: str, folder: Path, option: str) -> str:
-    if _is_full(error, folder):
+    if error.errno in _FULL:
         return (
             f"the disk is full: {what} can't be kept in {folder}; free some space and start again: "
             "nothing that was kept is lost"
@@ -56,14 +53,3 @@ def _words(error: OSError, what: str, folder: Path, option: str) -> str:
         f"{what} can't be kept in {folder} ({error.strerror or error}); name a folder that can be "
         f"written to with {option}"
     )
-
-
-def _is_full(error: OSError, folder: Path) -> bool:
-    if error.errno in _FULL:
-        return True
-    if not isinstance(error, DatabaseRefused) or isinstance(error, DatabaseDamaged):
-        return False
-    try:
-        return shutil.disk_usage(folder).free < _NO_ROOM_BYTES
-    except OSError:
-        return False

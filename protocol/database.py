@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from protocol.files import PRIVATE
+
+NO_ROOM_BYTES = 256 * 1024
+"""With less than this SQLite may fail in other words than that the disk is full."""
 Guard = Callable[[], AbstractContextManager[None]]
 
 
@@ -29,6 +34,8 @@ def _nothing() -> None:
 
 class Database:
     """Open a database, making it if need be: write-ahead log, synchronous FULL, one thread.
+
+    Its owner alone may read it, whatever the folder's mode and the umask.
 
     `guard` makes the context in which every statement and transaction runs, once it is open: it
     turns what the disk refuses (OSError) into words. `before_commit` and `after_commit` belong to
@@ -53,7 +60,9 @@ class Database:
         self._before_commit, self._after_commit = before_commit, after_commit
         self._after_rollback = after_rollback
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _refusals():
+        self._folder = path.parent
+        with _refusals(self._folder):
+            _make_private(path)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_s)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -67,12 +76,12 @@ class Database:
 
         Returns the number of rows that it changed.
         """
-        with self._guard(), _refusals():
+        with self._guard(), _refusals(self._folder):
             return self._db.execute(statement, values).rowcount
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
-        with self._guard(), _refusals():
+        with self._guard(), _refusals(self._folder):
             return self._db.execute(query, values).fetchall()
 
     def one(self, query: str, *values: object) -> tuple[Any, ...] | None:
@@ -85,7 +94,7 @@ class Database:
         if self._db.in_transaction:
             yield
             return
-        with self._guard(), _refusals():
+        with self._guard(), _refusals(self._folder):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -99,15 +108,32 @@ class Database:
             self._after_commit()
 
 
+def _make_private(path: Path) -> None:
+    """Make a database, and what SQLite has left beside it, readable by its owner alone."""
+    path.touch(PRIVATE)
+    for part in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        with suppress(PermissionError):  # another's, who lets this user write it
+            if part.is_file():
+                part.chmod(PRIVATE)
+
+
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(folder: Path) -> Iterator[None]:
     """Raise what the disk is to blame for as DatabaseRefused; sqlite3's other errors are bugs."""
     try:
         yield
     except sqlite3.OperationalError as error:
-        number = errno.ENOSPC if "full" in str(error) else errno.EIO
-        raise DatabaseRefused(number, str(error)) from None
+        if "full" in str(error) or ("locked" not in str(error) and _is_full(folder)):
+            raise DatabaseRefused(errno.ENOSPC, "the disk is full") from None
+        raise DatabaseRefused(errno.EIO, str(error)) from None
     except sqlite3.DatabaseError as error:
         if type(error) is not sqlite3.DatabaseError:  # its subclasses are other things than damage
             raise
         raise DatabaseDamaged(errno.EIO, str(error)) from None
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < NO_ROOM_BYTES
+    except OSError:
+        return False
