@@ -68,8 +68,9 @@ def init(
     settings = FleetSettings(hosts=host, port=port, enrol_port=enroll_port, bind=bind)
     fleet = create_fleet(folder, settings, datetime.now(timezone.utc))
     typer.echo(f"the fleet is in {fleet.path}; keep it to yourself, ca.key above all")
-    typer.echo(f"1. the broker:     mosquitto -c {quote(str(fleet.path / 'mosquitto.conf'))}")
-    typer.echo("   as a service:   see the README, or the drop-in in systemd/mosquitto.service.d")
+    start = f"mosquitto -c {quote(str(fleet.path / 'mosquitto.conf'))}"
+    typer.echo("in a terminal each, or as services: see the README, or the units in systemd")
+    typer.echo(f"1. the broker:     ulimit -n $(ulimit -Hn); {start}")
     typer.echo(f"2. the aggregator: aggregator serve job.toml --dir {quote(str(fleet.path))}")
     typer.echo(f"3. each device:    aggregator enroll NAME --dir {quote(str(fleet.path))}")
 
