@@ -144,7 +144,9 @@ def read_request(csr: str) -> PublicKey:
     try:
         request = x509.load_pem_x509_csr(csr.encode())
         public, signed = request.public_key(), request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
+    except x509.InvalidVersion:
+        raise EnrolmentRefused("the certificate request is of a version that is unknown") from None
+    except (ValueError, UnsupportedAlgorithm):
         raise EnrolmentRefused(
             "the certificate request can't be read: it is no PKCS #10 in PEM, or damaged"
         ) from None

@@ -1,6 +1,6 @@
 """PEM files of a fleet's folder: read, or named with what is wrong and what helps.
 
-All raise FolderError, in one line without the words of a library.
+They raise FolderError, in one line without the words of a library.
 """
 
 from __future__ import annotations
