@@ -62,13 +62,15 @@ def init(
     bind: Annotated[str, typer.Option(help="Address to listen on (default: all).")] = "",
 ) -> None:
     """Make a fleet: its keys and certificates, and the settings of its broker."""
-    from aggregator.enrol.folder import FleetSettings, create_fleet
+    from aggregator.enrol.create import create_fleet
+    from aggregator.enrol.folder import FleetSettings
 
     settings = FleetSettings(hosts=host, port=port, enrol_port=enroll_port, bind=bind)
     fleet = create_fleet(folder, settings, datetime.now(timezone.utc))
     typer.echo(f"the fleet is in {fleet.path}; keep it to yourself, ca.key above all")
-    typer.echo(f"1. the broker:     mosquitto -c {quote(str(fleet.path / 'mosquitto.conf'))}")
-    typer.echo("   as a service:   see the README, or the drop-in in systemd/mosquitto.service.d")
+    start = f"mosquitto -c {quote(str(fleet.path / 'mosquitto.conf'))}"
+    typer.echo("in a terminal each, or as services: see the README, or the units in systemd")
+    typer.echo(f"1. the broker:     ulimit -n $(ulimit -Hn); {start}")
     typer.echo(f"2. the aggregator: aggregator serve job.toml --dir {quote(str(fleet.path))}")
     typer.echo(f"3. each device:    aggregator enroll NAME --dir {quote(str(fleet.path))}")
 
@@ -98,7 +100,9 @@ def revoke(name: Annotated[str, typer.Argument(help="The device.")], folder: Fle
     from aggregator.enrol.folder import FleetFolder
 
     fleet = FleetFolder(folder)
-    fleet.revoke(name, datetime.now(timezone.utc))
+    if not fleet.revoke(name, datetime.now(timezone.utc)):
+        typer.echo(f"{name} had not joined: its token is worth nothing now")
+        return
     broker = fleet.reload_broker()
     told = (
         f"Mosquitto (process {broker}) has been told"
@@ -257,7 +261,7 @@ def _open_fleet(
 
     Raises:
         FolderError: it is not there, not in order, or another aggregator serves it.
-        ConfigError: enrolment can't be served.
+        ConfigError: the port of enrolment is taken.
     """
     import importlib.util
 
@@ -267,7 +271,7 @@ def _open_fleet(
     fleet = FleetFolder(path)
     stack.enter_context(fleet.served_here())
     for name in fleet.renew(datetime.now(timezone.utc)):
-        events.emit("renewed", certificate=name)
+        events.emit("renewed", file=name)
     port = fleet.settings.enrol_port if enroll_port is None else enroll_port
     if not port:
         return fleet

@@ -31,7 +31,8 @@ from typing import Any
 import psutil
 
 from aggregator.enrol import ca
-from aggregator.enrol.folder import FleetFolder, FleetSettings, create_fleet
+from aggregator.enrol.create import create_fleet
+from aggregator.enrol.folder import FleetFolder, FleetSettings
 from aggregator.enrol.server import EnrolmentServer
 from benchmarks.claims import Claim, write_claims
 from edge_client.join import join

@@ -32,6 +32,7 @@ RECONNECT_REFUSED_S = 300
 """The same, when the other side does not take the certificate: that seldom heals."""
 PROPERTIES_BYTES = 4096
 """Properties of a packet above this are skipped unread; nothing here sends or needs as many."""
+HUNG_UP = "it hung up when asked for TLS; is this its port for TLS, or has it too many connections?"
 _HANG_UPS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)
 """How a server ends a connection without a word."""
 
@@ -106,8 +107,7 @@ def knock(client: paho.Client, address: BrokerAddress, version: int, *, temporar
     try:
         client.connect(address.host, address.port, KEEPALIVE_S, **arguments)
     except _HANG_UPS as error:
-        words = "it hung up when asked for TLS; is this its port for TLS?"
-        why = words if address.tls else socket_words(error, address.host)
+        why = HUNG_UP if address.tls else socket_words(error, address.host)
         raise BrokerUnreachable(str(address), why) from None
     except ssl.SSLError as error:
         raise TlsRefused(str(address), explain(error)) from None

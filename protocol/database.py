@@ -6,15 +6,17 @@ import errno
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-Guard = Callable[[], AbstractContextManager[None]]
+from protocol.files import PRIVATE
+
+NO_ROOM_BYTES = 256 * 1024
+"""With less than this SQLite may fail in other words than that the disk is full."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a write is refused with where there is no room."""
-_NO_ROOM_BYTES = 256 * 1024
-"""With less than this SQLite may fail in other words than that the disk is full."""
+Guard = Callable[[], AbstractContextManager[None]]
 
 
 class DatabaseRefused(OSError):
@@ -34,6 +36,8 @@ def _nothing() -> None:
 
 class Database:
     """Open a database, making it if need be: write-ahead log, synchronous FULL, one thread.
+
+    Its owner alone may read it, whatever the folder's mode and the umask.
 
     `guard` makes the context in which every statement and transaction runs, once it is open: it
     turns what the disk refuses (OSError) into words. `before_commit` and `after_commit` belong to
@@ -57,9 +61,10 @@ class Database:
         self._guard = guard
         self._before_commit, self._after_commit = before_commit, after_commit
         self._after_rollback = after_rollback
-        self._folder = path.parent
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._refusals():
+        self._folder = path.parent
+        with _refusals(self._folder):
+            _make_private(path)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_s)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -73,12 +78,12 @@ class Database:
 
         Returns the number of rows that it changed.
         """
-        with self._guard(), self._refusals():
+        with self._guard(), _refusals(self._folder):
             return self._db.execute(statement, values).rowcount
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
-        with self._guard(), self._refusals():
+        with self._guard(), _refusals(self._folder):
             return self._db.execute(query, values).fetchall()
 
     def one(self, query: str, *values: object) -> tuple[Any, ...] | None:
@@ -91,7 +96,7 @@ class Database:
         if self._db.in_transaction:
             yield
             return
-        with self._guard(), self._refusals():
+        with self._guard(), _refusals(self._folder):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -104,23 +109,33 @@ class Database:
                 raise
             self._after_commit()
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        """Raise what the disk is to blame for as DatabaseRefused; other errors are bugs."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            why = str(error)
-            if "full" not in why and "locked" not in why and self._no_room():
-                why = f"the disk is full ({why})"
-            raise DatabaseRefused(errno.ENOSPC if "full" in why else errno.EIO, why) from None
-        except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:  # its subclasses are other things
-                raise
-            raise DatabaseDamaged(errno.EIO, str(error)) from None
 
-    def _no_room(self) -> bool:
-        try:
-            return shutil.disk_usage(self._folder).free < _NO_ROOM_BYTES
-        except OSError:
-            return False
+def _make_private(path: Path) -> None:
+    """Make a database, and what SQLite has left beside it, readable by its owner alone."""
+    path.touch(PRIVATE)
+    for part in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        with suppress(PermissionError):  # another's, who lets this user write it
+            if part.is_file():
+                part.chmod(PRIVATE)
+
+
+@contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """Raise what the disk is to blame for as DatabaseRefused; sqlite3's other errors are bugs."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" in str(error) or ("locked" not in str(error) and _is_full(folder)):
+            raise DatabaseRefused(errno.ENOSPC, "the disk is full") from None
+        raise DatabaseRefused(errno.EIO, str(error)) from None
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:  # its subclasses are other things than damage
+            raise
+        raise DatabaseDamaged(errno.EIO, str(error)) from None
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < NO_ROOM_BYTES
+    except OSError:
+        return False

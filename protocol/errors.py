@@ -113,7 +113,7 @@ class CertificateUnusable(TransportError):
     """An own certificate or key that is missing, not in order, or not valid now."""
 
     def __init__(self, path: object, why: str) -> None:
-        super().__init__(f"the certificate {path} can't be used: {why}")
+        super().__init__(f"{path} can't be used for TLS: {why}")
         self.path = path
         self.why = why
 

@@ -16,6 +16,7 @@ from protocol.tensors import encode
 
 PRIVATE = 0o600
 """Mode of a file that its owner alone may read."""
+PRIVATE_UMASK = 0o077
 
 
 def user_folder() -> Path:
@@ -50,11 +51,24 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, who: str) -> Iterator[None]:
-    """Keep a state folder to this process; the lock ends with it, however it ends.
+    """Keep a state folder to this process and its user; the lock ends with it, however it ends.
+
+    What the process writes inside the block, its owner alone may read, in a folder too that was
+    there before and is open to others: whole updates are among it.
 
     Raises:
         StateError: another process has it, or it can't be written to.
     """
+    umask = os.umask(PRIVATE_UMASK)
+    try:
+        with _locked(folder, who):
+            yield
+    finally:
+        os.umask(umask)
+
+
+@contextmanager
+def _locked(folder: Path, who: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")

@@ -14,10 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from protocol.errors import CertificateUnusable, os_words
 
 PATIENCE_S = 3.0
+_REMEDY = "bring it back from a backup, or join again with a new token"
 _CLOCK = "if that is not so, this computer's clock is wrong (it says {now:%Y-%m-%d %H:%M} UTC)"
 _OPENSSL_NOT_YET, _OPENSSL_EXPIRED, _OPENSSL_OTHER_HOST, _OPENSSL_OTHER_IP = 9, 10, 62, 64
 
@@ -52,11 +54,15 @@ class TlsFiles:
                 now.
         """
         check_validity(self.certificate, now or datetime.now(timezone.utc))
+        context = client_context(_read(self.ca).public_bytes(Encoding.PEM).decode())
         try:
-            context = client_context(self.ca.read_text())
             context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ValueError) as error:
-            raise CertificateUnusable(self.certificate, os_words(error)) from None
+        except ssl.SSLError as error:
+            other = "KEY_VALUES_MISMATCH" in (error.reason or "")
+            why = f"another one's than that of {self.certificate.name}" if other else "damaged"
+            raise CertificateUnusable(self.key, f"the key is {why}: {_REMEDY}") from None
+        except OSError as error:
+            raise CertificateUnusable(self.key, f"{os_words(error)}: {_REMEDY}") from None
         return context
 
 
@@ -73,10 +79,7 @@ def check_validity(path: Path, now: datetime) -> None:
     Raises:
         CertificateUnusable: it is not; says since or from when.
     """
-    try:
-        found = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CertificateUnusable(path, os_words(error)) from None
+    found = _read(path)
     clock = _CLOCK.format(now=now)
     if now > found.not_valid_after_utc:
         since = f"{found.not_valid_after_utc:%Y-%m-%d}"
@@ -86,6 +89,16 @@ def check_validity(path: Path, now: datetime) -> None:
     if now < found.not_valid_before_utc:
         start = f"{found.not_valid_before_utc:%Y-%m-%d}"
         raise CertificateUnusable(path, f"it is not valid before {start}; {clock}")
+
+
+def _read(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise CertificateUnusable(path, f"{error.strerror}: {_REMEDY}") from None
+    except ValueError:
+        why = f"the file is damaged, it holds no certificate in PEM: {_REMEDY}"
+        raise CertificateUnusable(path, why) from None
 
 
 def explain(error: ssl.SSLError) -> str:

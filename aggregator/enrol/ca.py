@@ -1,14 +1,17 @@
 """The private certificate authority of one fleet (ECDSA P-256, X.509).
 
 It vouches for names: a device's certificate has its name as the common name, which the broker takes
-for the user's name. Time is a parameter; everything is dated back a little, for devices whose clock
-is behind.
+for the user's name.
+
+Time is a parameter, and is not to be trusted: a clock may be wrong when something is issued and
+right when that is looked at. So all that is issued begins with the CA, whose begin is dated back a
+little for devices whose clock is behind; only ends follow the clock.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import NamedTuple
@@ -50,9 +53,9 @@ class Authority:
         """Make a new CA, valid for ten years."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = _subject(name)
-        until = now + timedelta(days=CA_DAYS)
+        begin, until = now.astimezone(timezone.utc) - BACKDATE, now + timedelta(days=CA_DAYS)
         builder = (
-            _builder(subject, subject, key.public_key(), now, until)
+            _builder(subject, subject, key.public_key(), begin, until)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         )
@@ -69,13 +72,14 @@ class Authority:
         return Issued(builder.sign(self.key, hashes.SHA256()), key)
 
     def renewed(self, old: x509.Certificate, now: datetime) -> x509.Certificate:
-        """Issue a certificate as an old one was, for the same key, from now on."""
+        """Issue a certificate as an old one was, for the same key; it does not end earlier."""
         public, (purpose,) = (
             old.public_key(),
             old.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value,
         )
         assert isinstance(public, ec.EllipticCurvePublicKey), "keys of a fleet's folder are EC"
-        builder = self._leaf(old.subject, public, now, purpose)
+        lasting = max(now, old.not_valid_after_utc - timedelta(days=LEAF_DAYS))
+        builder = self._leaf(old.subject, public, lasting, purpose)
         for extension in old.extensions:
             if isinstance(extension.value, x509.SubjectAlternativeName):
                 builder = builder.add_extension(extension.value, critical=False)
@@ -91,18 +95,21 @@ class Authority:
         builder = self._leaf(_subject(name), public, now, ExtendedKeyUsageOID.CLIENT_AUTH)
         return builder.sign(self.key, hashes.SHA256())
 
-    def revocations(self, revoked: Iterable[tuple[int, datetime]], now: datetime) -> bytes:
+    def revocations(self, revoked: Sequence[tuple[int, datetime]]) -> bytes:
         """Return the CRL in PEM: serial numbers and when each was revoked.
 
-        It never falls due before the CA itself: with a list that is due a broker lets nobody in.
+        With a list that is due, or of a time to come, a broker lets nobody in. So it does not fall
+        due before the CA itself, and is dated a second after the CA's begin for each entry: a
+        longer one is newer, which counts where somebody knows both (OpenSSL takes the newer).
         """
+        begin = self.certificate.not_valid_before_utc + timedelta(seconds=len(revoked))
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self.certificate.subject)
-            .last_update(now - BACKDATE)
+            .last_update(begin)
             .next_update(self.certificate.not_valid_after_utc)
             .add_extension(self._authority_id(), critical=False)
-            .add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+            .add_extension(x509.CRLNumber(len(revoked)), critical=False)
         )
         for serial, when in revoked:
             builder = builder.add_revoked_certificate(
@@ -113,9 +120,11 @@ class Authority:
     def _leaf(
         self, subject: x509.Name, public: PublicKey, now: datetime, purpose: x509.ObjectIdentifier
     ) -> x509.CertificateBuilder:
-        until = min(now + timedelta(days=LEAF_DAYS), self.certificate.not_valid_after_utc)
+        own = self.certificate
+        begin = own.not_valid_before_utc
+        until = min(max(now, begin) + timedelta(days=LEAF_DAYS), own.not_valid_after_utc)
         return (
-            _builder(subject, self.certificate.subject, public, now, until)
+            _builder(subject, own.subject, public, begin, until)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -135,8 +144,12 @@ def read_request(csr: str) -> PublicKey:
     try:
         request = x509.load_pem_x509_csr(csr.encode())
         public, signed = request.public_key(), request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        raise EnrolmentRefused(f"the certificate request can't be read: {error}") from None
+    except x509.InvalidVersion:
+        raise EnrolmentRefused("the certificate request is of a version that is unknown") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise EnrolmentRefused(
+            "the certificate request can't be read: it is no PKCS #10 in PEM, or damaged"
+        ) from None
     if not signed:
         raise EnrolmentRefused("the certificate request is not signed with its own key")
     if isinstance(public, ec.EllipticCurvePublicKey) and isinstance(
@@ -168,7 +181,7 @@ def key_pem(key: Key) -> bytes:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public: PublicKey, now: datetime, until: datetime
+    subject: x509.Name, issuer: x509.Name, public: PublicKey, begin: datetime, until: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -176,7 +189,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now.astimezone(timezone.utc) - BACKDATE)
+        .not_valid_before(begin)
         .not_valid_after(until)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import ipaddress
 import os
-import pwd
 import re
 import signal
 from collections.abc import Iterator
@@ -23,11 +22,17 @@ from typing import NamedTuple
 
 import psutil
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, Field, ValidationError
 
-from aggregator.enrol import broker_config, ca, units
+from aggregator.enrol import ca
+from aggregator.enrol.pem_files import (
+    BACKUP,
+    read_bytes,
+    read_certificate,
+    read_pair,
+    read_revocations,
+)
 from aggregator.enrol.registry import Registry
 from aggregator.errors import FolderError
 from aggregator.mistakes import first_mistake
@@ -43,7 +48,6 @@ ALWAYS = ("localhost", "127.0.0.1")
 """Hosts of every server certificate, for the aggregator beside its broker."""
 HOURS_MAX = 24 * 90
 RENEW_BEFORE = timedelta(days=180)
-_HOST = r"(?!-)[A-Za-z0-9-]{1,63}(?:\.(?!-)[A-Za-z0-9-]{1,63})*"
 
 
 class FleetSettings(BaseModel):
@@ -54,6 +58,13 @@ class FleetSettings(BaseModel):
     enrol_port: int = Field(8884, ge=1, le=65535)
     bind: str = ""
     """Address to listen on; empty: all of this computer's."""
+
+    @property
+    def own_address(self) -> str:
+        """Return the one address that the broker listens on; empty if it is more than one."""
+        if not self.bind or ipaddress.ip_address(self.bind).is_unspecified:
+            return ""
+        return self.bind
 
 
 class Membership(NamedTuple):
@@ -82,8 +93,7 @@ class FleetFolder:
             raise FolderError(f"can't read the fleet: {os_words(error)}") from None
         except ValidationError as error:
             raise FolderError(
-                f"{path / 'fleet.json'} is damaged: {first_mistake(error)}; bring it back from a "
-                "backup"
+                f"{path / 'fleet.json'} is damaged: {first_mistake(error)}; {BACKUP}"
             ) from None
 
     # -- what is in it ---------------------------------------------------------------------------
@@ -106,7 +116,7 @@ class FleetFolder:
     @property
     def broker_here(self) -> BrokerAddress:
         """The broker as the aggregator beside it finds it."""
-        return BrokerAddress(_own_address(self.settings) or ALWAYS[0], self.port, True)
+        return BrokerAddress(self.settings.own_address or ALWAYS[0], self.port, True)
 
     @property
     def broker_for_devices(self) -> BrokerAddress:
@@ -117,7 +127,11 @@ class FleetFolder:
         return self.settings.port
 
     def ca_pem(self) -> str:
-        return self._read("ca.pem").decode()
+        return read_bytes(self.path / "ca.pem").decode("ascii", "replace")
+
+    def ca_certificate(self) -> x509.Certificate:
+        """Return the CA's certificate, without its key."""
+        return read_certificate(self.path / "ca.pem")
 
     def signing_key(self) -> SigningKey:
         return SigningKey.load(self.path / "signing.key")
@@ -130,42 +144,73 @@ class FleetFolder:
         return self.path / "state" / job
 
     def authority(self) -> ca.Authority:
-        """Return the CA with its key."""
-        try:
-            key = serialization.load_pem_private_key(self._read("ca.key"), None)
-        except (ValueError, TypeError) as error:
-            raise FolderError(f"the CA's key in {self.path} can't be read: {error}") from None
+        """Return the CA with its key.
+
+        Raises:
+            FolderError: certificate or key is missing, damaged, or they don't belong together.
+        """
+        certificate, key = read_pair(self.path / "ca.pem", self.path / "ca.key")
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise FolderError(f"the CA key in {self.path} is not an EC key")
-        return ca.Authority(self._certificate("ca.pem"), key)
+            raise FolderError(f"{self.path / 'ca.key'} is not an EC key: {BACKUP}")
+        return ca.Authority(certificate, key)
 
     def renew(self, now: datetime) -> list[str]:
-        """Renew the certificates of broker and aggregator that end soon; keys stay.
+        """Put in order what the broker goes by: certificates and the revocation list; keys stay.
 
-        Returns which; the broker has been told to read its own again, if it runs from here.
+        A certificate, the broker's or the aggregator's, is issued again that ends soon, or that a
+        clock which was wrong has given a begin to come; the list is written again that has such a
+        begin, is damaged, or lacks somebody who has been revoked. Returns which files; the broker
+        has been told to read its own again, if it runs from here.
+
+        Raises:
+            FolderError: one of the files that it takes is missing or damaged, or can't be written.
         """
         renewed = []
+        start = max(now, self.ca_certificate().not_valid_before_utc)
         for name in ("server.pem", "aggregator.pem"):
-            old = self._certificate(name)
-            if old.not_valid_after_utc - now < RENEW_BEFORE:
-                new = self.authority().renewed(old, now)
-                write_durably(self.path / name, ca.pem(new), mode=PRIVATE)
+            old = read_certificate(self.path / name)
+            ends_soon = old.not_valid_after_utc - now < RENEW_BEFORE
+            if ends_soon or old.not_valid_before_utc > start:
+                self._write(name, ca.pem(self.authority().renewed(old, now)))
                 renewed.append(name)
+        revoked = self._revoked()
+        if not self._revocations_are_good(revoked, start):
+            self._write("crl.pem", self.authority().revocations(revoked))
+            renewed.append("crl.pem")
         if renewed:
             self.reload_broker()
         return renewed
 
-    def _certificate(self, name: str) -> x509.Certificate:
+    def _revoked(self) -> list[tuple[int, datetime]]:
+        """Return the serial numbers of revoked certificates, and when each was revoked."""
+        registry = self.registry()
         try:
-            return x509.load_pem_x509_certificate(self._read(name))
-        except ValueError as error:
-            raise FolderError(f"{self.path / name} can't be read: {error}") from None
+            return [
+                (serial, datetime.fromtimestamp(when, timezone.utc))
+                for serial, when in registry.revoked_serials()
+            ]
+        finally:
+            registry.close()
 
-    def _read(self, name: str) -> bytes:
+    def _revocations_are_good(self, revoked: list[tuple[int, datetime]], now: datetime) -> bool:
+        """Say whether the list is this CA's, of no time to come, and has all who are revoked."""
+        found, issuer = read_revocations(self.path / "crl.pem"), self.ca_certificate().public_key()
+        assert isinstance(issuer, ec.EllipticCurvePublicKey), "the CA's key is EC"
+        return (
+            found is not None
+            and found.is_signature_valid(issuer)
+            and found.last_update_utc <= now
+            and {entry.serial_number for entry in found} >= {serial for serial, _ in revoked}
+        )
+
+    def _write(self, name: str, data: bytes) -> None:
         try:
-            return (self.path / name).read_bytes()
+            write_durably(self.path / name, data, mode=PRIVATE)
         except OSError as error:
-            raise FolderError(f"can't read {self.path / name}: {error.strerror}") from None
+            raise FolderError(
+                f"can't write {self.path / name}: {error.strerror}; make room there, or mend that "
+                "disk"
+            ) from None
 
     def membership(self) -> Membership:
         """Return what the aggregator needs to serve this fleet."""
@@ -177,9 +222,13 @@ class FleetFolder:
         """Keep other aggregators out: they would have the same name at the broker.
 
         Raises:
-            FolderError: one is there already.
+            FolderError: one is there already, or the folder can't be written.
         """
-        with (self.path / "state" / "serve.lock").open("w") as lock:
+        try:
+            lock = (self.path / "state" / "serve.lock").open("w")
+        except OSError as error:
+            raise FolderError(f"can't serve {self.path}: {os_words(error)}") from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -194,35 +243,46 @@ class FleetFolder:
         """Return a new token for a device, valid once and for so long.
 
         Raises:
-            FolderError: the time is not one.
+            FolderError: the time is not one, or the CA is not in order, which is to let it in.
         """
         if not 0 < hours <= HOURS_MAX:
             raise FolderError(
                 f"--hours {hours:g}: a token is good for some time, up to {HOURS_MAX} hours"
             )
-        token = Token.issue(ca.sha256(self._certificate("ca.pem")))
+        token = Token.issue(ca.sha256(self.authority().certificate))
         registry = self.registry()
         registry.add_token(token.digest, device, expires=now.timestamp() + hours * 3600)
         registry.close()
         return token
 
-    def revoke(self, device: str, now: datetime) -> None:
+    def revoke(self, device: str, now: datetime) -> bool:
         """Put a device out: first for the aggregator, then on the broker's list.
 
+        Returns whether it had ever joined; if not, it had a token alone, which is worth nothing
+        now.
+
         Raises:
-            FolderError: nobody of this name was ever let in.
+            FolderError: nobody of this name was ever let in; or it is out for the aggregator, and
+                the list can't be written.
         """
         registry = self.registry()
-        if not registry.known(device):
-            raise FolderError(f"there is no device {device!r} in this fleet")
-        registry.revoke(device, now=now.timestamp())
-        serials = [
-            (serial, datetime.fromtimestamp(when, timezone.utc))
-            for serial, when in registry.revoked_serials()
-        ]
-        registry.close()
-        crl = self.authority().revocations(serials, now)
-        write_durably(self.path / "crl.pem", crl, mode=PRIVATE)
+        try:
+            if not registry.known(device):
+                raise FolderError(
+                    f"there is no device {device!r} in this fleet, and no token for one: nothing "
+                    "is revoked; is the name right?"
+                )
+            joined = registry.revoke(device, now=now.timestamp())
+        finally:
+            registry.close()
+        try:
+            self._write("crl.pem", self.authority().revocations(self._revoked()))
+        except FolderError as error:
+            raise FolderError(
+                f"{device} is out for the aggregator, but the broker still lets it in, for its "
+                f"list can't be made: {error}; then revoke it again"
+            ) from None
+        return joined
 
     def reload_broker(self) -> int | None:
         """Have the broker that runs from this folder read its CRL again; return its process id.
@@ -245,88 +305,6 @@ class FleetFolder:
         return any((told / word).resolve() == here for word in process.cmdline()[1:])
 
 
-def create_fleet(path: Path, settings: FleetSettings, now: datetime) -> FleetFolder:
-    """Make a fleet's folder, readable by its owner alone.
-
-    Everything is made in a folder beside it, which gets its name last: there is no half a fleet.
-
-    Raises:
-        FolderError: there is something already, or it can't be written.
-    """
-    path = path.absolute()
-    _check(path, settings)
-    making = path.with_name(path.name + ".making")
-    try:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        if path.exists():
-            raise FolderError(f"{path} is there already; name a folder that is not")
-        if making.exists():
-            raise FolderError(f"{making} is left from another try; remove it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        making.mkdir(mode=0o700)
-        _fill(making, path, settings, now)
-        making.rename(path)
-    except OSError as error:
-        raise FolderError(f"can't make {path}: {os_words(error)}") from None
-    return FleetFolder(path)
-
-
-def _fill(making: Path, path: Path, settings: FleetSettings, now: datetime) -> None:
-    """Write all files of a fleet to `making`; what they say of places is below `path`."""
-    authority = ca.Authority.create(f"Tunefleet {settings.hosts[0]}", now)
-    hosts = [*settings.hosts, *ALWAYS, *filter(None, [_own_address(settings)])]
-    server = authority.server(list(dict.fromkeys(hosts)), now)
-    own = authority.client(broker_config.AGGREGATOR, now)
-    user = _user()
-    secrets = ["ca.key", "signing.key", "aggregator.key", "state"]
-    for name in ("broker", "state", "systemd"):
-        (making / name).mkdir(mode=0o700)
-    for name, key in (("ca", authority.key), ("server", server.key), ("aggregator", own.key)):
-        write_durably(making / f"{name}.key", ca.key_pem(key), mode=PRIVATE)
-    SigningKey.load_or_create(making / "signing.key")
-    Registry(making / "state" / "devices.sqlite").close()
-    files: dict[str, str | bytes] = {
-        "ca.pem": ca.pem(authority.certificate),
-        "server.pem": ca.pem(server.certificate),
-        "aggregator.pem": ca.pem(own.certificate),
-        "crl.pem": authority.revocations([], now),
-        "acl": broker_config.access_rules(),
-        "mosquitto.conf": broker_config.configuration(
-            path,
-            user,
-            bind=settings.bind,
-            port=settings.port,
-            memory_bytes=psutil.virtual_memory().total // 2,
-        ),
-        "systemd/tunefleet-aggregator.service": units.aggregator_unit(path, user),
-        "systemd/mosquitto.service.d/tunefleet.conf": units.mosquitto_drop_in(
-            path, user, [path / name for name in secrets]
-        ),
-        "fleet.json": settings.model_dump_json(indent=1),
-    }
-    for name, content in files.items():
-        data = content.encode() if isinstance(content, str) else content
-        write_durably(making / name, data, mode=PRIVATE)
-
-
-def _check(path: Path, settings: FleetSettings) -> None:
-    if not str(path).isprintable():
-        raise FolderError(f"{str(path)!r} can't stand in a configuration file; name another folder")
-    for host in settings.hosts:
-        if not _is_address(host) and not re.fullmatch(_HOST, host):
-            raise FolderError(
-                f"--host {host!r} is neither a host name nor an IP address; give what devices "
-                "connect to, without port or mqtts://"
-            )
-        if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
-            raise FolderError(f"--host {host}: no device can connect to that; name this computer")
-    if settings.bind and not _is_address(settings.bind):
-        raise FolderError(f"--bind {settings.bind!r} is not an IP address of this computer")
-    if settings.port == settings.enrol_port:
-        raise FolderError("broker and enrolment need a port each; change --port or --enroll-port")
-
-
 def check_device(name: str) -> str:
     """Return a device's name.
 
@@ -338,25 +316,3 @@ def check_device(name: str) -> str:
             f"{name!r} can't be a device's name: use 1 to 63 small letters, digits and inner dashes"
         )
     return name
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _own_address(settings: FleetSettings) -> str:
-    """Return the one address that the broker listens on; empty if it is more than one."""
-    if not settings.bind or ipaddress.ip_address(settings.bind).is_unspecified:
-        return ""
-    return settings.bind
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())

@@ -7,15 +7,16 @@ thread; each thread opens its own.
 
 from __future__ import annotations
 
+import errno
 import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from aggregator.enrol.pem_files import BACKUP
 from aggregator.errors import EnrolmentRefused, FolderError
 from protocol.database import Database, DatabaseDamaged
-from protocol.files import PRIVATE
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tokens (
@@ -47,7 +48,6 @@ class Registry:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._in_words():
-            path.touch(PRIVATE)
             self._db = Database(path, SCHEMA, self._in_words, busy_s=BUSY_S)
 
     def close(self) -> None:
@@ -58,7 +58,9 @@ class Registry:
         try:
             yield
         except OSError as error:
-            remedy = "; bring it back from a backup" if isinstance(error, DatabaseDamaged) else ""
+            remedy = "; make room there" if error.errno == errno.ENOSPC else ""
+            if isinstance(error, DatabaseDamaged):
+                remedy = f"; {BACKUP}"
             raise FolderError(
                 f"can't use the list of devices {self._path}: {error.strerror or error}{remedy}"
             ) from None
@@ -158,8 +160,11 @@ class Registry:
         query = "SELECT 1 FROM devices WHERE name = ? UNION SELECT 1 FROM tokens WHERE device = ?"
         return self._db.one(query, device, device) is not None
 
-    def revoke(self, device: str, *, now: float) -> None:
-        """Put a device out: its key, its certificates and its tokens count for nothing."""
+    def revoke(self, device: str, *, now: float) -> bool:
+        """Put a device out: its key, its certificates and its tokens count for nothing.
+
+        Returns whether it had ever joined.
+        """
         with self._db.transaction():
             self._db.run("DELETE FROM tokens WHERE device = ?", device)
             self._db.run(
@@ -170,6 +175,7 @@ class Registry:
                 now,
                 device,
             )
+            return self._db.one("SELECT 1 FROM devices WHERE name = ?", device) is not None
 
     def revoked_serials(self) -> list[tuple[int, float]]:
         """Return all revoked certificates and when each was revoked."""

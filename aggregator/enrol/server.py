@@ -18,9 +18,11 @@ from typing import Any
 import uvicorn
 from cryptography.hazmat.primitives import serialization
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 
 from aggregator.enrol import ca
 from aggregator.enrol.folder import FleetFolder
+from aggregator.enrol.pem_files import read_pair
 from aggregator.errors import ConfigError, EnrolmentRefused, FolderError
 from protocol.enrolment import (
     ANSWER_TOPIC,
@@ -40,6 +42,7 @@ CONNECTIONS = 64
 """At once, whatever they have said; more are hung up on."""
 IDLE_S = 5
 START_S = 10.0
+BROKEN_OFF = "the request broke off before its end"
 WORDS = {
     "Invalid HTTP request": "no HTTP request: something else was sent to the port of enrolment",
     "concurrency limit": f"{CONNECTIONS} connections at once: more are turned away",
@@ -106,7 +109,7 @@ class _Complaints(logging.Handler):
         said = record.getMessage()
         kind = next((part for part in WORDS if part in said), "")
         error = record.exc_info[1] if record.exc_info else None
-        why = WORDS.get(kind) or (f"{said} {error!r}" if error else said)
+        why = WORDS.get(kind) or (f"a mistake in enrolment: {error!r}" if error else said)
         self._seldom.emit(("library", kind), "enrolment refused", reason=" ".join(why.split()))
 
 
@@ -117,27 +120,39 @@ def build_app(folder: FleetFolder, seldom: Seldom, clock: Clock = utc_now) -> Fa
     def say(status: int, text: str) -> Response:
         return Response(text + "\n", status, media_type="text/plain; charset=utf-8")
 
+    def address(request: Request) -> str:
+        return request.client.host if request.client else ""
+
     def refused(error: TunefleetError, who: str) -> None:
         seldom.emit(type(error).__name__, "enrolment refused", address=who, reason=str(error))
 
-    async def give_ca() -> Response:
-        return Response(folder.ca_pem(), media_type="application/x-pem-file")
+    def nobody_now(error: TunefleetError, who: str) -> Response:
+        refused(error, who)
+        return say(503, "nobody can be let in now; the aggregator's log says why")
+
+    async def give_ca(request: Request) -> Response:
+        try:
+            return Response(folder.ca_pem(), media_type="application/x-pem-file")
+        except FolderError as error:
+            return nobody_now(error, address(request))
 
     async def give_certificate(request: Request) -> Response:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > BODY_LIMIT_BYTES:
-                return say(413, f"a request has at most {BODY_LIMIT_BYTES} bytes")
-        who = request.client.host if request.client else ""
+        body, who = bytearray(), address(request)
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > BODY_LIMIT_BYTES:
+                    return say(413, f"a request has at most {BODY_LIMIT_BYTES} bytes")
+        except ClientDisconnect:
+            seldom.emit("broken off", "enrolment refused", address=who, reason=BROKEN_OFF)
+            return say(400, BROKEN_OFF)  # to nobody
         try:
             device, answer = enrol(folder, bytes(body), clock())
         except (EnrolmentRefused, ProtocolError) as error:
             refused(error, who)
             return say(403 if isinstance(error, EnrolmentRefused) else 400, str(error))
-        except FolderError as error:
-            refused(error, who)
-            return say(503, "nobody can be let in now; the aggregator's log says why")
+        except TunefleetError as error:
+            return nobody_now(error, who)
         seldom.emit(("enrolled", device), "enrolled", device=device, address=who)
         return Response(answer, media_type="application/json")
 
@@ -155,8 +170,11 @@ class EnrolmentServer:
         """Take the port.
 
         Raises:
-            ConfigError: it is taken.
+            FolderError: what vouches for devices or for this server is missing, or not in order.
+            ConfigError: the port is taken.
         """
+        folder.authority()
+        read_pair(folder.server_certificate, folder.server_key)
         seldom = Seldom(events)
         self._complaints = _Complaints(seldom)
         self._socket = _Door(_listen(folder.settings.bind, port))

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from aggregator.config import read_job
 from aggregator.enrol import ca
-from aggregator.enrol.folder import FleetFolder, FleetSettings, create_fleet
+from aggregator.enrol.create import create_fleet
+from aggregator.enrol.folder import FleetFolder, FleetSettings
 from aggregator.enrol.server import enrol
 from protocol import topics
 from protocol.bands import parse_band, read_adapter, stacks

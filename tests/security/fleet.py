@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from aggregator.enrol.broker_config import AGGREGATOR
-from aggregator.enrol.folder import FleetFolder, FleetSettings, create_fleet
+from aggregator.enrol.create import create_fleet
+from aggregator.enrol.folder import FleetFolder, FleetSettings
 from aggregator.enrol.server import EnrolmentServer
 from edge_client.join import join
 from edge_client.membership import tls_files

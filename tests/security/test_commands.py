@@ -83,6 +83,11 @@ def test_from_an_empty_folder_to_a_device_in_a_job_and_out_again(
     assert "is not the job's 'toy'" in device.stderr
     assert serving.wait_for("device", device="kitchen", state="unfit")
 
+    command("aggregator", "enroll", "desk", "--dir", place, home=tmp_path)
+    unused = command("aggregator", "revoke", "desk", "--dir", place, home=tmp_path)
+    assert unused.returncode == 0
+    assert unused.stdout == "desk had not joined: its token is worth nothing now\n"
+
     out = command("aggregator", "revoke", "kitchen", "--dir", place, home=tmp_path)
     assert out.returncode == 0 and out.stdout.count("\n") == 1
     assert "has been told" in out.stdout
@@ -105,6 +110,7 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path, stack: ExitStack) -> None:
         ("aggregator", "init", fleet, "--host", "a"): "is there already",
         ("aggregator", "init", missing, "--host", "mqtts://a"): "neither a host name nor",
         ("aggregator", "init", missing, "--host", "0.0.0.0"): "no device can connect to that",
+        ("aggregator", "init", missing, "--host", "10.0.0.300"): "neither a host name nor",
         ("aggregator", "init", missing, "--host", "a", "--bind", "b"): "--bind 'b' is not an IP",
         ("aggregator", "init", missing, "--host", "a", "--port", 8884): "a port each",
         ("aggregator", "init", job / "x", "--host", "a"): "can't make",

@@ -21,6 +21,12 @@ TESTS = "\n".join(
 )
 
 
+def test_no_page_has_the_marks_of_a_merge_in_it() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"^(<{7} |={7}$|>{7} )", text, re.MULTILINE), page
+
+
 def test_there_is_a_table() -> None:
     assert len(ROWS) > 15
     assert {len(row) for row in ROWS} == {4}

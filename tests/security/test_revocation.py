@@ -11,6 +11,8 @@ import pytest
 from aggregator.errors import FolderError
 from aggregator.intake import Intake
 from aggregator.versions import Versions
+from edge_client.errors import JoinRefused
+from edge_client.join import join
 from protocol import topics
 from protocol.errors import TlsRefused
 from protocol.events import EventLog
@@ -88,11 +90,34 @@ def test_all_certificates_of_a_name_are_revoked_and_a_new_one_is_good(fleet: Fle
 
 
 def test_a_token_is_worth_nothing_after_its_device_is_revoked(fleet: Fleet) -> None:
-    fleet.token("kitchen")
-    fleet.folder.revoke("kitchen", fleet.clock())
-    assert not fleet.folder.registry().known("kitchen")
-    with pytest.raises(FolderError, match="no device 'kitchen'"):
+    token = fleet.token("kitchen")
+    assert not fleet.folder.revoke("kitchen", fleet.clock()), "it had never joined"
+    with pytest.raises(JoinRefused, match="no such token"):
+        join(fleet.url, token, fleet.devices / "kitchen")
+    with pytest.raises(FolderError, match=r"no device 'kitchen' .* no token .*nothing is revoked"):
         fleet.folder.revoke("kitchen", fleet.clock())
+
+
+def test_a_device_that_has_joined_may_be_revoked_again(fleet: Fleet) -> None:
+    fleet.join("kitchen")
+    assert fleet.folder.revoke("kitchen", fleet.clock())
+    fleet.token("kitchen")
+    assert fleet.folder.revoke("kitchen", fleet.clock())
+
+
+def test_without_the_cas_key_it_is_out_for_the_aggregator_and_the_operator_is_told(
+    fleet: Fleet,
+) -> None:
+    files, key = fleet.join("kitchen"), fleet.folder.path / "ca.key"
+    kept = key.rename(key.with_name("kept"))
+    words = r"kitchen is out for the aggregator, but the broker still lets it in, .*ca\.key is mis"
+    with pytest.raises(FolderError, match=words + ".*revoke it again"):
+        fleet.folder.revoke("kitchen", fleet.clock())
+    assert fleet.folder.registry().devices() == set()
+    kept.rename(key)
+    assert fleet.folder.revoke("kitchen", fleet.clock())
+    fleet.folder.reload_broker()
+    refused_soon(fleet, files)
 
 
 def test_the_aggregator_hears_the_enrolled_alone_and_only_with_their_key(
