@@ -231,6 +231,8 @@ def _arms() -> dict[str, Arm]:
             "anchored", ROTATING, training={**BY_RANK, **TWICE}
         ),
     }
+    balanced = {**PUBLISHED, "rule_settings": {"split": "balanced"}}
+    arms[f"all at rank {largest}, balanced split"] = _rule("anchored", balanced, rank=largest)
     for name, settings in {
         "balanced split": {"split": "balanced"},
         "momentum 0.3": {"momentum": 0.3},
