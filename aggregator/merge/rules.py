@@ -20,7 +20,7 @@ from aggregator.merge.combine import (
     product,
     stack,
 )
-from aggregator.merge.lowrank import Split, module_seed
+from aggregator.merge.lowrank import module_seed
 from aggregator.merge.robust import GEOMED, KRUM
 from aggregator.merge.round_view import Merged, RoundView, check
 from aggregator.merge.settings import NO_SETTINGS, RuleSettings, Settings, read_settings
@@ -47,8 +47,6 @@ class Rule:
 
     weighting: Weighting
     combination: Combination
-    split: Split = "left"
-    """How it lays singular values on the factors, where the job does not say."""
 
     def read(self, settings: Settings) -> RuleSettings:
         """Return the settings that a job gives the rule, checked.
@@ -107,7 +105,7 @@ class Rule:
             previous.rank,
             scale,
             tuple(contributions),
-            settings.split or self.split,
+            settings.split,
             module_seed(view.seed, module),
             carried_terms(view, module, settings),
             previous.a if view.trained == "B" else None,
@@ -120,11 +118,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "fedavg": Rule(Weighting(sample_share), factor_average),
         "hetlora": Rule(Weighting(norm_share), factor_average),
         "flexlora": Rule(Weighting(sample_share), product),
-        "anchored": Rule(Weighting(sample_share, anchored_by_previous), product, "balanced"),
+        "anchored": Rule(Weighting(sample_share, anchored_by_previous), product),
         "segment": Rule(Weighting(sample_share, among_holders), product),
         "flora": Rule(Weighting(sample_share), stack),
-        "geomed": Rule(Weighting(equal_share, anchored_by_previous, GEOMED), product, "balanced"),
-        "krum": Rule(Weighting(equal_share, anchored_by_previous, KRUM), product, "balanced"),
+        "geomed": Rule(Weighting(equal_share, anchored_by_previous, GEOMED), product),
+        "krum": Rule(Weighting(equal_share, anchored_by_previous, KRUM), product),
     }
 )
 

@@ -46,9 +46,8 @@ class RuleSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    split: Split | None = None
-    """How singular values lie on the factors of a product, see `lowrank.split_factors`; None: as
-    the rule has it."""
+    split: Split = "left"
+    """How singular values lie on the factors of a product, see `lowrank.split_factors`."""
     weights: Weights | None = None
     """What a device's share goes by, instead of what the rule takes by itself."""
     discrepancy_slope: Annotated[float, Field(ge=0)] = 0.5

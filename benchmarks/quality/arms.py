@@ -202,13 +202,11 @@ def _arms() -> dict[str, Arm]:
     pruning = {"enabled": True, "gamma": 0.99, "penalty": 0.005, "rank_min": 2}
     default = _rule("anchored", ROTATING, training=BY_RANK)
     smallest, largest = min(RANKS), max(RANKS)
-    left = {"rule_settings": {"split": "left"}}
     arms = {
         "base": Arm("base"),
         "local only": Arm("alone", training=BY_RANK),
-        f"all at rank {smallest}": _rule("anchored", {**PUBLISHED, **left}, rank=smallest),
-        f"all at rank {largest}": _rule("anchored", {**PUBLISHED, **left}, rank=largest),
-        f"all at rank {largest}, balanced split": _rule("anchored", rank=largest),
+        f"all at rank {smallest}": _rule("anchored", rank=smallest),
+        f"all at rank {largest}": _rule("anchored", rank=largest),
         "fedavg": _rule("fedavg"),
         f"fedavg, all at rank {largest}": _rule("fedavg", rank=largest),
         "hetlora": _rule("hetlora", {**PUBLISHED, "pruning": pruning}),
@@ -233,8 +231,10 @@ def _arms() -> dict[str, Arm]:
             "anchored", ROTATING, training={**BY_RANK, **TWICE}
         ),
     }
+    balanced = {**PUBLISHED, "rule_settings": {"split": "balanced"}}
+    arms[f"all at rank {largest}, balanced split"] = _rule("anchored", balanced, rank=largest)
     for name, settings in {
-        "left split": {"split": "left"},
+        "balanced split": {"split": "balanced"},
         "momentum 0.3": {"momentum": 0.3},
         "momentum 0.5": {"momentum": 0.5},
         "error feedback": {"error_feedback": True},
@@ -250,4 +250,3 @@ DEFAULT = "anchored, rotating, by rank"
 """What a job does by default, without pruning."""
 LARGEST = f"all at rank {max(RANKS)}"
 """The bound: what no fleet of these devices could run."""
-BOUNDS = (LARGEST, f"{LARGEST}, balanced split")

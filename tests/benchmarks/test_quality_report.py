@@ -35,7 +35,7 @@ def test_personal_arms_are_compared_with_arms_of_as_many_steps() -> None:
     found = {claim.claim.removeprefix("made, toy: "): claim.met for claim in claims(made)}
     assert found == {
         "default against fedavg": False,
-        f"default against {LARGEST}": False,
+        "default against all at the largest rank": False,
         "best personal (trust-validation) against local only": True,
         f"best personal (trust-validation) against {DEFAULT}": True,
         f"best personal (shared and private) against {TWICE}": False,

@@ -231,23 +231,6 @@ def test_order_does_not_matter_and_a_merge_repeats_itself(rule: str, more: dict[
         assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(dense(f, 1.0))
 
 
-@pytest.mark.parametrize(
-    ("rule", "split"),
-    [("anchored", "balanced"), ("geomed", "balanced"), ("krum", "balanced"), ("flexlora", "left")],
-)
-@given(view=rounds())
-@settings(max_examples=5, deadline=None)
-def test_a_rule_splits_in_its_own_way_unless_it_is_told(
-    rule: str, split: str, view: RoundView
-) -> None:
-    by_itself, told = (
-        merge(rule, view, settings=given).adapter.layers for given in ({}, {"split": split})
-    )
-    for module, factors in by_itself.items():
-        np.testing.assert_array_equal(factors.a, told[module].a)
-        np.testing.assert_array_equal(factors.b, told[module].b)
-
-
 @pytest.mark.parametrize("rule", ["flexlora", "fedavg"])
 def test_momentum_is_off_the_first_round_and_goes_on_in_the_next(rule: str) -> None:
     view = plain_round(0, [6, 6])
