@@ -193,9 +193,9 @@ def _rule(name: str, fields: Fields = PUBLISHED, **others: Any) -> Arm:
     return Arm("common", {"rule": name, **fields}, **others)
 
 
-def _personal_arm(strategy: PersonalRule | None, **others: Any) -> Arm:
+def _personal_arm(strategy: PersonalRule | None, fields: Fields = ROTATING, **others: Any) -> Arm:
     rule = strategy or "anchored"
-    return Arm("personal", {"rule": rule, **ROTATING}, BY_RANK, strategy=strategy, **others)
+    return Arm("personal", {"rule": rule, **fields}, BY_RANK, strategy=strategy, **others)
 
 
 def _arms() -> dict[str, Arm]:
@@ -231,8 +231,13 @@ def _arms() -> dict[str, Arm]:
             "anchored", ROTATING, training={**BY_RANK, **TWICE}
         ),
     }
-    balanced = {**PUBLISHED, "rule_settings": {"split": "balanced"}}
-    arms[f"all at rank {largest}, balanced split"] = _rule("anchored", balanced, rank=largest)
+    balanced = {"rule_settings": {"split": "balanced"}}
+    arms[f"all at rank {largest}, balanced split"] = _rule(
+        "anchored", {**PUBLISHED, **balanced}, rank=largest
+    )
+    arms["trust-validation, balanced split"] = _personal_arm(
+        "trust-validation", {**ROTATING, **balanced}
+    )
     for name, settings in {
         "balanced split": {"split": "balanced"},
         "momentum 0.3": {"momentum": 0.3},
