@@ -226,9 +226,9 @@ def _arms() -> dict[str, Arm]:
         "trust-predictions": _personal_arm("trust-predictions"),
         "shared and private": _personal_arm(None, private=True),
         "trust-validation and private": _personal_arm("trust-validation", private=True),
-        "local only, twice the steps": Arm("alone", training={**BY_RANK, **TWICE}),
+        "local only, twice the steps": Arm("alone", training={**BY_RANK, **TWICE}, start=2e-3),
         "anchored, rotating, by rank, twice the steps": _rule(
-            "anchored", ROTATING, training={**BY_RANK, **TWICE}
+            "anchored", ROTATING, training={**BY_RANK, **TWICE}, start=4e-3
         ),
     }
     balanced = {"rule_settings": {"split": "balanced"}}
