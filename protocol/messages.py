@@ -89,6 +89,8 @@ class Training(Message):
     learning_rate: Positive = 2e-3
     learning_rate_by_rank: bool = True
     """Multiply the rate by √(R/r): with one fixed scale a small rank moves the model less."""
+    learning_rate_a: Positive = 1.0
+    """The rate of A as a multiple of that of B."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_norm: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 2

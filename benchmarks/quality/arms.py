@@ -185,6 +185,7 @@ PUBLISHED = {"remainder": "dropped", "directions": "top"}
 FROZEN = {"remainder": "frozen", "directions": "top"}
 ROTATING = {"remainder": "frozen", "directions": "rotating"}
 BY_RANK = {"learning_rate_by_rank": True}
+A_FASTER = {"learning_rate_a": 4.0}
 TWICE = {"steps": 2 * Schedule().steps}
 """What devices train that have a private adapter too."""
 
@@ -234,6 +235,10 @@ def _arms() -> dict[str, Arm]:
     balanced = {"rule_settings": {"split": "balanced"}}
     arms[f"all at rank {largest}, balanced split"] = _rule(
         "anchored", {**PUBLISHED, **balanced}, rank=largest
+    )
+    arms[f"all at rank {largest}, A faster"] = _rule("anchored", rank=largest, training=A_FASTER)
+    arms["anchored, rotating, by rank, A faster"] = _rule(
+        "anchored", ROTATING, training={**BY_RANK, **A_FASTER}
     )
     arms["trust-validation, balanced split"] = _personal_arm(
         "trust-validation", {**ROTATING, **balanced}

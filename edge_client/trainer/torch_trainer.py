@@ -69,9 +69,10 @@ class TorchTrainer:
         started = time.monotonic()
         self._train_only(factors)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups = self._rated(settings.learning_rate_a)
         # The basis of A and B turns with every product merge: moments start anew each round.
         optimizer = torch.optim.AdamW(
-            parameters,
+            groups,
             lr=learning_rate,
             betas=ADAM_BETAS,
             weight_decay=settings.weight_decay,
@@ -81,7 +82,8 @@ class TorchTrainer:
         self.model.train()
         for step in range(1, settings.steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(1.0, step / (settings.warmup_steps + 1))
+                warm = min(1.0, step / (settings.warmup_steps + 1))
+                group["lr"] = learning_rate * group["times"] * warm
             group_of = step_batches(batches, settings.tokens_per_step)
             counted = sum(batch.tokens for batch in group_of)
             loss = self._accumulate(group_of, counted)
@@ -95,6 +97,15 @@ class TorchTrainer:
         return TrainReport(
             settings.steps, tokens, float(np.mean(losses)), time.monotonic() - started
         )
+
+    def _rated(self, times_of_a: float) -> list[dict[str, Any]]:
+        """Return what is trained in groups: A, at so many `times` the rate of B, and B."""
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in trained if factor in name], "times": times}
+            for factor, times in (("lora_A", times_of_a), ("lora_B", 1.0))
+        ]
+        return [group for group in groups if group["params"]]
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:

@@ -281,6 +281,32 @@ def test_peft_loads_what_we_export_and_it_means_the_same(make: Make, tmp_path: P
     assert abs(theirs - bare) > 1e-3
 
 
+def test_a_can_learn_at_a_multiple_of_the_rate_of_b(tmp_path: Path) -> None:
+    trainer, moved = opened(llama(tmp_path)), {}
+    received = random_adapter(trainer.shapes, 4)
+    for times in (1.0, 4.0):
+        trainer.load(received, None, PLAN)
+        trainer.train(
+            repeat(batches(sequences())[0]),
+            settings=Training(
+                steps=1,
+                tokens_per_step=16,
+                max_tokens=LENGTH,
+                warmup_steps=0,
+                learning_rate_a=times,
+            ),
+            learning_rate=1e-3,
+            pruning=NO_PRUNING,
+            on_step=lambda step, loss: None,
+        )
+        moved[times] = trainer.adapter().layers
+    for name, before in received.layers.items():
+        np.testing.assert_array_equal(moved[4.0][name].b, moved[1.0][name].b)
+        far, near = moved[4.0][name].a - before.a, moved[1.0][name].a - before.a
+        np.testing.assert_allclose(far, 4 * near, rtol=1e-3, atol=1e-6)  # Adam's first step
+        assert np.abs(near).max() == pytest.approx(1e-3, rel=1e-2)
+
+
 @pytest.mark.parametrize("factors", ["A", "B"])
 def test_in_a_round_of_one_factor_the_other_has_no_gradient_and_stays(
     tmp_path: Path, factors: Trained
