@@ -7,8 +7,7 @@ better of the two on its trust split is the next one.
 What does best at once is sharper than what is best to train on from: help that is given up is
 missed in later rounds. So the flatter of two is better unless the sharper wins by `PATIENCE`; and
 after the last round, when nobody trains on, a device is given one beside its own that is sharper
-than its own and than the start: half of the lower of both. However flat devices trained, there
-lay the best on languages and on roles alike (`benchmarks.quality`).
+than its own and than the start, half of the lower of both, however flat devices trained.
 """
 
 from __future__ import annotations
