@@ -239,6 +239,8 @@ def main() -> None:
         took = seconds(lambda: merge(RULE, whole), 1)
         claims.append(Claim("seconds for SmolLM2-135M of 100 devices", took, "reported", True))
     grown = growth(given.quick)
+    for name, took in grown.items():
+        print(f"{name:42} {took:8.4f} s")
     write_claims("merge", claims, cases=[asdict(f) for f in found], seconds=grown)
 
 
