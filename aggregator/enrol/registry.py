@@ -7,7 +7,6 @@ thread; each thread opens its own.
 
 from __future__ import annotations
 
-import errno
 import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from aggregator.enrol.pem_files import BACKUP
 from aggregator.errors import EnrolmentRefused, FolderError
-from protocol.database import Database, DatabaseDamaged
+from protocol.database import FULL, Database, DatabaseDamaged
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tokens (
@@ -58,7 +57,7 @@ class Registry:
         try:
             yield
         except OSError as error:
-            remedy = "; make room there" if error.errno == errno.ENOSPC else ""
+            remedy = "; make room there" if error.errno in FULL else ""
             if isinstance(error, DatabaseDamaged):
                 remedy = f"; {BACKUP}"
             raise FolderError(

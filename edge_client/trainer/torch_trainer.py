@@ -69,10 +69,9 @@ class TorchTrainer:
         started = time.monotonic()
         self._train_only(factors)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        groups = self._rated(settings.learning_rate_a)
         # The basis of A and B turns with every product merge: moments start anew each round.
         optimizer = torch.optim.AdamW(
-            groups,
+            self._rated(settings.learning_rate_a),
             lr=learning_rate,
             betas=ADAM_BETAS,
             weight_decay=settings.weight_decay,
@@ -81,8 +80,8 @@ class TorchTrainer:
         losses, tokens = [], 0
         self.model.train()
         for step in range(1, settings.steps + 1):
+            warm = min(1.0, step / (settings.warmup_steps + 1))
             for group in optimizer.param_groups:
-                warm = min(1.0, step / (settings.warmup_steps + 1))
                 group["lr"] = learning_rate * group["times"] * warm
             group_of = step_batches(batches, settings.tokens_per_step)
             counted = sum(batch.tokens for batch in group_of)

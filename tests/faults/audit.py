@@ -50,9 +50,14 @@ class Records:
     """Round → version, weights."""
 
 
-def read_records(state: Path) -> Records:
+def tables(state: Path) -> closing[sqlite3.Connection]:
+    """Open the aggregator's tables, to read alone."""
     uri = f"file:{state / 'store.sqlite'}?mode=ro"
-    with closing(sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)) as db:
+    return closing(sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None))
+
+
+def read_records(state: Path) -> Records:
+    with tables(state) as db:
         db.execute("BEGIN")  # one picture of all tables
         rows = db.execute("SELECT value FROM meta WHERE key = 'round'").fetchone()
         uploads = {

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tests.faults.audit import Found, Line, Version, read_ledger
+from tests.faults.audit import Found, Line, Version, read_ledger, tables
 
 SETTINGS: dict[str, Any] = {
     "rule": "trust-validation",
@@ -96,8 +94,7 @@ class PersonalAuditor:
         self.own += given is not None
 
     def _rows(self, query: str, *given: object) -> list[Any]:
-        uri = f"file:{self._aggregator / 'store.sqlite'}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=30)) as db:
+        with tables(self._aggregator) as db:
             return db.execute(query, given).fetchall()
 
 
