@@ -34,7 +34,7 @@ REFERENCE_PARAMETERS = 135e6
 """SmolLM2-135M: what the recorded devices' memory is scaled to stand for."""
 JOB = "replay"
 TIMEOUT_S = 7 * 24 * 3600.0
-DEMO_TRAINING = {"steps": 6, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 2e-3}
+DEMO_TRAINING = {"steps": 6, "tokens_per_step": 256, "max_tokens": 256, "learning_rate": 4e-3}
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class Training(Message):
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 12
     tokens_per_step: Annotated[int, Field(ge=16, le=1 << 24)] = 1024
     max_tokens: Annotated[int, Field(ge=16, le=1 << 17)] = 256
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 4e-3
     learning_rate_by_rank: bool = True
     """Multiply the rate by √(R/r): with one fixed scale a small rank moves the model less."""
     learning_rate_a: Positive = 1.0

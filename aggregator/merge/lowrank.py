@@ -164,7 +164,7 @@ def truncate(
     rank: int,
     *,
     scale: float,
-    split: Split = "left",
+    split: Split = "balanced",
     seed: int = 0,
 ) -> Combined:
     """Return the best rank-`rank` approximation of a weighted sum (Eckart and Young, 1936).

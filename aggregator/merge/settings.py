@@ -46,7 +46,7 @@ class RuleSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    split: Split = "left"
+    split: Split = "balanced"
     """How singular values lie on the factors of a product, see `lowrank.split_factors`."""
     weights: Weights | None = None
     """What a device's share goes by, instead of what the rule takes by itself."""

@@ -92,7 +92,7 @@ def prediction_scores(distance: Float64Array, tau: float | None = None) -> Float
     return np.asarray(-(10 / devices if tau is None else tau) * relative)
 
 
-def personal(view: RoundView, rows: Float64Array, *, split: Split = "left") -> list[Adapter]:
+def personal(view: RoundView, rows: Float64Array, *, split: Split = "balanced") -> list[Adapter]:
     """Merge one adapter for each row: i is the best rank-R form of Σ_j rows[i, j]·ΔW_j.
 
     `rows` (M, K) has a column for each update, in their order. The stacks are decomposed once a

@@ -26,7 +26,7 @@ class TrustSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    split: Split = "left"
+    split: Split = "balanced"
     """How singular values lie on the factors of a product, see `lowrank.split_factors`."""
     temperature: Annotated[float | Literal["auto"], BeforeValidator(_temperature)] = "auto"
     """Trust is softmax(score / temperature); `auto` lets every device's move by trial."""

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=("stories260K",), metavar="NAME")
     parser.add_argument("--arms", nargs="+", default=tuple(ARMS), metavar="ARM")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N")
+    parser.add_argument("--rounds", type=int, default=Schedule().rounds, metavar="N")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate")
     parser.add_argument(
         "--no-search", action="store_true", help="give each arm the rate its search starts at"
@@ -42,7 +43,8 @@ def main() -> None:
     if strange := [name for name in options.arms if name not in ARMS]:
         parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
     seeds = options.seeds or [0, 1, 2, 3, 4]
-    benches = [Bench(options.data, d, m) for m in options.models for d in options.datasets]
+    schedule = Schedule(options.rounds)
+    benches = [Bench(options.data, d, m, schedule) for m in options.models for d in options.datasets]
     if not options.report:
         for seed in seeds[:1] if options.quick else seeds:
             for bench in benches:
@@ -56,9 +58,9 @@ def main() -> None:
 class Bench:
     """Run arms on one dataset and model, each at its best learning rate."""
 
-    def __init__(self, data: Path, dataset: str, model: str) -> None:
+    def __init__(self, data: Path, dataset: str, model: str, schedule: Schedule) -> None:
         self._data, self._dataset, self._model = data, dataset, model
-        self._schedule = Schedule()
+        self._schedule = schedule
         self._fleets: dict[int, Simulation] = {}
 
     def run(self, arms: Sequence[str], seed: int, *, search: bool) -> None:

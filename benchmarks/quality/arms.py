@@ -181,9 +181,11 @@ _RUNS = {
     "full weights": _full_weights,
 }
 
-PUBLISHED = {"remainder": "dropped", "directions": "top"}
-FROZEN = {"remainder": "frozen", "directions": "top"}
-ROTATING = {"remainder": "frozen", "directions": "rotating"}
+LEFT, BALANCED = {"split": "left"}, {"split": "balanced"}
+PUBLISHED = {"remainder": "dropped", "directions": "top", "rule_settings": LEFT}
+FROZEN = {"remainder": "frozen", "directions": "top", "rule_settings": BALANCED}
+ROTATING = {"remainder": "frozen", "directions": "rotating", "rule_settings": BALANCED}
+ROTATING_LEFT = {**ROTATING, "rule_settings": LEFT}
 BY_RANK = {"learning_rate_by_rank": True}
 A_FASTER = {"learning_rate_a": 4.0}
 TWICE = {"steps": 2 * Schedule().steps}
@@ -232,25 +234,28 @@ def _arms() -> dict[str, Arm]:
             "anchored", ROTATING, training={**BY_RANK, **TWICE}, start=4e-3
         ),
     }
-    balanced = {"rule_settings": {"split": "balanced"}}
     arms[f"all at rank {largest}, balanced split"] = _rule(
-        "anchored", {**PUBLISHED, **balanced}, rank=largest
+        "anchored", {**PUBLISHED, "rule_settings": BALANCED}, rank=largest
     )
-    arms[f"all at rank {largest}, A faster"] = _rule("anchored", rank=largest, training=A_FASTER)
-    arms["anchored, rotating, by rank, A faster"] = _rule(
-        "anchored", ROTATING, training={**BY_RANK, **A_FASTER}
+    arms["anchored, rotating, by rank, left split"] = _rule(
+        "anchored", ROTATING_LEFT, training=BY_RANK, start=4e-3
     )
-    arms["trust-validation, balanced split"] = _personal_arm(
-        "trust-validation", {**ROTATING, **balanced}
+    arms["trust-validation, left split"] = _personal_arm(
+        "trust-validation", ROTATING_LEFT, start=4e-3
+    )
+    arms[f"all at rank {largest}, left split, A faster"] = _rule(
+        "anchored", rank=largest, training=A_FASTER
+    )
+    arms["anchored, rotating, by rank, left split, A faster"] = _rule(
+        "anchored", ROTATING_LEFT, training={**BY_RANK, **A_FASTER}
     )
     for name, settings in {
-        "balanced split": {"split": "balanced"},
         "momentum 0.3": {"momentum": 0.3},
         "momentum 0.5": {"momentum": 0.5},
         "error feedback": {"error_feedback": True},
     }.items():
         arms[f"anchored, rotating, by rank, {name}"] = _rule(
-            "anchored", {**ROTATING, "rule_settings": settings}, training=BY_RANK
+            "anchored", {**ROTATING, "rule_settings": {**BALANCED, **settings}}, training=BY_RANK
         )
     return arms
 
