@@ -43,8 +43,11 @@ def main() -> None:
     if strange := [name for name in options.arms if name not in ARMS]:
         parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
     seeds = options.seeds or [0, 1, 2, 3, 4]
-    schedule = Schedule(options.rounds)
-    benches = [Bench(options.data, d, m, schedule) for m in options.models for d in options.datasets]
+    benches = [
+        Bench(options.data, dataset, model, Schedule(options.rounds))
+        for model in options.models
+        for dataset in options.datasets
+    ]
     if not options.report:
         for seed in seeds[:1] if options.quick else seeds:
             for bench in benches:
