@@ -181,11 +181,12 @@ _RUNS = {
     "full weights": _full_weights,
 }
 
-LEFT, BALANCED = {"split": "left"}, {"split": "balanced"}
-PUBLISHED = {"remainder": "dropped", "directions": "top", "rule_settings": LEFT}
-FROZEN = {"remainder": "frozen", "directions": "top", "rule_settings": BALANCED}
-ROTATING = {"remainder": "frozen", "directions": "rotating", "rule_settings": BALANCED}
-ROTATING_LEFT = {**ROTATING, "rule_settings": LEFT}
+LEFT: Fields = {"split": "left"}
+BALANCED: Fields = {"split": "balanced"}
+PUBLISHED: Fields = {"remainder": "dropped", "directions": "top", "rule_settings": LEFT}
+FROZEN: Fields = {"remainder": "frozen", "directions": "top", "rule_settings": BALANCED}
+ROTATING: Fields = {"remainder": "frozen", "directions": "rotating", "rule_settings": BALANCED}
+ROTATING_LEFT: Fields = {**ROTATING, "rule_settings": LEFT}
 BY_RANK = {"learning_rate_by_rank": True}
 A_FASTER = {"learning_rate_a": 4.0}
 TWICE = {"steps": 2 * Schedule().steps}
@@ -249,11 +250,12 @@ def _arms() -> dict[str, Arm]:
     arms["anchored, rotating, by rank, left split, A faster"] = _rule(
         "anchored", ROTATING_LEFT, training={**BY_RANK, **A_FASTER}
     )
-    for name, settings in {
+    more: Mapping[str, Fields] = {
         "momentum 0.3": {"momentum": 0.3},
         "momentum 0.5": {"momentum": 0.5},
         "error feedback": {"error_feedback": True},
-    }.items():
+    }
+    for name, settings in more.items():
         arms[f"anchored, rotating, by rank, {name}"] = _rule(
             "anchored", {**ROTATING, "rule_settings": {**BALANCED, **settings}}, training=BY_RANK
         )
