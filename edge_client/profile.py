@@ -34,6 +34,7 @@ from edge_client.profile_network import read_link
 from edge_client.profile_runtimes import execution_providers
 
 NATIVE_BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+NETWORK_ANSWER_S = 0.2
 UNKNOWN_DEVICE = "unknown device"
 
 
@@ -61,7 +62,7 @@ def measure_profile(root: Path = Path("/"), *, name: str | None = None) -> Devic
         accelerators=read_accelerators(root, ask=live),
         execution_providers=execution_providers() if live else None,
         power=read_power(root),
-        link=read_link(root, ask=live),
+        link=read_link(root, ask_s=NETWORK_ANSWER_S if live else 0.0),
         temperature_c=read_temperature_c(root),
         throttled=read_throttled(root),
         sources=("measured by the device's own profiler from /proc, /sys and /dev",),

@@ -13,7 +13,6 @@ from edge_client.profile_linux import children, read_int, read_text
 
 Kind = Literal["ethernet", "wifi", "cellular", "vpn", "unknown"]
 
-NMCLI_TIMEOUT_S = 0.2
 FASTEST_MBIT = 10**6
 
 _KINDS: dict[str, Kind] = {"wlan": "wifi", "wwan": "cellular", "wireguard": "vpn"}
@@ -29,11 +28,12 @@ _NAMES: tuple[tuple[str, Kind], ...] = (
 )
 
 
-def read_link(root: Path, *, ask: bool) -> Link | None:
+def read_link(root: Path, *, ask_s: float = 0.0) -> Link | None:
     """Describe the interface that has the default route, `None` where none has.
 
-    `ask` lets NetworkManager say whether it is metered, in 0.2 s at most; without its answer a
-    cellular link is taken to be metered, as NetworkManager guesses too, and of others nobody knows.
+    NetworkManager has `ask_s` to say whether it is metered (0: it is not asked); without its answer
+    a cellular link is taken to be metered, as NetworkManager guesses too, and of others nobody
+    knows.
     """
     name = _default_interface(root)
     if name is None:
@@ -43,7 +43,7 @@ def read_link(root: Path, *, ask: bool) -> Link | None:
     mbit = read_int(folder / "speed")  # wireless and virtual ones have none, or -1
     if mbit is not None and not 0 < mbit <= FASTEST_MBIT:
         mbit = None
-    metered = _metered(name) if ask else None
+    metered = _metered(name, ask_s) if ask_s else None
     if metered is None and kind == "cellular":
         metered = True
     return Link(kind=kind, down_mbit=mbit, up_mbit=mbit, metered=metered)
@@ -89,7 +89,7 @@ def _kind(folder: Path) -> Kind:
     return "unknown"
 
 
-def _metered(name: str) -> bool | None:
+def _metered(name: str, timeout_s: float) -> bool | None:
     """Ask NetworkManager, where it is; it also says what it guesses, from DHCP and the kind."""
     if shutil.which("nmcli") is None:
         return None
@@ -99,7 +99,7 @@ def _metered(name: str) -> bool | None:
             capture_output=True,
             text=True,
             env={**os.environ, "LC_ALL": "C"},  # its words are translated otherwise
-            timeout=NMCLI_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
