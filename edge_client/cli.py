@@ -26,12 +26,20 @@ def profile(
         str, typer.Argument(help="A recorded profile to show instead (name or .toml).")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    root: Annotated[
+        Path | None, typer.Option(help="Read /proc, /sys and /dev as recorded under this folder.")
+    ] = None,
 ) -> None:
-    """Show what this device has: CPU, memory, accelerators."""
+    """Show what this device has: CPU, memory, heat, power, network, accelerators."""
     from device_profiles.schema import load_profile
+    from edge_client.errors import ConfigError
     from edge_client.profile import measure_profile
 
-    found = load_profile(profile_name) if profile_name else measure_profile()
+    if root and (profile_name or not root.is_dir()):
+        raise ConfigError(
+            f"--root {root} is not a folder" if not profile_name else "name a profile or --root"
+        )
+    found = load_profile(profile_name) if profile_name else measure_profile(root or Path("/"))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return

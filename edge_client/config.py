@@ -73,7 +73,9 @@ class Settings:
     def download_bytes(self) -> float:
         """Return the bytes that one version may take on this device's link."""
         link = self.profile.link
-        return link.down_mbit * 1e6 / 8 * self.download_s if link else float("inf")
+        if link is None or link.down_mbit is None:
+            return float("inf")
+        return link.down_mbit * 1e6 / 8 * self.download_s
 
 
 def check_name(name: str) -> str:
