@@ -1,5 +1,7 @@
 """What a device must not forget: finished updates until they are counted, its rank, its boots.
 
+Also what each day has cost, for the owner's policy limits that.
+
 SQLite in WAL mode with synchronous FULL: an update is here before it is published, and leaves
 only when the aggregator has said `done` or `reject`.
 """
@@ -27,6 +29,9 @@ CREATE TABLE IF NOT EXISTS jobs (job TEXT PRIMARY KEY, settings TEXT NOT NULL) S
 CREATE TABLE IF NOT EXISTS numbers (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS own_losses (
   job TEXT PRIMARY KEY, version INTEGER NOT NULL, loss REAL NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS days (
+  day TEXT PRIMARY KEY, bytes INTEGER NOT NULL, training_s REAL NOT NULL
 ) STRICT;
 """
 
@@ -87,10 +92,14 @@ class Outbox:
         """Return the ids of the updates that wait, oldest round first."""
         return [row[0] for row in self._db.rows("SELECT upload FROM updates ORDER BY round")]
 
-    def drop(self, upload: str) -> None:
-        """Forget an update: it has been counted, or refused for good."""
+    def drop(self, upload: str, *, counted_in: str = "") -> None:
+        """Forget an update: it has been counted in a job, or refused for good."""
         fault_point("device.outbox.dropping")
-        self._db.run("DELETE FROM updates WHERE upload = ?", upload)
+        with self._db.transaction():
+            self._db.run("DELETE FROM updates WHERE upload = ?", upload)
+            if counted_in:
+                key = f"counted in {counted_in}"
+                self._set(key, self._number(key, 0) + 1)
         fault_point("device.outbox.dropped")
 
     def refuse(self, manifest: UploadManifest) -> None:
@@ -132,6 +141,23 @@ class Outbox:
             trained = self.trained_round(now.job), self._number(f"attempt of {now.job}", 0)
             return trained < (now.number, now.attempt)
         return self.trained_round(now.job) < now.number
+
+    # -- what a day has cost -----------------------------------------------------------------------
+
+    def used(self, day: str) -> tuple[int, float]:
+        """Return the bytes that went through the network on a day, and the seconds of training."""
+        row = self._db.one("SELECT bytes, training_s FROM days WHERE day = ?", day)
+        return (row[0], row[1]) if row else (0, 0.0)
+
+    def use(self, day: str, *, bytes_more: int, training_more_s: float) -> None:
+        """Add to what a day has cost."""
+        self._db.run(
+            "INSERT INTO days VALUES (?, ?, ?) ON CONFLICT (day) DO UPDATE SET "
+            "bytes = bytes + excluded.bytes, training_s = training_s + excluded.training_s",
+            day,
+            bytes_more,
+            training_more_s,
+        )
 
     # -- what the aggregator has said, so that it can't be said again when it is old ---------------
 

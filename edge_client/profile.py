@@ -105,12 +105,12 @@ def _measure_elsewhere(name: str | None) -> DeviceProfile:
             swap_mib=int(swap.total) // BYTES_PER_MIB,
         ),
         storage_free_mib=_storage_free_mib(Path.home()),
-        power=_battery_elsewhere(psutil.sensors_battery()),
+        power=battery_elsewhere(psutil.sensors_battery()),
         sources=("measured by the device's own profiler with psutil",),
     )
 
 
-def _battery_elsewhere(battery: object | None) -> Power:
+def battery_elsewhere(battery: object | None) -> Power:
     """Turn psutil's battery, `None` where there is none, into ours."""
     if battery is None:
         return Power()
