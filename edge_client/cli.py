@@ -92,6 +92,16 @@ def run(
     train_blocks: Annotated[
         int, typer.Option(help="Train the last so many blocks alone, where the job lets you.")
     ] = 0,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="When and how much to train (default: policy.toml in the state folder)."),
+    ] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(help="Seconds between checkpoints of a training under way.")
+    ] = 60.0,
+    system_root: Annotated[
+        Path, typer.Option(help="Read power, heat and load below this folder.", hidden=True)
+    ] = Path("/"),
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Take part in a job: train on own text, publish deltas, receive what the fleet learned."""
@@ -101,6 +111,7 @@ def run(
     from edge_client.config import Settings, check_cache, check_name, default_threads
     from edge_client.data.read import check_paths
     from edge_client.membership import identity, state_folder
+    from edge_client.policy.owner import find_policy
     from edge_client.profile import measure_profile
     from protocol.events import EventLog
     from protocol.files import lock_folder
@@ -130,6 +141,9 @@ def run(
         private_rank=private_rank,
         train_blocks=train_blocks,
         wait_for_broker=not no_wait,
+        policy=find_policy(folder, policy),
+        system_root=system_root,
+        checkpoint_s=checkpoint_every,
     )
     with lock_folder(settings.state, "edge-client"):
         events = EventLog(as_json=as_json, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from edge_client.policy.used import Usage
 
 LOOK_S = 0.2
 """The device's state is read as often at most."""
+STEP_ENDS_S = 10.0
+"""How long a step may take that is under way when the agent is told to stop."""
 RELEASE_S = 600.0
 """After so long a wait the training process ends, and gives its memory back."""
 
@@ -46,6 +49,7 @@ class Polite:
         self.usage = Usage(outbox, now)
         self.stepping = False
         """Whether training is between its first step and its last."""
+        self._ending = False
         self._policy, self._now = policy, now
         self._stopping, self._also = stopping, also
         self._sensors = Sensors(root, pids=_own_processes)
@@ -91,11 +95,29 @@ class Polite:
         finally:
             self.stepping = False
 
+    def stop_training(self) -> None:
+        """End training: at once, or after the step that it is at, if that does not take long.
+
+        For a signal's handler; the second call ends it where it is.
+        """
+        if self.stepping and not self._ending:
+            self._ending = True
+            timer = threading.Timer(STEP_ENDS_S, _end_training)
+            timer.daemon = True
+            timer.start()
+        else:
+            _end_training()
+
     def pause_after_step(self) -> bool:
         """Count a step that is done, and say whether to pause before the next."""
         began, self._step_began = self._step_began, time.monotonic()
         self.usage.note_training(self._step_began - began)
         return self._stopping() or bool(self.against("train"))
+
+
+def _end_training() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _own_processes() -> list[int]:
