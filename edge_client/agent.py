@@ -14,14 +14,15 @@ from edge_client.adapters import Adapters
 from edge_client.config import Settings
 from edge_client.discover import discover_job, enter_job, link_of
 from edge_client.download import Source
-from edge_client.errors import EdgeError, TrainingPaused
+from edge_client.errors import EdgeError
 from edge_client.holding import Holding
 from edge_client.learner import Learning
+from edge_client.notify import alive
 from edge_client.outbox import Outbox
 from edge_client.personal import make_answer
 from edge_client.plan import Plan
 from edge_client.policy.decide import Activity
-from edge_client.policy.polite import Polite
+from edge_client.policy.polite import Polite, noting_pauses
 from edge_client.prepare import Equip, Equipment, TrainingEquipment
 from edge_client.private import Private
 from edge_client.result import keep_result, settle, train_alone
@@ -59,9 +60,7 @@ class Agent:
         self._done = False
         self._waiting = Waiting(events)
         # A further reason to pause, say that memory runs short, is asked here: `also=[...]`.
-        self._polite = Polite(
-            settings.policy, self._outbox, self._is_stopping, root=settings.system_root
-        )
+        self._polite = Polite(settings, self._outbox, self._is_stopping)
         self._link: MqttTransport | None = None
         self._standing: Standing | None = None
         self._job_name = ""
@@ -89,6 +88,7 @@ class Agent:
             try:
                 self._find_job()
                 while not (self._stopping or self._done):
+                    alive()
                     incoming = self._connection.receive(TICK_S)
                     if incoming is not None:
                         # Whatever a device is told it can ask for again: no need to hold the
@@ -96,7 +96,7 @@ class Agent:
                         self._connection.ack(incoming)
                         self._take(incoming)
                     elif self._connection.connected:
-                        with suppress(TrainingPaused):  # the next turn says why, or goes on
+                        with noting_pauses(self._events):
                             self._advance()
             except (EdgeError, TransportError) as error:
                 # Asked to stop, the agent ends what it waits for: that is no failure.
@@ -270,9 +270,8 @@ class Agent:
         """Ask whether the owner allows something now; a device that waits says for what."""
         reasons = self._polite.against(activity)
         if self._polite.is_news(reasons):
-            free = "idle" if self._plan else "planning"
-            said = "; ".join(reason.detail for reason in reasons)
-            self._say("waiting" if reasons else free, detail=said)
+            state = "waiting" if reasons else "idle" if self._plan else "planning"
+            self._say(state, detail="; ".join(reason.detail for reason in reasons))
         if reasons and self._learner is not None and self._polite.wants_memory(reasons):
             self._learner.stop()
         return not reasons
@@ -282,8 +281,7 @@ class Agent:
         if adapters.begin_trying(now):
             adapters.fetch_next(now)
             return
-        held, trying = adapters.held, adapters.trying
-        job, adapter = held.job, held.adapter
+        held, job, adapter = adapters.held, adapters.held.job, adapters.held.adapter
         assert adapter is not None, "its version is there"
         if self._evaluated[0] != held.source:  # training that goes on after a pause has been here
             loss = self._base_loss if adapter.is_zero else learner.evaluate(adapter)
@@ -300,23 +298,17 @@ class Agent:
         place = {"round_number": now.number, "attempt": now.attempt}
         learned = learner.train(adapter, rank=self._rank, **place, on_step=on_step)
         self._tokens += learned.report.tokens
-        if learned.rank < learned.rank_trained:
-            self._events.emit(
-                "pruned",
-                round=now.number,
-                rank_before=learned.rank_trained,
-                rank_after=learned.rank,
-                tail_before=learned.tail_before,
-                tail_after=learned.tail_after,
-            )
-        trust = trying.answer() if trying is not None else None
+        if cut := learned.pruned():
+            self._events.emit("pruned", round=now.number, **cut)
+        trust = adapters.trying.answer() if adapters.trying is not None else None
         manifest, data, own_loss = make_answer(
             now, held, learned, learner, held_out_loss=loss, trust=trust
         )
         self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss)
         checkpoint.forget(self._settings.state)
         self._say("uploading")
-        self._sender.offer(manifest.upload)
+        if self._may("transfer"):
+            self._sender.offer(manifest.upload)
 
     def _finish(self, learner: Learning, held: Holding) -> None:
         """Keep the result, report, compare if asked, and end or wait for another job."""
@@ -325,7 +317,6 @@ class Agent:
         settle(learner, held)
         loss = {"base": self._base_loss}
         loss |= keep_result(state, held.job, learner, held.adapter, held.common)
-        rank_end = self._rank
         if self._settings.compare_alone:
             loss["local"] = train_alone(state, held.job, learner, self._rank_start, self._events)
         mixed = self._private.mix(learner, held.adapter) if self._private else None
@@ -340,7 +331,7 @@ class Agent:
             loss=loss,
             **({"private": mixed.as_dict()} if mixed else {}),
             rank_start=self._rank_start,
-            rank_end=rank_end,
+            rank_end=self._rank,
             held_rank=held.adapter.rank,
             floor_mib=floor_mib,
             predicted_mib=self._plan.predicted_mib,

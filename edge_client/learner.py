@@ -62,6 +62,17 @@ class Learned:
     modules: str | None = None
     """The modules that were trained, as they travel; None: all."""
 
+    def pruned(self) -> dict[str, float]:
+        """Return what was cut of the rank, and the tails it was decided by; empty: nothing was."""
+        if self.rank == self.rank_trained:
+            return {}
+        return {
+            "rank_before": self.rank_trained,
+            "rank_after": self.rank,
+            "tail_before": self.tail_before,
+            "tail_after": self.tail_after,
+        }
+
 
 StepDown = Callable[[Plan], Plan]
 """Given the plan under which the kernel killed training: return a smaller one, or raise."""

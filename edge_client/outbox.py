@@ -8,12 +8,15 @@ only when the aggregator has said `done` or `reject`.
 
 from __future__ import annotations
 
+import sqlite3
 import time
+from contextlib import closing
 from functools import partial
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
+from edge_client.errors import StorageError
 from edge_client.storage import keeping
 from protocol.database import Database
 from protocol.errors import Replayed
@@ -41,6 +44,38 @@ class Pending(NamedTuple):
 
     manifest: UploadManifest
     data: bytes
+
+
+class Totals(NamedTuple):
+    """Hold what there is to say of an outbox: updates of all jobs, and what a day has cost."""
+
+    pending: int = 0
+    counted: int = 0
+    bytes: int = 0
+    training_s: float = 0.0
+
+
+def look(folder: Path, day: str) -> Totals:
+    """Read a device's outbox without touching it, also while an agent has it; or nothing.
+
+    Raises:
+        StorageError: it can't be read, or is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Totals()
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            (pending,) = db.execute("SELECT count(*) FROM updates").fetchone()
+            (counted,) = db.execute(
+                "SELECT coalesce(sum(value), 0) FROM numbers WHERE key LIKE 'counted in %'"
+            ).fetchone()
+            there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'days'").fetchone()
+            query = "SELECT bytes, training_s FROM days WHERE day = ?"
+            used = db.execute(query, (day,)).fetchone() if there else None
+    except sqlite3.Error as error:
+        raise StorageError(f"can't read {path}: {error}") from None
+    return Totals(pending, counted, *(used or (0, 0.0)))
 
 
 class Outbox:

@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from pathlib import Path
 
 import psutil
 
+from edge_client.config import Settings
+from edge_client.errors import TrainingPaused
 from edge_client.outbox import Outbox
 from edge_client.policy.decide import FREE, Activity, Reason, decide
 from edge_client.policy.owner import Policy
 from edge_client.policy.sensors import Sensors
 from edge_client.policy.used import Usage
+from protocol.events import EventLog
 
 LOOK_S = 0.2
 """The device's state is read as often at most."""
@@ -38,11 +40,10 @@ class Polite:
 
     def __init__(
         self,
-        policy: Policy,
+        settings: Settings,
         outbox: Outbox,
         stopping: Callable[[], bool],
         *,
-        root: Path = Path("/"),
         now: Callable[[], datetime] = datetime.now,
         also: Sequence[Also] = (),
     ) -> None:
@@ -50,14 +51,14 @@ class Polite:
         self.stepping = False
         """Whether training is between its first step and its last."""
         self._ending = False
-        self._policy, self._now = policy, now
+        self._policy, self._now = settings.policy, now
         self._stopping, self._also = stopping, also
-        self._sensors = Sensors(root, pids=_own_processes)
+        self._sensors = Sensors(settings.system_root, pids=_own_processes)
         self._decision = FREE
         self._looked = float("-inf")
         self._said: frozenset[str] = frozenset()
         self._waiting_since: float | None = None
-        _give_way(policy)
+        _give_way(self._policy)
 
     def against(self, activity: Activity) -> tuple[Reason, ...]:
         """Return what speaks against doing something now; nothing: it may be done."""
@@ -113,6 +114,15 @@ class Polite:
         began, self._step_began = self._step_began, time.monotonic()
         self.usage.note_training(self._step_began - began)
         return self._stopping() or bool(self.against("train"))
+
+
+@contextmanager
+def noting_pauses(events: EventLog) -> Iterator[None]:
+    """End the block where its training pauses, and note that; what is done next says why."""
+    try:
+        yield
+    except TrainingPaused as paused:
+        events.emit("paused", steps=paused.steps, lost=paused.unkept)
 
 
 def _end_training() -> None:

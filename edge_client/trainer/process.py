@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from edge_client.errors import WorkerError, WorkerKilled
+from edge_client.notify import alive
 from edge_client.trainer.pipe import receive, send
 from edge_client.trainer.worker import serve
 
@@ -51,6 +52,7 @@ class TrainingProcess:
             send(self._connection, (name, arguments))
             while True:
                 reply = receive(self._connection)
+                alive()
                 if not reply.progress:
                     break
                 pausing = False
