@@ -21,7 +21,7 @@ from edge_client.policy.sensors import Sensors
 from edge_client.policy.used import Usage
 from protocol.events import EventLog
 
-LOOK_S = 0.2
+LOOK_S = 0.05
 """The device's state is read as often at most."""
 STEP_ENDS_S = 10.0
 """How long a step may take that is under way when the agent is told to stop."""
