@@ -24,6 +24,7 @@ def notify(**fields: str) -> None:
         address = "\0" + address[1:]
     message = "\n".join(f"{name}={value}" for name, value in fields.items())
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.setblocking(False)  # a manager that does not listen holds nothing up
         link.sendto(message.encode(), address)
 
 
