@@ -220,7 +220,7 @@ class Agent:
         self._outbox.check_round(now)
         before, self._round = self._round, now
         if before is None or (now.number, now.attempt) != (before.number, before.attempt):
-            rounds = self._job.rounds if self._job else 0
+            rounds = self._offered.rounds if self._offered else 0
             self._events.emit("round", round=now.number, attempt=now.attempt, rounds=rounds)
         # It may be said again by an aggregator that has missed what was offered to it.
         self._sender.offer_again()

@@ -105,7 +105,7 @@ def read_condition(state: Path, now: datetime) -> Condition:
         StorageError: nobody has run with this folder, or it can't be read.
     """
     totals = look(state, now.date().isoformat())
-    told = _told(state)
+    told = read_told(state)
     if not told and totals == Totals():
         raise StorageError(
             f"no agent has run with its state in {state}; start one with edge-client run, or name "
@@ -116,7 +116,7 @@ def read_condition(state: Path, now: datetime) -> Condition:
 
 def agent_runs(state: Path) -> bool:
     """Say whether an agent has its state in a folder now."""
-    return is_running(_told(state))
+    return is_running(read_told(state))
 
 
 def is_running(told: Mapping[str, Any]) -> bool:
@@ -127,7 +127,12 @@ def is_running(told: Mapping[str, Any]) -> bool:
         return False
 
 
-def _told(state: Path) -> dict[str, Any]:
+def read_told(state: Path) -> dict[str, Any]:
+    """Return what the last agent of a state folder wrote down; nothing if there was none.
+
+    Raises:
+        StorageError: it can't be read.
+    """
     try:
         told = json.loads((state / FILE).read_text())
     except FileNotFoundError:

@@ -71,6 +71,8 @@ Type=notify
 ExecStart={argument(sys.executable)} -m edge_client {arguments}
 Restart=on-failure
 RestartSec=30
+# Told to stop, the agent has its training process end its step and keep what it has.
+KillMode=mixed
 TimeoutStopSec=60
 # Fed by each step and batch of training, and by each turn of the agent while it waits.
 WatchdogSec=15min

@@ -22,6 +22,7 @@ from edge_client.policy.decide import Used, decide
 from edge_client.policy.sensors import Sensors
 from edge_client.prepare import total_budget_mib
 from edge_client.profile import measure_profile
+from edge_client.report import read_told
 from edge_client.trust import trusted_key
 from protocol.enrolment import PATH_CA
 from protocol.errors import TransportError, TunefleetError
@@ -33,7 +34,7 @@ APART = timedelta(minutes=2)
 RENEW_BEFORE = timedelta(days=30)
 SYNCHRONIZED = Path("/run/systemd/timesync/synchronized")
 LEAST_DISK_MIB, LOW_DISK_MIB = 64, 1024
-LEAST_MEMORY_MIB, LOW_MEMORY_MIB = 300, 500
+LEAST_MEMORY_MIB, LOW_MEMORY_MIB = 380, 600
 """torch and transformers alone take about the first; a small model fits into the second."""
 LEAST_TOKENS = 2000
 PACKAGES = ("torch", "transformers", "peft")
@@ -114,7 +115,9 @@ def memory(patient: Patient) -> Check:
         budget_mib = total_budget_mib(measure_profile(), patient.memory_cap_mib)
     except EdgeError as error:
         return Check("memory", "fail", str(error))
-    found = f"training may take {budget_mib:.0f} MiB"
+    plan = read_told(patient.state).get("plan")
+    last = f", the last plan was for {plan['predicted_mib']:.0f} above the floor" if plan else ""
+    found = f"training may take {budget_mib:.0f} MiB{last}"
     remedy = "close other programs, raise --memory-cap if it is given, or use a larger device"
     if budget_mib < LEAST_MEMORY_MIB:
         return Check("memory", "fail", found, remedy)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from edge_client.data.pack import BatchStream, PackedRow, StreamState
 
 FILE = "training.safetensors"
-_NO_MATTER = ("predicted_mib", "budget_mib", "threads", "checkpointing")
-"""Of a plan, what its training comes to the same without."""
+_NO_MATTER = ("predicted_mib", "budget_mib", "threads", "checkpointing", "micro_batch", "dtype")
+"""Of a plan, how it computes and not what: a start with other memory free may choose it anew."""
 
 
 @dataclass(frozen=True, slots=True)

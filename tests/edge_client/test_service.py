@@ -55,7 +55,8 @@ def test_systemd_takes_the_units(home: Path, kind: str) -> None:
     said = analyze("verify", "--man=no", unit)
     assert [line for line in said.splitlines() if NAME in line] == []
     text = unit.read_text()
-    assert "MemoryMax=1184M" in text and "Type=notify" in text
+    for line in ("Type=notify", "KillMode=mixed", "OOMPolicy=continue", "MemoryMax=1184M"):
+        assert line in text.splitlines()
     assert f'"{home}/my $$notes of 100%%"' in text
 
 
