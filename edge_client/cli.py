@@ -98,7 +98,7 @@ def run(
     ] = None,
     checkpoint_every: Annotated[
         float, typer.Option(help="Seconds between checkpoints of a training under way.")
-    ] = 60.0,
+    ] = 300.0,
     system_root: Annotated[
         Path, typer.Option(help="Read power, heat and load below this folder.", hidden=True)
     ] = Path("/"),

@@ -51,7 +51,7 @@ class Settings:
     """When and how much the owner lets it train and transfer."""
     system_root: Path = Path("/")
     """Below it /proc and /sys are read for the policy."""
-    checkpoint_s: float = 60.0
+    checkpoint_s: float = 300.0
     """A training under way is kept on disk as often."""
     train_blocks: int = 0
     """Train the last so many blocks alone, where the job lets a device; 0: as many as fit."""

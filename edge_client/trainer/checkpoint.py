@@ -127,11 +127,16 @@ class Checkpoints:
         from safetensors.torch import load_file
 
         tensors = load_file(self._keeping.path)
+        parameters = {f"factor.{i}": p for i, p in enumerate(_parameters(optimizer))}
+        found = {name: t.shape for name, t in tensors.items() if name.startswith("factor.")}
+        if found != {name: parameter.shape for name, parameter in parameters.items()}:
+            forget(self._keeping.path.parent)  # another release wrote it, which ordered them so
+            return [], 0
         torch.set_rng_state(tensors["random"])
         state: dict[int, dict[str, Any]] = {}
         with torch.no_grad():
-            for index, parameter in enumerate(_parameters(optimizer)):
-                parameter.copy_(tensors[f"factor.{index}"])
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "state":

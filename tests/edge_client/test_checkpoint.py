@@ -145,8 +145,10 @@ def test_what_is_kept_of_another_training_is_taken_away(
             train(process, adapters, keeping, {}, lambda step: step == 1)
         assert keeping.path.exists()
 
-    def begins_anew(process: TrainingProcess, keeping: Keeping) -> None:
-        losses, _, _ = train(process, adapters, keeping, {}, settings=short)
+    def begins_anew(
+        process: TrainingProcess, keeping: Keeping, given: tuple[Adapter, Adapter] = adapters
+    ) -> None:
+        losses, _, _ = train(process, given, keeping, {}, settings=short)
         assert losses.keys() == {1, 2}
         assert not keeping.path.exists()
 
@@ -156,6 +158,8 @@ def test_what_is_kept_of_another_training_is_taken_away(
         pause(process)
         keeping.path.write_bytes(keeping.path.read_bytes()[:-1000])
         begins_anew(process, keeping)
+        pause(process)
+        begins_anew(process, keeping, (adapters[0].truncated(2), adapters[1]))  # other shapes
         # A full disk pauses all the same.
         nowhere = replace(keeping, path=tmp_path / "there is no such folder" / FILE)
         with pytest.raises(TrainingPaused) as stopped:
