@@ -11,10 +11,11 @@ from device_profiles.schema import DeviceProfile
 from edge_client.calibrate import calibrate
 from edge_client.config import Settings
 from edge_client.errors import ConfigError, ModelError, NoPlanFits
-from edge_client.learner import Learner, Learning, StepDown
+from edge_client.learner import Learner, Learning, Pauses, StepDown
 from edge_client.model import find_model, model_hash
 from edge_client.plan import Plan, choose_plan, memory_budget
 from edge_client.profile import native_bf16
+from edge_client.trainer import checkpoint
 from edge_client.trainer.worker import Text
 from protocol.layers import block_count
 from protocol.messages import Job
@@ -27,7 +28,7 @@ class Equipment(Protocol):
         """Choose how to train; `below_mib` is a predicted peak that was too much."""
         ...
 
-    def learner(self, plan: Plan, step_down: StepDown) -> Learning: ...
+    def learner(self, plan: Plan, step_down: StepDown, pauses: Pauses) -> Learning: ...
 
 
 Equip = Callable[[Settings, Job], Equipment]
@@ -53,9 +54,19 @@ class TrainingEquipment:
         """
         return make_plan(self._settings, self._job, self._model, below_mib=below_mib)
 
-    def learner(self, plan: Plan, step_down: StepDown) -> Learner:
-        text = Text(self._settings.data, self._settings.seed)
-        return Learner(self._job, self._settings.name, self._model, text, plan, step_down)
+    def learner(self, plan: Plan, step_down: StepDown, pauses: Pauses) -> Learner:
+        settings = self._settings
+        return Learner(
+            self._job,
+            settings.name,
+            self._model,
+            Text(settings.data, settings.seed),
+            plan,
+            step_down,
+            pauses,
+            kept=settings.state / checkpoint.FILE,
+            kept_s=settings.checkpoint_s,
+        )
 
 
 def find_base(settings: Settings, job: Job) -> Path:

@@ -115,12 +115,12 @@ def _measure_elsewhere(name: str | None) -> DeviceProfile:
         storage_free_mib=_storage_free_mib(),
         accelerators=apple_accelerators() if apple else (),
         execution_providers=execution_providers(apple=system == "Darwin"),
-        power=_battery_elsewhere(psutil.sensors_battery()),
+        power=battery_elsewhere(psutil.sensors_battery()),
         sources=("measured by the device's own profiler with psutil",),
     )
 
 
-def _battery_elsewhere(battery: object | None) -> Power:
+def battery_elsewhere(battery: object | None) -> Power:
     """Turn psutil's battery, `None` where there is none, into ours."""
     if battery is None:
         return Power()

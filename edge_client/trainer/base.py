@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from edge_client.data import Batch
 from edge_client.plan import Plan
@@ -31,6 +31,22 @@ class TrainReport:
     """On the same rows of its training text before and after, if that was asked for."""
 
 
+class Between(Protocol):
+    """What a training asks between its steps; `optimizer` is torch's."""
+
+    def begin(self, optimizer: Any) -> tuple[list[float], int]:
+        """Put the state of an earlier run back; return its losses and tokens so far."""
+        ...
+
+    def after_step(self, optimizer: Any, losses: list[float], tokens: int) -> None:
+        """Keep the state, if it is time.
+
+        Raises:
+            TrainingPaused: do no further step now.
+        """
+        ...
+
+
 class Trainer(Protocol):
     """Train the `trained` part of an adapter in the context of the `frozen` part."""
 
@@ -47,10 +63,12 @@ class Trainer(Protocol):
         pruning: Pruning | None,
         on_step: OnStep,
         factors: Trained = "both",
+        between: Between | None = None,
     ) -> TrainReport:
         """Run `settings.steps` optimiser steps of `settings.tokens_per_step` tokens each.
 
-        The factor that is not among `factors` stays as it was loaded.
+        The factor that is not among `factors` stays as it was loaded. `between` is asked after each
+        step but the last, and may have it begin in the middle.
         """
         ...
 

@@ -21,7 +21,7 @@ from edge_client.data import Batch, block_causal_mask
 from edge_client.model import find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty
-from edge_client.trainer.base import OnStep, TrainReport
+from edge_client.trainer.base import Between, OnStep, TrainReport
 from edge_client.trainer.loss import CHUNK_TOKENS, chunked_cross_entropy, full_cross_entropy
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
@@ -65,6 +65,7 @@ class TorchTrainer:
         pruning: Pruning | None,
         on_step: OnStep,
         factors: Trained = "both",
+        between: Between | None = None,
     ) -> TrainReport:
         started = time.monotonic()
         self._train_only(factors)
@@ -77,9 +78,9 @@ class TorchTrainer:
             weight_decay=settings.weight_decay,
             foreach=False,
         )
-        losses, tokens = [], 0
+        losses, tokens = between.begin(optimizer) if between else ([], 0)
         self.model.train()
-        for step in range(1, settings.steps + 1):
+        for step in range(len(losses) + 1, settings.steps + 1):
             warm = min(1.0, step / (settings.warmup_steps + 1))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["times"] * warm
@@ -93,6 +94,8 @@ class TorchTrainer:
             losses.append(loss)
             tokens += counted
             on_step(step, loss)
+            if between and step < settings.steps:
+                between.after_step(optimizer, losses, tokens)
         return TrainReport(
             settings.steps, tokens, float(np.mean(losses)), time.monotonic() - started
         )

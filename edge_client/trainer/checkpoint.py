@@ -1,0 +1,201 @@
+"""A training that can stop between two steps and go on as if it never had: kept on disk whole.
+
+What is kept: the factors that are trained, the optimiser's state, losses so far, where in the text
+it stands, and the state of the random numbers. A file is of one training alone, by its identity:
+that of another job, round, attempt, plan, text or adapter is taken away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_client.errors import DataError, TrainingPaused
+from edge_client.plan import Plan
+from protocol.adapter import Adapter
+from protocol.errors import os_words
+
+if TYPE_CHECKING:
+    from edge_client.data.pack import BatchStream, PackedRow, StreamState
+
+FILE = "training.safetensors"
+_NO_MATTER = ("predicted_mib", "budget_mib", "threads", "checkpointing", "micro_batch", "dtype")
+"""Of a plan, how it computes and not what: a start with other memory free may choose it anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Where a training is kept, whose it is, and how often it is written."""
+
+    path: Path
+    identity: str
+    every_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a file says of a training, beside its tensors."""
+
+    identity: str
+    losses: list[float]
+    """Of the steps that are done, nats a token."""
+    tokens: int
+    stream: StreamState
+    loss_before: float | None
+    """On a sample of the text, if that was asked for."""
+
+
+def identity_of(
+    plan: Plan, trained: Adapter, frozen: Adapter | None, what: Mapping[str, object]
+) -> str:
+    """Return a hash of all that a training's outcome follows from, but for the text.
+
+    `what` is the rest of it: job, round, steps and so on, as JSON has it.
+    """
+    sizes = {name: value for name, value in asdict(plan).items() if name not in _NO_MATTER}
+    found = hashlib.sha256(json.dumps([sizes, what], sort_keys=True).encode())
+    for adapter in (trained, frozen or Adapter({}, 1.0)):
+        for name in sorted(adapter.layers):
+            factors = adapter.layers[name]
+            for factor in (factors.a, factors.b):
+                found.update(f"{name} {factor.shape}".encode())
+                found.update(np.ascontiguousarray(factor, np.float32).data)
+    return found.hexdigest()
+
+
+def read_kept(
+    keeping: Keeping, rows: Sequence[PackedRow], micro_batch: int
+) -> tuple[Kept | None, BatchStream | None]:
+    """Return what is kept of this training, and the text from where it stands; or nothing.
+
+    A file of another training, of another text, or a damaged one, is taken away.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from edge_client.data import BatchStream
+
+    try:
+        with safe_open(keeping.path, framework="pt") as file:
+            kept = Kept(**json.loads(file.metadata()["training"]))
+        if kept.identity == keeping.identity:
+            return kept, BatchStream.from_state(rows, micro_batch, kept.stream)
+    except FileNotFoundError:
+        return None, None
+    except (SafetensorError, DataError, OSError, KeyError, TypeError, ValueError):
+        pass
+    forget(keeping.path.parent)
+    return None, None
+
+
+def forget(folder: Path) -> None:
+    """Take away what is kept in a state folder: that training is over."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """Stand between the steps of one training: begin where it was left, keep it, pause it.
+
+    `kept` is what `read_kept` has found; `stream` says where the text stands; `pausing` whether to
+    pause now.
+    """
+
+    def __init__(
+        self,
+        keeping: Keeping,
+        kept: Kept | None,
+        stream: Callable[[], StreamState],
+        pausing: Callable[[], bool],
+        loss_before: float | None,
+    ) -> None:
+        self._keeping, self._kept = keeping, kept
+        self._stream, self._pausing, self._loss_before = stream, pausing, loss_before
+        self._written = time.monotonic()
+
+    def begin(self, optimizer: Any) -> tuple[list[float], int]:
+        """Put the factors and the optimiser's state back; return the losses so far, and tokens."""
+        if self._kept is None:
+            return [], 0
+        import torch
+        from safetensors.torch import load_file
+
+        tensors = load_file(self._keeping.path)
+        parameters = {f"factor.{i}": p for i, p in enumerate(_parameters(optimizer))}
+        found = {name: t.shape for name, t in tensors.items() if name.startswith("factor.")}
+        if found != {name: parameter.shape for name, parameter in parameters.items()}:
+            forget(self._keeping.path.parent)  # another release wrote it, which ordered them so
+            return [], 0
+        torch.set_rng_state(tensors["random"])
+        state: dict[int, dict[str, Any]] = {}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "state":
+                index_text, _, key = rest.partition(".")
+                state.setdefault(int(index_text), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return list(self._kept.losses), self._kept.tokens
+
+    def after_step(self, optimizer: Any, losses: list[float], tokens: int) -> None:
+        """Keep the training if it is time, or if it pauses.
+
+        Raises:
+            TrainingPaused: it goes on from here when it is asked for again.
+        """
+        pausing = self._pausing()
+        unkept = ""
+        if pausing or time.monotonic() - self._written >= self._keeping.every_s:
+            unkept = self._keep(optimizer, losses, tokens)
+        if pausing:
+            raise TrainingPaused(len(losses), unkept)
+
+    def _keep(self, optimizer: Any, losses: list[float], tokens: int) -> str:
+        """Write, and return why that can't be done: a full disk must not end a training."""
+        from safetensors import SafetensorError
+
+        self._written = time.monotonic()
+        try:
+            self._write(optimizer, losses, tokens)
+        except (OSError, SafetensorError) as error:
+            return os_words(error)
+        return ""
+
+    def _write(self, optimizer: Any, losses: list[float], tokens: int) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        keeping = self._keeping
+        about = Kept(keeping.identity, losses, tokens, self._stream(), self._loss_before)
+        tensors = {"random": torch.get_rng_state()}
+        for index, parameter in enumerate(_parameters(optimizer)):
+            tensors[f"factor.{index}"] = parameter.detach().contiguous()
+        for index, entries in optimizer.state_dict()["state"].items():
+            for key, tensor in entries.items():
+                tensors[f"state.{index}.{key}"] = tensor.contiguous()
+        temporary = keeping.path.with_name(FILE + ".tmp")
+        save_file(tensors, temporary, metadata={"training": json.dumps(asdict(about))})
+        _sync(temporary)
+        os.replace(temporary, keeping.path)
+        _sync(keeping.path.parent)
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
