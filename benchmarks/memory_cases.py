@@ -15,7 +15,7 @@ from protocol.adapter import initial_adapter, module_directions, select, without
 from protocol.layers import last_blocks, only
 from protocol.messages import BaseModelInfo, Pruning, Training
 
-SCALE, ROUNDS, STEPS = 2.0, 2, 2
+SCALE, STEPS = 2.0, 2
 CHARACTERS_OF_A_TOKEN = 4
 
 
@@ -139,7 +139,7 @@ def measure(
     with TrainingProcess() as process:
         process.call("open", model=model, text=Text((text,), 0), plan=plan)
         process.call("evaluate", split="held_out")
-        for number in range(ROUNDS):
+        for number in range(1 if case.model == "135M" else 2):
             process.call("load", trained=None, frozen=whole)
             process.call("evaluate", split="held_out")
             chosen = module_directions(

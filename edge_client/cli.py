@@ -77,7 +77,9 @@ def run(
     memory_scale: Annotated[
         float, typer.Option(help="Divide the model's part of the memory (for small bases).")
     ] = 1.0,
-    threads: Annotated[int, typer.Option(help="Training threads (default: cores - 1).")] = 0,
+    threads: Annotated[
+        int, typer.Option(help="Training threads (default: as many as measured to be worth it).")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data's split and order.")] = 0,
     exit_when_done: Annotated[bool, typer.Option(help="End when the job is finished.")] = False,
     no_wait: Annotated[
@@ -98,7 +100,7 @@ def run(
     from device_profiles.schema import load_profile
     from edge_client.agent import Agent
     from edge_client.calibrate import cache_folder
-    from edge_client.config import Settings, check_cache, check_name, default_threads
+    from edge_client.config import Settings, check_cache, check_name
     from edge_client.data.read import check_paths
     from edge_client.membership import identity, state_folder
     from edge_client.profile import measure_profile
@@ -123,7 +125,7 @@ def run(
         model=model,
         memory_cap_mib=memory_cap_mib,
         memory_scale=memory_scale,
-        threads=threads or default_threads(found),
+        threads=threads,
         seed=seed,
         exit_when_done=exit_when_done,
         compare_alone=compare_alone,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 from device_profiles.schema import DeviceProfile
-from edge_client.calibrate import calibrate
-from edge_client.config import Settings
+from edge_client.calibrate import calibrate, choose_threads
+from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, ModelError, NoPlanFits
 from edge_client.learner import Learner, Learning, StepDown
 from edge_client.model import find_model, model_hash
-from edge_client.plan import Plan, choose_plan, memory_budget
+from edge_client.plan import Calibration, Plan, Wanted, choose_plan, memory_budget
 from edge_client.profile import native_bf16
 from edge_client.trainer.worker import Text
 from protocol.layers import block_count
@@ -119,28 +119,57 @@ def block_choices(settings: Settings, job: Job) -> list[int]:
 
 def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
     """Measure what training some blocks takes, and choose how to train them."""
-    fast = native_bf16(settings.profile)
+    budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib)
+    threads, calibration = measured(settings, job, model, blocks, budget_mib)
+    return choose_plan(
+        wanted_of(settings, job, blocks),
+        calibration,
+        budget_mib=budget_mib,
+        threads=threads,
+        memory_scale=settings.memory_scale,
+        below_mib=below_mib,
+    )
+
+
+def measured(
+    settings: Settings, job: Job, model: Path, blocks: int, budget_mib: float
+) -> tuple[int, Calibration]:
+    """Return how many threads are worth it here, and the constants of the memory model.
+
+    Both dtypes are measured where there is memory for it: which is faster no list of CPU features
+    says, for it depends on the model too.
+    """
+    dtypes = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "bf16")
+    threads = settings.threads or choose_threads(
+        model,
+        job.base,
+        dtype=dtypes[0],
+        most=most_threads(settings.profile),
+        scale=job.scale,
+        cache=settings.cache,
+        limit_mib=budget_mib,
+    )
     calibration = calibrate(
         model,
         job.base,
-        dtypes=("bf16",) if fast else ("f32", "bf16"),
-        threads=settings.threads,
+        dtypes=dtypes,
+        threads=threads,
         seq_len=job.training.max_tokens,
         scale=job.scale,
         cache=settings.cache,
         blocks=blocks,
+        limit_mib=budget_mib,
     )
-    return choose_plan(
-        job.base.modules,
-        calibration,
-        budget_mib=total_budget_mib(settings.profile, settings.memory_cap_mib),
-        memory_scale=settings.memory_scale,
+    return threads, calibration
+
+
+def wanted_of(settings: Settings, job: Job, blocks: int) -> Wanted:
+    """Return what plans are made for."""
+    return Wanted(
+        shapes=job.base.modules,
         ladder=job.ladder,
         shared_rank=job.rank if job.remainder == "frozen" else 0,
         training=job.training,
-        native_bf16=fast,
-        threads=settings.threads,
-        below_mib=below_mib,
         private_rank=settings.private_rank,
         blocks=blocks,
     )
