@@ -1,4 +1,4 @@
-"""The cases of `benchmarks.memory_plan`, and what one takes: a fresh process, rounds as an agent's."""
+"""The cases of `benchmarks.memory_plan`, and what each takes in a fresh process."""
 
 from __future__ import annotations
 
