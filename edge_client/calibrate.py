@@ -123,7 +123,7 @@ def choose_threads(
 
 def _measure(task: ProbeTask) -> ProbeReport:
     try:
-        with TrainingProcess() as process:
+        with TrainingProcess(task.limit_mib) as process:
             report: ProbeReport = process.call("calibrate", task=task)
     except WorkerKilled:  # it took more than was expected of it: nothing is known of this dtype
         return ProbeReport(0.0, task.base_mib, {}, task.limit_mib, complete=False)

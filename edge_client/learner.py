@@ -62,7 +62,7 @@ class Learned:
 
 
 StepDown = Callable[[Plan], Plan]
-"""Given the plan under which the kernel killed training: return a smaller one, or raise."""
+"""Given the plan under which training was killed: return a smaller one, or raise."""
 
 
 class Learning(Protocol):
@@ -92,7 +92,8 @@ class Learner:
     """Train, evaluate and compare in a training process that is kept between rounds.
 
     A process that the kernel kills is followed by another with a smaller plan, which does again
-    what the first was at: nothing is tried twice at one size.
+    what the first was at: nothing is tried twice at one size. It is ended at `limit_mib` of
+    resident memory, as if the kernel had.
 
     Raises:
         WorkerError: the training process failed, other than by being killed.
@@ -100,12 +101,20 @@ class Learner:
     """
 
     def __init__(
-        self, job: Job, device: str, model: Path, text: Text, plan: Plan, step_down: StepDown
+        self,
+        job: Job,
+        device: str,
+        model: Path,
+        text: Text,
+        plan: Plan,
+        step_down: StepDown,
+        *,
+        limit_mib: float = math.inf,
     ) -> None:
         self._job = job
         self._device = device
         self._model, self._where = model, text
-        self._step_down = step_down
+        self._step_down, self._limit_mib = step_down, limit_mib
         self.plan = plan
         self._process: TrainingProcess | None = None
         self.text: TextReport = self._persist(lambda: self._report)
@@ -215,7 +224,7 @@ class Learner:
         while True:
             try:
                 if self._process is None:
-                    self._process = TrainingProcess()
+                    self._process = TrainingProcess(self._limit_mib)
                     self._report: TextReport = self._ask(
                         "open", model=self._model, text=self._where, plan=self.plan
                     )

@@ -12,6 +12,7 @@ from edge_client.calibrate import calibrate, choose_threads
 from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, ModelError, NoPlanFits
 from edge_client.learner import Learner, Learning, StepDown
+from edge_client.memory import resident_mib
 from edge_client.model import find_model, model_hash
 from edge_client.plan import Calibration, Plan, Wanted, choose_plan, memory_budget
 from edge_client.profile import native_bf16
@@ -55,7 +56,15 @@ class TrainingEquipment:
 
     def learner(self, plan: Plan, step_down: StepDown) -> Learner:
         text = Text(self._settings.data, self._settings.seed)
-        return Learner(self._job, self._settings.name, self._model, text, plan, step_down)
+        return Learner(
+            self._job,
+            self._settings.name,
+            self._model,
+            text,
+            plan,
+            step_down,
+            limit_mib=self._settings.memory_cap_mib or inf,
+        )
 
 
 def find_base(settings: Settings, job: Job) -> Path:
@@ -119,7 +128,7 @@ def block_choices(settings: Settings, job: Job) -> list[int]:
 
 def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
     """Measure what training some blocks takes, and choose how to train them."""
-    budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib)
+    budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
     threads, calibration = measured(settings, job, model, blocks, budget_mib)
     return choose_plan(
         wanted_of(settings, job, blocks),
@@ -175,22 +184,26 @@ def wanted_of(settings: Settings, job: Job, blocks: int) -> Wanted:
     )
 
 
-def total_budget_mib(profile: DeviceProfile, cap_mib: float | None) -> float:
+def total_budget_mib(
+    profile: DeviceProfile, cap_mib: float | None, *, own_mib: float = 0.0
+) -> float:
     """Return what the training process may take in all.
 
-    Where the device's memory is unknown the owner's cap is all there is to go by.
+    A cgroup's limit is the agent's too, which takes `own_mib` of it. Where the device's memory is
+    unknown the owner's cap is all there is to go by.
 
     Raises:
         ConfigError: the profile does not know the device's memory, and there is no cap.
     """
     memory = profile.memory
+    limit_mib = None if memory.limit_mib is None else max(0.0, memory.limit_mib - own_mib)
     if memory.total_mib is None or memory.available_mib is None:
         if cap_mib is not None:
-            return min(cap_mib, inf if memory.limit_mib is None else memory.limit_mib)
+            return min(cap_mib, inf if limit_mib is None else limit_mib)
         raise ConfigError("this device's memory is unknown; say how much to use with --memory-cap")
     return memory_budget(
         total_mib=memory.total_mib,
         available_mib=memory.available_mib,
-        limit_mib=memory.limit_mib,
+        limit_mib=limit_mib,
         cap_mib=cap_mib,
     )
