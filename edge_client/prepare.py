@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ from edge_client.errors import ConfigError, ModelError, NoPlanFits
 from edge_client.learner import Learner, Learning, StepDown
 from edge_client.memory import resident_mib
 from edge_client.model import find_model, model_hash
-from edge_client.plan import Calibration, Plan, Wanted, choose_plan, memory_budget
+from edge_client.plan import Calibration, Plan, Wanted, all_plans, choose_plan, memory_budget
 from edge_client.profile import native_bf16
 from edge_client.trainer.worker import Text
 from protocol.layers import block_count
@@ -128,15 +129,54 @@ def block_choices(settings: Settings, job: Job) -> list[int]:
 
 def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
     """Measure what training some blocks takes, and choose how to train them."""
+    return planning(settings, job, model, blocks).best(below_mib=below_mib)
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """All that a choice of plan rests on."""
+
+    wanted: Wanted
+    calibration: Calibration
+    budget_mib: float
+    """What the training process may take in all."""
+    threads: int
+    memory_scale: float = 1.0
+
+    def best(self, *, below_mib: float = inf) -> Plan:
+        """Return the best plan; see `choose_plan`."""
+        return choose_plan(
+            self.wanted,
+            self.calibration,
+            budget_mib=self.budget_mib,
+            threads=self.threads,
+            memory_scale=self.memory_scale,
+            below_mib=below_mib,
+        )
+
+    def every(self, seq_len: int) -> list[Plan]:
+        """Return every plan of one sequence length; see `all_plans`."""
+        return all_plans(
+            self.wanted,
+            self.calibration,
+            seq_len,
+            budget_mib=self.budget_mib,
+            threads=self.threads,
+            memory_scale=self.memory_scale,
+        )
+
+
+def planning(settings: Settings, job: Job, model: Path, blocks: int) -> Planning:
+    """Measure what training some blocks takes here, or remember it.
+
+    Raises:
+        ConfigError: the device's memory is unknown.
+        WorkerError: a probe failed.
+    """
     budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
     threads, calibration = measured(settings, job, model, blocks, budget_mib)
-    return choose_plan(
-        wanted_of(settings, job, blocks),
-        calibration,
-        budget_mib=budget_mib,
-        threads=threads,
-        memory_scale=settings.memory_scale,
-        below_mib=below_mib,
+    return Planning(
+        wanted_of(settings, job, blocks), calibration, budget_mib, threads, settings.memory_scale
     )
 
 
