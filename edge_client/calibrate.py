@@ -21,7 +21,6 @@ from pathlib import Path
 from edge_client.errors import WorkerKilled
 from edge_client.memory import FROZEN_BYTES, MIB, Probe, Way, fit
 from edge_client.plan import Calibration
-from edge_client.speed import fit_speed
 from edge_client.storage import keeping
 from edge_client.trainer.probing import THREAD_TOKENS, ProbeReport, ProbeTask
 from edge_client.trainer.process import TrainingProcess
@@ -83,8 +82,17 @@ def calibrate(
             way: fit(probes, base.modules, reports[way.dtype].weights_mib, way, blocks)
             for way, probes in ways.items()
         },
-        speeds={way: fit_speed(probes) for way, probes in ways.items()},
+        tokens_s={way: tokens_s(probes) for way, probes in ways.items()},
     )
+
+
+def tokens_s(probes: Sequence[Probe]) -> float:
+    """Return the tokens that a way of training trains in a second: the faster of the two longest.
+
+    One is half the other's length: others' load makes them differ more than their length does.
+    """
+    longest = sorted(probes, key=lambda probe: probe.tokens)[-2:]
+    return max(probe.tokens / probe.seconds for probe in longest)
 
 
 def base_mib(base: BaseModelInfo, dtype: str) -> float:

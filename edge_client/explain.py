@@ -70,7 +70,7 @@ def _why_rank(chosen: Plan, wanted: Wanted) -> str:
     elif chosen.held >= wanted.shared_rank:
         held = f"all {chosen.held} directions of the shared adapter can be held"
     else:
-        held = f"of the {wanted.shared_rank} directions of the shared adapter {chosen.held} can be held"
+        held = f"{chosen.held} of the shared adapter's {wanted.shared_rank} directions can be held"
     if chosen.rank == top:
         return f"{held}, and the largest rank of the job ({top}) fits"
     return f"{held}, and rank {chosen.rank} is the largest that fits"

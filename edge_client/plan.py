@@ -11,7 +11,6 @@ from math import inf
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
-from edge_client.speed import Speed
 from protocol.adapter import Shapes
 from protocol.messages import Training
 
@@ -38,7 +37,8 @@ class Calibration:
     weights_mib: dict[str, float]
     """dtype → base weights as they lie in memory."""
     activations: dict[Way, Activations]
-    speeds: dict[Way, Speed]
+    tokens_s: dict[Way, float]
+    """Tokens trained in a second by each way, in its probes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,7 @@ def all_plans(
                         predicted_mib=mib,
                         budget_mib=above_mib,
                         blocks=wanted.blocks,
-                        predicted_tokens_s=calibration.speeds[way].tokens_s(tokens),
+                        predicted_tokens_s=calibration.tokens_s[way],
                         needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
                     )
                 )

@@ -40,17 +40,13 @@ def planned_job(file: Path | None, model: str, training: dict[str, int]) -> tupl
     if not isinstance(own, dict):
         raise ConfigError(f"{where}: training is not a table of settings")
     wanted = {"job": "plan", "scale": 2.0, **wanted, "training": {**own, **training}}
-    wanted["base"] = {
-        "name": "any",
-        "sha256": "0" * 64,
-        "parameters": 1,
-        "modules": {"any": (1, 1)},
-    }
     try:
-        job = Job.model_validate(wanted)
+        job = Job.model_validate({**wanted, "base": STAND_IN})  # which takes long to describe
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first(error)}") from None
-    return job.model_copy(update={"base": _base(model or str(fields.get("model", BASE_TINY)))})
+    named = model or str(fields.get("model", BASE_TINY))
+    base = _base(named)
+    return job.model_copy(update={"base": base}), base.name if named.endswith(".json") else named
 
 
 def _base(model: str) -> BaseModelInfo:

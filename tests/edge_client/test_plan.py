@@ -27,7 +27,6 @@ from edge_client.plan import (
     micro_batches,
 )
 from edge_client.prepare import total_budget_mib
-from edge_client.speed import Speed
 from protocol.messages import Training
 
 SHAPES = {
@@ -50,18 +49,18 @@ CALIBRATION = Calibration(
         Way("bf16", False): Activations(50.0, 0.6),
         Way("bf16", True): Activations(50.0, 0.12),
     },
-    speeds={
-        Way("f32", False): Speed(0.1, 0.02),
-        Way("f32", True): Speed(0.15, 0.03),
-        Way("bf16", False): Speed(0.1, 0.01),
-        Way("bf16", True): Speed(0.15, 0.015),
+    tokens_s={
+        Way("f32", False): 50.0,
+        Way("f32", True): 35.0,
+        Way("bf16", False): 100.0,
+        Way("bf16", True): 70.0,
     },
 )
 SLOW_BF16 = replace(
     CALIBRATION,
-    speeds={
-        way: Speed(speed.pass_s, speed.token_s * (4 if way.dtype == "bf16" else 1))
-        for way, speed in CALIBRATION.speeds.items()
+    tokens_s={
+        way: speed / (4 if way.dtype == "bf16" else 1)
+        for way, speed in CALIBRATION.tokens_s.items()
     },
 )
 TRAINING = Training(tokens_per_step=1024, max_tokens=256)
@@ -173,7 +172,7 @@ def test_with_room_for_everything_the_way_that_was_measured_fastest_is_taken() -
     assert (plan.rank, plan.held, plan.seq_len, plan.micro_batch) == (64, 64, 256, 4)
     assert (plan.dtype, plan.checkpointing, plan.threads) == ("bf16", False, 4)
     assert choose(10_000, calibration=SLOW_BF16).dtype == "f32"
-    assert plan.predicted_tokens_s == pytest.approx(1024 / (0.1 + 1024 * 0.01))
+    assert plan.predicted_tokens_s == 100
 
 
 def test_a_dtype_that_is_slow_here_is_taken_for_the_sake_of_rank() -> None:
@@ -301,7 +300,7 @@ def test_a_large_step_offers_micro_batches_near_each_other() -> None:
 
 
 def test_where_nothing_could_be_measured_that_is_why_there_is_no_plan() -> None:
-    nothing = replace(CALIBRATION, activations={}, speeds={})
+    nothing = replace(CALIBRATION, activations={}, tokens_s={})
     with pytest.raises(NoPlanFits) as caught:
         choose(600, calibration=nothing)
     message = str(caught.value)
