@@ -23,6 +23,7 @@ from benchmarks.memory_cases import CASES, QUICK, SCALE, Case, measure, predicte
 from edge_client.calibrate import calibrate
 from edge_client.model import describe_model
 from edge_client.plan import Calibration
+from edge_client.profile import slug
 from protocol.messages import BaseModelInfo
 
 NINE_TENTHS, ALL, UNDER = 0.10, 0.15, 0.05
@@ -36,10 +37,6 @@ class Bench:
 
     def __init__(self, folder: Path, remembered: Path, threads: int) -> None:
         self._folder, self._remembered, self._threads = folder, remembered, threads
-        self._peaks_file = remembered / "peaks.json"
-        self._peaks: dict[str, tuple[float, float]] = {}
-        if self._peaks_file.exists():
-            self._peaks = json.loads(self._peaks_file.read_text())
         self._bases: dict[str, BaseModelInfo] = {}
 
     def row(self, case: Case) -> dict[str, object]:
@@ -50,12 +47,11 @@ class Bench:
         base = self._bases[case.model]
         calibration = self._calibration(case, model, base)
         plan = predicted(case, base, calibration, self._threads)
-        key = f"{case} on {self._threads} threads"
-        if key not in self._peaks:
+        kept = self._remembered / f"{slug(str(case))}-{self._threads}.json"
+        if not kept.exists():
             text = write_text(self._folder, 2 * case.micro_batch, case.length)
-            self._peaks[key] = measure(case, plan, base, model, text)
-            self._peaks_file.write_text(json.dumps(self._peaks, indent=1))
-        floor_mib, above_mib = self._peaks[key]
+            kept.write_text(json.dumps(measure(case, plan, base, model, text)))
+        floor_mib, above_mib = json.loads(kept.read_text())
         whole_mib = calibration.floor_mib + plan.predicted_mib
         return {
             "case": str(case),
@@ -108,6 +104,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help=f"the first {len(QUICK)} cases only")
+    parser.add_argument("--model", help="the cases of one model only: base-tiny, 15M or 135M")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--threads", type=int, default=1, help="threads of training (default 1)")
     options = parser.parse_args()
@@ -121,6 +118,8 @@ def main() -> None:
         print(f"{'':44} above the floor, MiB            whole process")
         print(f"{'case':44} predicted  measured  ratio     MiB  ratio")
         for case in QUICK if options.quick else CASES:
+            if options.model not in (None, case.model):
+                continue
             row = bench.row(case)
             rows.append(row)
             print(

@@ -1,14 +1,14 @@
 """How much memory training takes: measured where it can be, predicted from that.
 
-peak above the floor = base weights + fixed + the largest of
+peak above the floor = base weights + the largest of
     a step       LoRA·(weights, two Adam moments, gradients if they are there by then)
-                 + frozen remainder
+                 + frozen remainder + fixed
                  + tokens·(activations of a token + rank·intermediates of a token)
     its end      LoRA·(weights, gradients, two Adam moments) + frozen remainder
     loading      the adapters, and what came over the pipe of them in float32
 
-The floor (interpreter, libraries, tokenizer and data), `fixed` and the activations are measured on
-the device by probes for each way of training (`calibrate` in edge_client.trainer.worker), which go
+The floor (interpreter, libraries, tokenizer and data), the weights, `fixed` and the activations are
+measured on the device by probes for each way of training (edge_client.trainer.probing), which go
 the way that a round goes; the rest is counted. All sizes are MiB.
 
 Not counted is the file of the base while it is read: its pages are mapped, and the kernel takes
@@ -151,14 +151,10 @@ def predict_mib(
     remainder = remainder_mib(shapes, rank, held, way.dtype, trained)
     sent = parameter_count(shapes, max(rank, held)) * WEIGHT_BYTES / MIB
     placed = parameter_count(trained, rank) * WEIGHT_BYTES / MIB + remainder
-    return (
-        weights_mib
-        + activations.fixed_mib
-        + max(
-            step + activations.beside_mib(tokens),
-            lora_mib(trained, rank) + remainder,
-            sent + placed,
-        )
+    return weights_mib + max(
+        step + activations.fixed_mib + activations.beside_mib(tokens),
+        lora_mib(trained, rank) + remainder,
+        sent + placed,
     )
 
 

@@ -13,10 +13,10 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_client.memory import Probe, peak_mib, reset_peak, resident_mib, return_freed_memory
+from edge_client.memory import MIB, Probe, peak_mib, reset_peak, resident_mib, return_freed_memory
 from edge_client.plan import Plan
 from protocol.adapter import Adapter, initial_adapter
-from protocol.layers import last_blocks, within
+from protocol.layers import block_count, last_blocks, within
 from protocol.messages import Training
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ LIMIT_SHARE = 0.97
 """Share of the limit that a probe may be expected to take."""
 STEEPER = 1.15
 """How much steeper than the last two probes the next one is taken to be."""
-WITHOUT = 3.0
-"""How many times more the first step without checkpointing is taken to need, beside weights."""
+STEEPEST = 1.5
+"""How many times the inputs and outputs of its modules in float32 a token may take."""
 THREAD_TOKENS = 64
 NEAR = 0.05
 """A count of threads that is slower by less than this share is as good as the fastest."""
@@ -80,7 +80,7 @@ class Prober:
 
         The longest probe has two sequences: steps with more rows are extrapolated.
         """
-        start_mib = self._warm()
+        start_mib = resident_mib()
         found: dict[bool, dict[int, Probe]] = {True: {}, False: {}}
         longest = 2 * seq_len
         for rows, length in _sizes(seq_len):
@@ -89,8 +89,8 @@ class Prober:
             stale_mib = resident_mib() - start_mib
             for checkpointing, probes in found.items():
                 # Where all fits, those between the shortest and whole sequences tell nothing new.
-                wanted = not probes or tokens >= seq_len or not self._fits(probes, longest)
-                if wanted and self._fits(probes or found[True], tokens, first=not probes):
+                short = probes and tokens < seq_len and self._fits(checkpointing, found, longest)
+                if not short and self._fits(checkpointing, found, tokens):
                     peak, seconds = self._probe(rows, length, checkpointing)
                     probes[tokens] = Probe(
                         tokens, PROBE_RANK, PROBE_HELD, peak - stale_mib - self._floor_mib, seconds
@@ -98,31 +98,40 @@ class Prober:
         enough = {way: tuple(probes.values()) for way, probes in found.items() if len(probes) > 1}
         return enough, all(longest in probes for probes in found.values())
 
-    def _warm(self) -> float:
-        """Touch every page of the base; return what is resident then."""
+    def warm(self) -> float:
+        """Touch every page of the base, which may be mapped; return what is resident then."""
         self._probe(1, 16, True)
         _settle()
         return resident_mib()
 
-    def _fits(self, probes: dict[int, Probe], tokens: int, *, first: bool = False) -> bool:
+    def _fits(self, way: bool, found: dict[bool, dict[int, Probe]], tokens: int) -> bool:
         """Say whether a probe of so many tokens is expected to stay within the limit.
 
-        From one shorter probe, what it took beside the weights is taken to grow in proportion. The
-        `first` without checkpointing is judged by those with it.
+        It is by the two longest before it; after one, by the largest slope there may be. The first
+        without checkpointing is judged by that with it.
         """
+        probes = found[way] or found[True]
         if self._task.limit_mib == inf or not probes:
             return True
         *others, last = probes.values()
-        if others:
-            slope = STEEPER * (last.peak_mib - others[-1].peak_mib)
-            slope /= last.tokens - others[-1].tokens
-            expected = last.peak_mib + max(0.0, slope) * (tokens - last.tokens)
+        if not found[way]:
+            more_mib = tokens * self._steepest(way)
+        elif not others:
+            more_mib = (tokens - last.tokens) * self._steepest(way)
         else:
-            grows = last.peak_mib + self._floor_mib - resident_mib()
-            expected = last.peak_mib + grows * (tokens / last.tokens - 1)
-        if first:
-            expected += WITHOUT * (last.peak_mib + self._floor_mib - resident_mib())
-        return self._floor_mib + expected <= LIMIT_SHARE * self._task.limit_mib
+            slope = (last.peak_mib - others[-1].peak_mib) / (last.tokens - others[-1].tokens)
+            more_mib = (tokens - last.tokens) * max(0.0, slope) * STEEPER
+        expected_mib = self._floor_mib + last.peak_mib + more_mib
+        return expected_mib <= LIMIT_SHARE * self._task.limit_mib
+
+    def _steepest(self, checkpointing: bool) -> float:
+        """Return what a token may take at most, MiB: what goes into and out of every module.
+
+        With checkpointing that is of one block and what lies between blocks: of two.
+        """
+        shapes = self._trainer.shapes
+        mib = STEEPEST * sum(d_out + d_in for d_out, d_in in shapes.values()) * 4 / MIB
+        return 2 * mib / max(2, block_count(shapes)) if checkpointing else mib
 
     def _probe(self, rows: int, length: int, checkpointing: bool) -> tuple[float, float]:
         """Do a round of two steps, as a device does; return their peak and the second's time."""

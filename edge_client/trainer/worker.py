@@ -109,10 +109,8 @@ class Worker:
         if self._floor + task.base_mib > task.limit_mib:
             return None, task.base_mib
         self._trainer = TorchTrainer(task.model, dtype=task.dtype, threads=task.threads)
-        _settle()
-        # A base in its file's own dtype is mapped, and pages not yet touched count as `fixed`.
-        weights_mib = resident_mib() - self._floor
-        return Prober(self._trainer, task, self._floor), weights_mib
+        prober = Prober(self._trainer, task, self._floor)
+        return prober, prober.warm() - self._floor
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
         """Read the text, then load the base model as the plan says."""
