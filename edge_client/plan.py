@@ -15,6 +15,8 @@ from protocol.adapter import Shapes
 from protocol.messages import Training
 
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+STEP_DOWN = 0.95
+"""Of the prediction that was too much, what the next plan's may be: a hair less would be too."""
 OVERRUN = 1.125
 """How many times a step's tokens its micro-batches, which are whole, may hold."""
 SHORTEST_TOKENS = 64
@@ -137,9 +139,9 @@ def choose_plan(
 ) -> Plan:
     """Return the best plan for a process that may take `budget_mib` in all.
 
-    Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`:
-    the prediction of a plan that was too large for the kernel. It is the larger of two where the
-    device trains an adapter of its own too. Which is best: `preference`. Sequences are cut only
+    Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`, by
+    some where it can be: the prediction of a plan that was too large for the kernel. It is the
+    larger of two where the device trains an adapter of its own too. Which is best: `preference`. Sequences are cut only
     when even the smallest rank does not fit with whole ones.
 
     So more memory never gives a worse plan in that order. It can give a smaller rank: a device that
@@ -160,8 +162,9 @@ def choose_plan(
         )
         least = min([least, *((plan.needs_mib, plan.budget_mib) for plan in every)])
         fitting = [plan for plan in every if fits(plan) and plan.predicted_mib < below_mib]
+        clearly = [plan for plan in fitting if plan.predicted_mib <= STEP_DOWN * below_mib]
         if fitting:
-            return max(fitting, key=lambda plan: preference(plan, wanted.shared_rank))
+            return max(clearly or fitting, key=lambda plan: preference(plan, wanted.shared_rank))
     raise NoPlanFits(_why_none(calibration, budget_mib, *least, below_mib))
 
 

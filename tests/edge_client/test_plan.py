@@ -274,6 +274,20 @@ def test_where_memory_is_unknown_the_cap_is_the_budget() -> None:
     assert total_budget_mib(known, 1200) == 1200
 
 
+def test_a_plan_that_was_too_much_is_followed_by_a_clearly_smaller_one_if_there_is_one() -> None:
+    for budget in range(700, 4000, 300):
+        plan = choose(budget)
+        smaller = choose(budget, below_mib=plan.predicted_mib)
+        assert smaller.predicted_mib <= 0.95 * plan.predicted_mib
+    smallest = choose(670)
+    while True:
+        try:
+            smallest = choose(670, below_mib=smallest.predicted_mib)
+        except NoPlanFits:
+            break
+    assert smallest.rank == LADDER[0]
+
+
 def test_no_plan_of_its_rank_that_fits_is_faster() -> None:
     for budget in range(680, 4000, 160):
         plan = choose(budget)
