@@ -80,7 +80,7 @@ class Learned:
 
 
 StepDown = Callable[[Plan], Plan]
-"""Given the plan under which the kernel killed training: return a smaller one, or raise."""
+"""Given the plan under which training was killed: return a smaller one, or raise."""
 
 
 class Pauses(Protocol):
@@ -119,7 +119,8 @@ class Learner:
     """Train, evaluate and compare in a training process that is kept between rounds.
 
     A process that the kernel kills is followed by another with a smaller plan, which does again
-    what the first was at: nothing is tried twice at one size.
+    what the first was at: nothing is tried twice at one size. It is ended at `limit_mib` of
+    resident memory, as if the kernel had.
 
     Each training is kept in the file `kept` every so many seconds (`kept_s`), and when it pauses:
     asked for again, by this process or the next, it goes on from there.
@@ -142,12 +143,14 @@ class Learner:
         *,
         kept: Path,
         kept_s: float,
+        limit_mib: float = math.inf,
     ) -> None:
         self._job = job
         self._device = device
         self._model, self._where = model, text
         self._step_down, self._pauses = step_down, pauses
         self._kept, self._kept_s = kept, kept_s
+        self._limit_mib = limit_mib
         self.plan = plan
         self._process: TrainingProcess | None = None
         self.text: TextReport = self._persist(lambda: self._report)
@@ -268,7 +271,7 @@ class Learner:
         while True:
             try:
                 if self._process is None:
-                    self._process = TrainingProcess()
+                    self._process = TrainingProcess(self._limit_mib)
                     self._report: TextReport = self._ask(
                         "open", model=self._model, text=self._where, plan=self.plan
                     )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Protocol
 
 from device_profiles.schema import DeviceProfile
-from edge_client.calibrate import calibrate
-from edge_client.config import Settings
+from edge_client.calibrate import calibrate, choose_threads
+from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, ModelError, NoPlanFits
 from edge_client.learner import Learner, Learning, Pauses, StepDown
+from edge_client.memory import resident_mib
 from edge_client.model import find_model, model_hash
-from edge_client.plan import Plan, choose_plan, memory_budget
+from edge_client.plan import Calibration, Plan, Wanted, all_plans, choose_plan, memory_budget
 from edge_client.profile import native_bf16
 from edge_client.trainer import checkpoint
 from edge_client.trainer.worker import Text
@@ -66,6 +68,7 @@ class TrainingEquipment:
             pauses,
             kept=settings.state / checkpoint.FILE,
             kept_s=settings.checkpoint_s,
+            limit_mib=settings.memory_cap_mib or inf,
         )
 
 
@@ -130,49 +133,121 @@ def block_choices(settings: Settings, job: Job) -> list[int]:
 
 def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
     """Measure what training some blocks takes, and choose how to train them."""
-    fast = native_bf16(settings.profile)
+    return planning(settings, job, model, blocks).best(below_mib=below_mib)
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """All that a choice of plan rests on."""
+
+    wanted: Wanted
+    calibration: Calibration
+    budget_mib: float
+    """What the training process may take in all."""
+    threads: int
+    memory_scale: float = 1.0
+
+    def best(self, *, below_mib: float = inf) -> Plan:
+        """Return the best plan; see `choose_plan`."""
+        return choose_plan(
+            self.wanted,
+            self.calibration,
+            budget_mib=self.budget_mib,
+            threads=self.threads,
+            memory_scale=self.memory_scale,
+            below_mib=below_mib,
+        )
+
+    def every(self, seq_len: int) -> list[Plan]:
+        """Return every plan of one sequence length; see `all_plans`."""
+        return all_plans(
+            self.wanted,
+            self.calibration,
+            seq_len,
+            budget_mib=self.budget_mib,
+            threads=self.threads,
+            memory_scale=self.memory_scale,
+        )
+
+
+def planning(settings: Settings, job: Job, model: Path, blocks: int) -> Planning:
+    """Measure what training some blocks takes here, or remember it.
+
+    Raises:
+        ConfigError: the device's memory is unknown.
+        WorkerError: a probe failed.
+    """
+    budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
+    threads, calibration = measured(settings, job, model, blocks, budget_mib)
+    return Planning(
+        wanted_of(settings, job, blocks), calibration, budget_mib, threads, settings.memory_scale
+    )
+
+
+def measured(
+    settings: Settings, job: Job, model: Path, blocks: int, budget_mib: float
+) -> tuple[int, Calibration]:
+    """Return how many threads are worth it here, and the constants of the memory model.
+
+    Both dtypes are measured where there is memory for it: which is faster no list of CPU features
+    says, for it depends on the model too.
+    """
+    dtypes = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "bf16")
+    threads = settings.threads or choose_threads(
+        model,
+        job.base,
+        dtype=dtypes[0],
+        most=most_threads(settings.profile),
+        scale=job.scale,
+        cache=settings.cache,
+        limit_mib=budget_mib,
+    )
     calibration = calibrate(
         model,
         job.base,
-        dtypes=("bf16",) if fast else ("f32", "bf16"),
-        threads=settings.threads,
+        dtypes=dtypes,
+        threads=threads,
         seq_len=job.training.max_tokens,
         scale=job.scale,
         cache=settings.cache,
         blocks=blocks,
+        limit_mib=budget_mib,
     )
-    return choose_plan(
-        job.base.modules,
-        calibration,
-        budget_mib=total_budget_mib(settings.profile, settings.memory_cap_mib),
-        memory_scale=settings.memory_scale,
+    return threads, calibration
+
+
+def wanted_of(settings: Settings, job: Job, blocks: int) -> Wanted:
+    """Return what plans are made for."""
+    return Wanted(
+        shapes=job.base.modules,
         ladder=job.ladder,
         shared_rank=job.rank if job.remainder == "frozen" else 0,
         training=job.training,
-        native_bf16=fast,
-        threads=settings.threads,
-        below_mib=below_mib,
         private_rank=settings.private_rank,
         blocks=blocks,
     )
 
 
-def total_budget_mib(profile: DeviceProfile, cap_mib: float | None) -> float:
+def total_budget_mib(
+    profile: DeviceProfile, cap_mib: float | None, *, own_mib: float = 0.0
+) -> float:
     """Return what the training process may take in all.
 
-    Where the device's memory is unknown the owner's cap is all there is to go by.
+    A cgroup's limit is the agent's too, which takes `own_mib` of it. Where the device's memory is
+    unknown the owner's cap is all there is to go by.
 
     Raises:
         ConfigError: the profile does not know the device's memory, and there is no cap.
     """
     memory = profile.memory
+    limit_mib = None if memory.limit_mib is None else max(0.0, memory.limit_mib - own_mib)
     if memory.total_mib is None or memory.available_mib is None:
         if cap_mib is not None:
-            return min(cap_mib, inf if memory.limit_mib is None else memory.limit_mib)
+            return min(cap_mib, inf if limit_mib is None else limit_mib)
         raise ConfigError("this device's memory is unknown; say how much to use with --memory-cap")
     return memory_budget(
         total_mib=memory.total_mib,
         available_mib=memory.available_mib,
-        limit_mib=memory.limit_mib,
+        limit_mib=limit_mib,
         cap_mib=cap_mib,
     )
