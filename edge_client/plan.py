@@ -56,6 +56,8 @@ class Plan:
     """What may be used above the floor."""
     blocks: int = 0
     """The last so many blocks are trained; 0: all."""
+    checkpoint_blocks: int = 0
+    """With checkpointing, the first so many blocks are made again; 0: all."""
 
     @property
     def way(self) -> Way:
@@ -63,6 +65,8 @@ class Plan:
 
     def __str__(self) -> str:
         way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype
+        if self.checkpointing and self.checkpoint_blocks:
+            way += f" {self.checkpoint_blocks} blocks"
         rank = f"rank {self.rank} of {self.held} held"
         if self.blocks:
             rank += f" in the last {self.blocks} block{'s' if self.blocks > 1 else ''}"

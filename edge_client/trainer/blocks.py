@@ -51,7 +51,7 @@ def speed_up(model: nn.Module, layers: Mapping[str, LoraLinear], dtype: torch.dt
 
 
 def checkpoint_blocks(blocks: nn.ModuleList, count: int) -> None:
-    """Have the first `count` blocks keep their input alone, and make the rest again (the others not).
+    """Have the first `count` blocks keep their input alone and make the rest again.
 
     The last blocks come first in the backward pass: what they have kept is free again by the time
     the first ones are made again (Chen et al., arXiv 1604.06174, for the exchange).

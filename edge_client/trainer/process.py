@@ -35,6 +35,11 @@ class TrainingProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "it was started"
+        return self._process.pid
+
     def call(
         self, name: str, *, on_progress: Callable[[Any], None] | None = None, **arguments: Any
     ) -> Any:

@@ -28,7 +28,9 @@ from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 from protocol.probe import TopLogits
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.float32}
+"""What is computed in; "mixed" stores the blocks' frozen weights in bfloat16."""
+STORED = {**DTYPES, "mixed": torch.bfloat16}
 ADAM_BETAS = (0.9, 0.99)
 
 
@@ -36,13 +38,32 @@ class TorchTrainer:
     """Implement `edge_client.trainer.base.Trainer` on torch."""
 
     def __init__(self, model_folder: Path, *, dtype: str, threads: int) -> None:
+        self._begin(load_model(model_folder, STORED[dtype]), dtype, threads)
+
+    @classmethod
+    def of(cls, model: Any, *, dtype: str, threads: int) -> TorchTrainer:
+        """Return the trainer of a frozen model that is in memory."""
+        trainer = cls.__new__(cls)
+        trainer._begin(model, dtype, threads)
+        return trainer
+
+    def _begin(self, model: Any, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.model = load_model(model_folder, DTYPES[dtype])
-        self.shapes = find_targets(self.model)
+        self.model = model
+        self.shapes = find_targets(model)
         self.scale = 1.0
-        self.layers = {n: LoraLinear(self.model.get_submodule(n)) for n in self.shapes}
-        speed_up(self.model, self.layers, self.model.dtype)
+        self.layers = {n: LoraLinear(model.get_submodule(n)) for n in self.shapes}
+        if STORED[dtype] != DTYPES[dtype]:
+            self._widen(DTYPES[dtype])
+        speed_up(model, self.layers, model.dtype)
         self._plain_head: bool | None = None
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Turn all but the weights that layers widen themselves, one at a time, into `dtype`."""
+        stored = {id(self.model.get_submodule(name).weight) for name in self.layers}
+        for parameter in self.model.parameters():
+            if id(parameter) not in stored:
+                parameter.data = parameter.data.to(dtype)
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         self.scale = trained.scale
@@ -51,7 +72,9 @@ class TorchTrainer:
             layer.train(trained.layers.get(name), trained.scale)
             layer.freeze(rest.layers.get(name), rest.scale, self.model.dtype)
         blocks = find_blocks(self.model)[1]
-        checkpoint_blocks(blocks, len(blocks) if plan.checkpointing else 0)
+        checkpoint_blocks(
+            blocks, plan.checkpoint_blocks or len(blocks) if plan.checkpointing else 0
+        )
 
     def train(
         self,

@@ -1,4 +1,4 @@
-"""Losses and gradients of the trainer are those of PEFT, and what is recognised is computed cheaper."""
+"""Losses and gradients of the trainer are those of transformers and PEFT, family by family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
-from transformers import GPTNeoXConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import base_tiny
 from edge_client.data import Batch
@@ -210,3 +217,74 @@ def test_one_factor_in_the_last_block_has_the_gradients_it_has_among_all(
     expected = {n: g for n, g in gradients.items() if n.endswith(f".{factors.lower()}")}
     assert len(expected) == len(mine)
     assert distance(ours, expected) < 1e-5
+
+
+def recognised(folder: Path) -> set[str]:
+    """Return the classes of the modules that were given a cheaper form."""
+    trainer = TorchTrainer(folder, dtype="f32", threads=1)
+    return {
+        type(module).__name__
+        for module in trainer.model.modules()
+        if "forward" in vars(module) and not isinstance(module, torch.nn.Linear)
+    }
+
+
+def test_what_only_looks_alike_stays_as_it_is(tmp_path: Path) -> None:
+    assert recognised(qwen2(tmp_path / "a")) == {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention"}
+    # its attention norms q and k, which the cheaper form does not
+    assert recognised(qwen3(tmp_path / "b")) == {"Qwen3RMSNorm", "Qwen3MLP"}
+    gelu = LlamaConfig(**SIZES, num_key_value_heads=2, hidden_act="gelu")
+    assert recognised(save_random(gelu, tmp_path / "c")) == {"LlamaRMSNorm", "LlamaAttention"}
+    plus_one = GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=6)
+    assert recognised(save_random(plus_one, tmp_path / "d")) == {"GemmaAttention"}
+    assert not recognised(gpt_neox(tmp_path / "e"))
+
+
+def test_what_is_kept_for_the_backward_pass_is_no_more_than_the_inputs(tmp_path: Path) -> None:
+    """Of a token and block, in numbers: what a Llama of these widths must keep."""
+    trainer = TorchTrainer(llama(tmp_path), dtype="f32", threads=1)
+    batch = single(batches(sequences())[0])
+    rank, hidden, ffn, heads, keys = 2, 24, 40, 12, 4
+    trainer.load(random_adapter(trainer.shapes, rank), None, Plan(
+        rank, rank, 2, LENGTH, False, "f32", 1, 0.0, 0.0))  # fmt: skip
+    trainer.model.train()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = trainer._loss(batch)
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    total = sum(size for pointer, size in kept.items() if pointer not in weights) / 4
+    tokens, blocks = batch.ids.size, 3
+    # both norms' input and output, q, k, v, what attention gives and its log-sum-exp, gate and up
+    block = 4 * hidden + heads + 2 * keys + heads + 6 + 2 * ffn + 2 + 7 * rank
+    beyond = 3 * hidden + 1  # the last norm, and the loss's gradient
+    turns = 2 * 2  # cos and sin
+    assert total / tokens <= 1.02 * (blocks * block + beyond + turns)
+    loss.backward()
+
+
+def test_only_the_first_blocks_are_made_again(tmp_path: Path) -> None:
+    folder = llama(tmp_path)
+    batch = batches(sequences())[0]
+    whole = random_adapter(TorchTrainer(folder, dtype="f32", threads=1).shapes, 8)
+    loss, gradients = with_ours(folder, "f32", *halves(whole), batch)
+    kept = []
+    for blocks in (1, 2, 0):
+        stored: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, into: dict[int, int] = stored) -> torch.Tensor:
+            into[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found, ours = with_ours(
+                folder, "f32", *halves(whole), batch, checkpointing=True, checkpoint_blocks=blocks
+            )
+        assert found == loss
+        assert distance(ours, gradients) < 1e-6
+        kept.append(sum(stored.values()))
+    assert kept[0] > kept[1] > kept[2]
