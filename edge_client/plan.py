@@ -26,6 +26,9 @@ HEADROOM_SHARE = 0.1
 Larger micro-batches than the probed ones are extrapolated; `benchmarks/memory.py` measures how far
 peaks lie from predictions."""
 
+ROOM_SHARE, ROOM_MIB = 0.25, 16.0
+"""By how much of its prediction, and by how much more, a budget is above a plan with room."""
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -62,6 +65,11 @@ class Plan:
     @property
     def way(self) -> Way:
         return Way(self.dtype, self.checkpointing)
+
+    @property
+    def has_room(self) -> bool:
+        """Say whether memory that is freed may be kept for speed, which no probe has measured."""
+        return self.budget_mib >= (1 + ROOM_SHARE) * self.predicted_mib + ROOM_MIB
 
     def __str__(self) -> str:
         way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype

@@ -79,7 +79,8 @@ class _RootMeanSquare(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).to(x.dtype).mul_(weight)
+        unit: torch.Tensor = x * inverse  # float32
+        return unit.to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:

@@ -214,9 +214,8 @@ class TorchTrainer:
         ids = torch.from_numpy(batch.ids)  # (B, S)
         if batch.segments.max() <= 1:
             # Nothing to keep apart: what comes before a token is its own text, and filler, which
-            # nobody looks at, comes last. Kernels know the causal rule and skip half of the work.
-            positions = torch.arange(ids.shape[1]).expand_as(ids)
-            return {"input_ids": ids, "position_ids": positions}
+            # nobody looks at, comes last. Of such a mask transformers makes the causal rule.
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return {
             "input_ids": ids,
             "position_ids": torch.from_numpy(batch.positions),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from edge_client.errors import DataError
 from edge_client.memory import (
     Probe,
+    keep_freed_memory,
     make_peaks_predictable,
     offer_to_oom_killer,
     peak_mib,
@@ -181,6 +182,8 @@ class Worker:
         self._plan, self._seed = plan, text.seed
         self._trainer = TorchTrainer(model, dtype=plan.dtype, threads=plan.threads)
         _settle()
+        if plan.has_room:
+            keep_freed_memory()
         reset_peak()  # of the base's file, whose pages the kernel can take back; see memory.py
         return report
 

@@ -261,9 +261,9 @@ def test_what_is_kept_for_the_backward_pass_is_no_more_than_the_inputs(tmp_path:
     tokens, blocks = batch.ids.size, 3
     # both norms' input and output, q, k, v, what attention gives and its log-sum-exp, gate and up
     block = 4 * hidden + heads + 2 * keys + heads + 6 + 2 * ffn + 2 + 7 * rank
-    beyond = 3 * hidden + 1  # the last norm, and the loss's gradient
+    beyond = 2 * hidden + 1  # the last norm, and the loss's gradient
     turns = 2 * 2  # cos and sin
-    assert total / tokens <= 1.02 * (blocks * block + beyond + turns)
+    assert total / tokens <= blocks * block + beyond + turns
     loss.backward()
 
 
