@@ -24,7 +24,7 @@ from edge_client.trainer.worker import ProbeReport
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
-FORMAT = 10
+FORMAT = 11
 
 
 def cache_folder() -> Path:
@@ -131,7 +131,7 @@ def _from_json(text: str) -> ProbeReport:
 
 
 def _name(model_hash: str, dtype: str, threads: int, seq_len: int, blocks: int) -> str:
-    libraries = [f"{name}={version(name)}" for name in ("torch", "transformers", "peft")]
+    libraries = [f"{name}={version(name)}" for name in ("torch", "transformers")]
     what = [FORMAT, model_hash, dtype, threads, seq_len, *libraries]
     if blocks:
         what.append(f"blocks={blocks}")

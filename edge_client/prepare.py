@@ -123,7 +123,7 @@ def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: 
     calibration = calibrate(
         model,
         job.base,
-        dtypes=("bf16",) if fast else ("f32", "bf16"),
+        dtypes=("bf16",) if fast else ("f32", "mixed"),
         threads=settings.threads,
         seq_len=job.training.max_tokens,
         scale=job.scale,

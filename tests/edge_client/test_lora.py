@@ -199,6 +199,25 @@ def test_in_bfloat16_the_gradients_are_as_near_as_those_of_peft(make: Make, tmp_
 
 
 @pytest.mark.parametrize("make", [tiny, qwen2, gpt2])
+def test_weights_stored_in_bfloat16_are_computed_with_in_float32(
+    make: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stored"
+    rounded = load_model(make(tmp_path / "made"), torch.bfloat16)
+    rounded.save_pretrained(folder)  # what is stored so loses nothing
+    batch = batches(sequences())[0]
+    trainer = TorchTrainer(folder, dtype="mixed", threads=1)
+    stored = {trainer.model.get_submodule(n).weight.dtype for n in trainer.layers}
+    assert stored == {torch.bfloat16}
+    assert trainer.model.dtype == torch.float32
+    whole = random_adapter(trainer.shapes, 8)
+    loss, gradients = with_peft(folder, "f32", *halves(whole), batch)
+    found, ours = with_ours(folder, "mixed", *halves(whole), batch)
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert distance(ours, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("make", [tiny, qwen2, gpt2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("factors", ["A", "B"])
 def test_one_factor_in_the_last_block_has_the_gradients_it_has_among_all(
