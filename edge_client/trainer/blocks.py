@@ -32,7 +32,6 @@ def speed_up(model: nn.Module, layers: Mapping[str, LoraLinear], dtype: torch.dt
 
     `dtype` is that of the activations.
     """
-    verdicts: dict[tuple[object, ...], bool] = {}
     for name, module in model.named_modules():
         parts = {
             child: layers[path]
@@ -40,13 +39,8 @@ def speed_up(model: nn.Module, layers: Mapping[str, LoraLinear], dtype: torch.dt
             if (path := f"{name}.{child}") in layers
         }
         for is_like, make, trial in _FORMS:
-            if not is_like(module, parts):
-                continue
-            forward = make(module, parts)
-            kind = (type(module), make, *(tuple(p.shape) for p in module.parameters()))
-            if kind not in verdicts:
-                verdicts[kind] = trial(module, forward, dtype)
-            if verdicts[kind]:
+            # Each is tried: families differ from block to block, in some without rotary positions.
+            if is_like(module, parts) and trial(module, forward := make(module, parts), dtype):
                 module.forward = forward
 
 
@@ -94,7 +88,8 @@ class _RootMeanSquare(torch.autograd.Function):
 
 def _is_norm(module: nn.Module, parts: Mapping[str, LoraLinear]) -> bool:
     weights = [p.shape for p in module.parameters(recurse=False)]
-    return "RMSNorm" in type(module).__name__ and len(weights) == 1 and hasattr(module, "weight")
+    named = type(module).__name__.endswith("RMSNorm")
+    return named and len(weights) == 1 and hasattr(module, "weight")
 
 
 def _norm(module: Any, parts: Mapping[str, LoraLinear]) -> Forward:
@@ -212,9 +207,15 @@ def _attention_trial(module: Any, forward: Forward, dtype: torch.dtype) -> bool:
     mask = torch.zeros(1, 1, *hidden.shape, dtype=dtype).masked_fill_(
         hidden, torch.finfo(dtype).min
     )
-    return all(
-        _agree(module.forward(x, turns, m)[0], forward(x, turns, m)[0]) for m in (None, mask)
-    )
+    for given in (None, mask):
+        inputs = {"hidden_states": x, "position_embeddings": turns, "attention_mask": given}
+        try:
+            theirs = module.forward(**inputs)
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            return False  # it takes something else
+        if len(theirs) != 2 or not _agree(theirs[0], forward(**inputs)[0]):
+            return False
+    return True
 
 
 # -- trying ----------------------------------------------------------------------------------------

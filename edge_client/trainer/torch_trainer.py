@@ -53,24 +53,25 @@ class TorchTrainer:
         self.shapes = find_targets(model)
         self.scale = 1.0
         self.layers = {n: LoraLinear(model.get_submodule(n)) for n in self.shapes}
-        if STORED[dtype] != DTYPES[dtype]:
-            self._widen(DTYPES[dtype])
-        speed_up(model, self.layers, model.dtype)
+        self._dtype = DTYPES[dtype]
+        if STORED[dtype] != self._dtype:
+            self._widen()
+        speed_up(model, self.layers, self._dtype)
         self._plain_head: bool | None = None
 
-    def _widen(self, dtype: torch.dtype) -> None:
-        """Turn all but the weights that layers widen themselves, one at a time, into `dtype`."""
+    def _widen(self) -> None:
+        """Turn all but the weights that layers widen themselves, one at a time, into float32."""
         stored = {id(self.model.get_submodule(name).weight) for name in self.layers}
         for parameter in self.model.parameters():
             if id(parameter) not in stored:
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(self._dtype)
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         self.scale = trained.scale
         rest = frozen or Adapter({}, 1.0)
         for name, layer in self.layers.items():
             layer.train(trained.layers.get(name), trained.scale)
-            layer.freeze(rest.layers.get(name), rest.scale, self.model.dtype)
+            layer.freeze(rest.layers.get(name), rest.scale, self._dtype)
         blocks = find_blocks(self.model)[1]
         checkpoint_blocks(
             blocks, plan.checkpoint_blocks or len(blocks) if plan.checkpointing else 0
@@ -219,7 +220,7 @@ class TorchTrainer:
         return {
             "input_ids": ids,
             "position_ids": torch.from_numpy(batch.positions),
-            "attention_mask": attention_mask(batch, self.model.dtype),
+            "attention_mask": attention_mask(batch, self._dtype),
         }
 
     def _has_plain_head(self, inputs: dict[str, torch.Tensor]) -> bool:

@@ -20,6 +20,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 import base_tiny
@@ -257,6 +258,12 @@ def test_what_only_looks_alike_stays_as_it_is(tmp_path: Path) -> None:
     plus_one = GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=6)
     assert recognised(save_random(plus_one, tmp_path / "d")) == {"GemmaAttention"}
     assert not recognised(gpt_neox(tmp_path / "e"))
+    every_other = SmolLM3Config(
+        **SIZES, num_key_value_heads=2, no_rope_layers=[1, 0], pad_token_id=0
+    )
+    trainer = TorchTrainer(save_random(every_other, tmp_path / "f"), dtype="f32", threads=1)
+    turned = ["forward" in vars(block.self_attn) for block in trainer.model.model.layers]
+    assert turned == [True, False], "its second block has no rotary positions"
 
 
 def test_what_is_kept_for_the_backward_pass_is_no_more_than_the_inputs(tmp_path: Path) -> None:
