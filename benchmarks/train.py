@@ -276,16 +276,14 @@ def claims(found: dict[str, Found]) -> list[Claim]:
     return made
 
 
-def show(found: dict[str, Found], floors: dict[str, tuple[float, float]]) -> None:
-    """Print what each way took, and its share of the floor's speed."""
-    print(f"{'way':30} tokens/s  of processor time  peak MiB  step s  floor s  last loss")
-    for name, one in found.items():
-        floor = floors["bf16" if name.startswith("bf16") else "f32"][1]
-        step = median(one.processor)
-        print(
-            f"{name:30} {one.speed:8.0f} {one.processor_speed:18.0f} {one.peak_mib:9.0f} "
-            f"{step:7.2f} {floor:8.2f} {one.losses[-1]:10.4f}"
-        )
+def row(name: str, one: Found, floors: dict[str, tuple[float, float]]) -> str:
+    """Return what a way took in words, seconds and floor of processor time."""
+    floor = floors["bf16" if name.startswith("bf16") else "f32"][1]
+    return (
+        f"{name:25} {one.speed:5.0f} tokens/s, {one.processor_speed:5.0f} a processor second, "
+        f"{one.peak_mib:5.0f} MiB, step {median(one.processor):5.2f} s, floor {floor:5.2f} s, "
+        f"last loss {one.losses[-1]:.4f}"
+    )
 
 
 def main() -> None:
@@ -307,17 +305,19 @@ def main() -> None:
         make_model(model)
         texts = write_texts(Path(folder))
         batches = {name: batches_of(model, text, options.steps) for name, text in texts.items()}
+        floors = floors_of(model, options.threads)
         for _ in range(1 if options.quick else options.runs):
             for way in ways(options.threads):
                 one = found.setdefault(way.name, Found())
-                began = time.monotonic()
+                given = batches[way.text]
                 if way.plan is None:
-                    run_plain(one, model, batches[way.text], setting, options.threads)
+                    run_plain(one, model, given, setting, options.threads)
                 else:
-                    run_ours(one, model, texts[way.text], batches[way.text], setting, way.plan)
-                print(f"{way.name}: {time.monotonic() - began:.0f} s", flush=True)
-        floors = floors_of(model, options.threads)
-    show(found, floors)
+                    run_ours(one, model, texts[way.text], given, setting, way.plan)
+                print(row(way.name, one, floors), flush=True)
+    print("medians of all runs")
+    for name, one in found.items():
+        print(row(name, one, floors))
     write_claims(
         "train", claims(found), ways={n: asdict(f) for n, f in found.items()}, floors=floors
     )
