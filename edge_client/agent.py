@@ -22,7 +22,8 @@ from edge_client.outbox import Outbox
 from edge_client.personal import make_answer
 from edge_client.plan import Plan
 from edge_client.policy.decide import Activity
-from edge_client.policy.polite import Polite, noting_pauses
+from edge_client.policy.memory import ShortMemory
+from edge_client.policy.polite import Polite, noting_pauses, training_mib
 from edge_client.prepare import Equip, Equipment, TrainingEquipment
 from edge_client.private import Private
 from edge_client.result import keep_result, settle, train_alone
@@ -59,8 +60,8 @@ class Agent:
         self._stopping = False
         self._done = False
         self._waiting = Waiting(events)
-        # A further reason to pause, say that memory runs short, is asked here: `also=[...]`.
-        self._polite = Polite(settings, self._outbox, self._is_stopping)
+        short = ShortMemory(settings.system_root, training_mib)
+        self._polite = Polite(settings, self._outbox, self._is_stopping, also=[short])
         self._link: MqttTransport | None = None
         self._standing: Standing | None = None
         self._job_name = ""

@@ -27,7 +27,7 @@ from edge_client.trainer.process import TrainingProcess
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
-FORMAT = 12
+FORMAT = 13
 BACKEND = "torch-cpu"
 ROOM_GAINED = 1.05
 """By how much the limit must have grown for what was left out to be tried again."""
@@ -198,7 +198,7 @@ def _from_json(text: str) -> ProbeReport:
 
 
 def _name(model_hash: str, dtype: str, threads: int, seq_len: int, blocks: int) -> str:
-    libraries = [f"{name}={version(name)}" for name in ("torch", "transformers", "peft")]
+    libraries = [f"{name}={version(name)}" for name in ("torch", "transformers")]
     what = [FORMAT, BACKEND, model_hash, dtype, threads, seq_len, *libraries]
     if blocks:
         what.append(f"blocks={blocks}")

@@ -30,6 +30,9 @@ HEADROOM_SHARE = 0.1
 Larger micro-batches than the probed ones are extrapolated; `benchmarks/memory_plan.py` measures
 how far peaks lie from predictions."""
 
+ROOM_SHARE, ROOM_MIB = 0.25, 16.0
+"""By how much of its prediction, and by how much more, a budget is above a plan with room."""
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -66,13 +69,22 @@ class Plan:
     """Positions trained in a second, by the probes' speed."""
     needs_mib: float = 0.0
     """Predicted peak above the floor with the headroom that is kept free."""
+    checkpoint_blocks: int = 0
+    """With checkpointing, the first so many blocks are made again; 0: all."""
 
     @property
     def way(self) -> Way:
         return Way(self.dtype, self.checkpointing)
 
+    @property
+    def has_room(self) -> bool:
+        """Say whether memory that is freed may be kept for speed, which no probe has measured."""
+        return self.budget_mib >= (1 + ROOM_SHARE) * self.predicted_mib + ROOM_MIB
+
     def __str__(self) -> str:
         way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype
+        if self.checkpointing and self.checkpoint_blocks:
+            way += f" {self.checkpoint_blocks} blocks"
         rank = f"rank {self.rank} of {self.held} held"
         if self.blocks:
             rank += f" in the last {self.blocks} block{'s' if self.blocks > 1 else ''}"

@@ -192,7 +192,7 @@ def measured(
     Both dtypes are measured where there is memory for it: which is faster no list of CPU features
     says, for it depends on the model too.
     """
-    dtypes = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "bf16")
+    dtypes = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "mixed")
     threads = settings.threads or choose_threads(
         model,
         job.base,

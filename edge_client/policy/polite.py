@@ -130,6 +130,15 @@ def _end_training() -> None:
         process.kill()
 
 
+def training_mib() -> float:
+    """Return what the agent's training processes take now, resident."""
+    total = 0
+    for child in multiprocessing.active_children():
+        with suppress(psutil.Error):
+            total += psutil.Process(child.pid).memory_info().rss
+    return total / 2**20
+
+
 def _own_processes() -> list[int]:
     children = (child.pid for child in multiprocessing.active_children())
     return [os.getpid(), *(pid for pid in children if pid is not None)]

@@ -47,6 +47,11 @@ class TrainingProcess:
         self._limit_mib = limit_mib
         self._watchdog = Watchdog(self._process.pid, limit_mib) if limit_mib < inf else None
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "it was started"
+        return self._process.pid
+
     def call(
         self, name: str, *, on_progress: Callable[[Any], bool] | None = None, **arguments: Any
     ) -> Any:

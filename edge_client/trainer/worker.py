@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_client.errors import DataError, TrainingPaused
 from edge_client.memory import (
+    keep_freed_memory,
     make_peaks_predictable,
     offer_to_oom_killer,
     peak_mib,
@@ -130,6 +131,8 @@ class Worker:
         self._plan, self._seed = plan, text.seed
         self._trainer = TorchTrainer(model, dtype=plan.dtype, threads=plan.threads)
         _settle()
+        if plan.has_room:
+            keep_freed_memory()
         reset_peak()  # of the base's file, whose pages the kernel can take back; see memory.py
         return report
 

@@ -180,6 +180,14 @@ def test_a_dtype_that_is_slow_here_is_taken_for_the_sake_of_rank() -> None:
     assert plan.dtype == "bf16"
 
 
+def test_freed_memory_is_kept_only_where_the_budget_is_well_above_the_prediction() -> None:
+    assert choose(10_000).has_room
+    plan = choose(700)
+    assert not plan.has_room
+    assert not replace(plan, predicted_mib=100.0, budget_mib=140.0).has_room
+    assert replace(plan, predicted_mib=100.0, budget_mib=141.0).has_room
+
+
 def test_sequences_are_cut_only_when_nothing_fits_with_whole_ones() -> None:
     lengths = {choose(b, shared_rank=0).seq_len for b in range(650, 1200, 5)}
     assert 256 in lengths
