@@ -1,4 +1,4 @@
-"""Pause training while memory is short: the device's other work comes first, and the kernel last."""
+"""Training waits while memory is short: the device's other work comes first, the kernel last."""
 
 from __future__ import annotations
 

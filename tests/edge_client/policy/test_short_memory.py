@@ -13,7 +13,7 @@ from edge_client.pressure import CALM_S, Reading
 Ask = Callable[[float, float, float], str]
 
 
-@pytest.fixture()
+@pytest.fixture
 def ask() -> Ask:
     """Ask at a time, with so much available of 4000 MiB, of which training takes so much."""
     at = {"s": 0.0, "available": 0.0, "taken": 0.0}
