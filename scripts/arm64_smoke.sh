@@ -8,7 +8,8 @@
 # bookworm) is its release; MIRROR is debootstrap's default unless given. Needs root, x86-64 Debian
 # or Ubuntu with qemu-user-static, debootstrap and mosquitto, and the host's own environment (`make
 # .venv`; another one's commands: BIN=FOLDER). Uses the host's pip configuration, certificates and
-# proxies. Emulation is some twenty times slower than this computer: it takes an hour.
+# proxies. Emulation is some twenty times slower than this computer: it takes half an hour, or twice
+# that beside other work. REUSE=1 keeps the last run's .venv, and only adds what is new.
 set -euo pipefail
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
@@ -84,8 +85,12 @@ share_network() {
 }
 
 copy_repository() {
-    rm -rf "$home"
+    if [ -d "$home" ]; then
+        if [ -n "${REUSE:-}" ]; then rm -rf "$folder/.venv" && mv "$home/.venv" "$folder/"; fi
+        rm -rf "$home"
+    fi
     mkdir -p "$home/notes"
+    if [ -d "$folder/.venv" ]; then mv "$folder/.venv" "$home/"; fi
     git -C "$repository" -c safe.directory="$repository" ls-files -z |
         tar -C "$repository" --null --files-from=- -cf - | tar -C "$home" -xf -
     cp "$repository"/docs/*.md "$home/notes/"
@@ -120,7 +125,7 @@ host_settings() {
 
 # Sizes as pip prints them ("Downloading NAME.whl (140.0 MB)"), in MB.
 download_mb() {
-    grep -E '(Downloading|Using cached) .*\.whl' "$1" | sed -nE 's/.*\(([0-9.]+) ([kM]B|bytes)\).*/\1 \2/p' |
+    sed -nE 's/.*(Downloading|Using cached) .*\.whl.*\(([0-9.]+) ([kM]B|bytes)\).*/\2 \3/p' "$1" |
         awk '{ mb += $1 * ($2 == "MB" ? 1 : $2 == "kB" ? 1e-3 : 1e-6) } END { printf "%.0f", mb }'
 }
 
@@ -129,7 +134,7 @@ install_on_device() {
     local since=$SECONDS
     emulated "$folder/readme-1.sh" 2>&1 | tee "$folder/install.log"
     install_s=$((SECONDS - since))
-    download=$(download_mb "$folder/install.log")
+    download="$(download_mb "$folder/install.log") MB${REUSE:+ beyond the last run\'s}"
     # In MiB: what README's commands put into .venv.
     installed=$(du -sm "$home/.venv" | cut -f1)
     packages=$(ls "$home"/.venv/lib/python3.*/site-packages)
@@ -215,7 +220,7 @@ serve
 try_commands "mqtt://broker.example:1883"
 one_round
 say "Debian $suite, $(chroot "$root" python3 --version), $(chroot "$root" uname -m)"
-say "downloaded: $download MB; .venv: $installed MiB (at most $most_mib); no CUDA, nothing compiled"
+say "downloaded: $download; .venv: $installed MiB (at most $most_mib); no CUDA, nothing compiled"
 say "install: $install_s s; the round, with measuring: $round_s s (both emulated)"
 say "other commands:${tried:- in README}"
 say "passed"
