@@ -51,7 +51,7 @@ class Reason:
 
     kind: str
     detail: str
-    """In words: how it is, and what would end the wait."""
+    """In words: how it is, and what would end the wait; the broker is told it too."""
     wants_memory: bool = False
     """Whether the training process is to end meanwhile, and give its memory back."""
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from edge_client.data.pack import BatchStream, PackedRow, StreamState
 
 FILE = "training.safetensors"
-_NO_MATTER = ("predicted_mib", "budget_mib", "threads", "checkpointing", "micro_batch", "dtype")
-"""Of a plan, how it computes and not what: a start with other memory free may choose it anew."""
+_SIZES = ("rank", "held", "seq_len", "blocks")
+"""Of a plan, what is trained; how it is computed a start with other memory free may choose anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def identity_of(
 
     `what` is the rest of it: job, round, steps and so on, as JSON has it.
     """
-    sizes = {name: value for name, value in asdict(plan).items() if name not in _NO_MATTER}
+    sizes = {name: getattr(plan, name) for name in _SIZES}
     found = hashlib.sha256(json.dumps([sizes, what], sort_keys=True).encode())
     for adapter in (trained, frozen or Adapter({}, 1.0)):
         for name in sorted(adapter.layers):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_a_broker_that_lets_nobody_write(
 
 
 @LEAVES_SOCKET
-def test_in_a_fleet(tmp_path: Path) -> None:
+def test_in_a_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_fleet(tmp_path) as fleet:
         fleet.join("kitchen")
         state = fleet.devices / "kitchen"
@@ -98,6 +99,10 @@ def test_in_a_fleet(tmp_path: Path) -> None:
         device = patient(tmp_path, broker, name=name, state=state, tls=tls)
         assert levels(device) == {"broker": "ok", "rights": "ok", "limits": "ok"}
         assert certificate(device).level == "ok"
+        monkeypatch.setattr(looking, "DEFAULT_PORT", urlsplit(fleet.url).port)
+        assert clock(device).found.endswith("as the aggregator's")
+        monkeypatch.setattr(looking, "APART", timedelta(seconds=-1))
+        assert clock(device).level == "fail"
         other = patient(tmp_path, broker, name="another", state=state, tls=tls)
         assert levels(other)["rights"] == "fail", "the name is not that of its certificate"
 
