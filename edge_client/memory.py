@@ -140,15 +140,16 @@ def fit(
 def kept_mib(shapes: Shapes, way: Way) -> float:
     """Return what a token keeps at least with checkpointing: a block's modules, and every block.
 
-    What goes into and out of the modules of one block, and what goes into each block. Without
-    checkpointing it is nothing: there the probes show it all.
+    What goes into and out of the modules of one block, in float32 for norms and the backward pass
+    compute in that, and what goes into each block. Without checkpointing it is nothing: there the
+    probes show it all.
     """
     if not way.checkpointing:
         return 0.0
     blocks = block_count(shapes)
     inside = sum(d_out + d_in for d_out, d_in in shapes.values()) / blocks
     between = blocks * min(d_in for _, d_in in shapes.values())
-    return (inside + between) * FROZEN_BYTES[way.dtype] / MIB
+    return (inside * INTERMEDIATE_BYTES + between * FROZEN_BYTES[way.dtype]) / MIB
 
 
 def predict_mib(
