@@ -34,7 +34,7 @@ MIB = float(1 << 20)
 WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES = 4, 4, 8
 """Bytes of a trained number, all in float32; the moments are Adam's two."""
 FROZEN_BYTES = {"f32": 4, "bf16": 2, "mixed": 4}
-"""Bytes of a number of the frozen remainder: it lies in the dtype that is computed in."""
+"""Bytes of a number of the frozen remainder and of A·x: they lie in the dtype computed in."""
 INTERMEDIATE_BYTES = 4
 MAPPED_BYTES = 64 * 1024
 """Tensors from this size on are mapped one by one; see `make_peaks_predictable`."""
@@ -106,9 +106,9 @@ def remainder_mib(
     return rest * FROZEN_BYTES[dtype] / MIB
 
 
-def intermediate_mib(shapes: Shapes, rank: int) -> float:
+def intermediate_mib(shapes: Shapes, rank: int, dtype: str) -> float:
     """Return what a token keeps of A·x (r,) in every module for the backward pass."""
-    return sum(module_rank(s, rank) for s in shapes.values()) * INTERMEDIATE_BYTES / MIB
+    return sum(module_rank(s, rank) for s in shapes.values()) * FROZEN_BYTES[dtype] / MIB
 
 
 def fit(
@@ -208,7 +208,7 @@ def _step_mib(
     total = lora_mib(trained, rank, gradients=gradients)
     total += remainder_mib(shapes, rank, held, way.dtype, trained)
     if not way.checkpointing:
-        total += tokens * intermediate_mib(trained, rank)
+        total += tokens * intermediate_mib(trained, rank, way.dtype)
     return total
 
 

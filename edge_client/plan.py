@@ -6,12 +6,13 @@ Pure: the budget and the measured constants come in, every plan there is and the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
 from protocol.adapter import Shapes
+from protocol.layers import block_count
 from protocol.messages import Training
 
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -30,6 +31,8 @@ HEADROOM_SHARE = 0.1
 Larger micro-batches than the probed ones are extrapolated; `benchmarks/memory_plan.py` measures
 how far peaks lie from predictions."""
 
+CHECKPOINTED = (0.25, 0.5, 0.75)
+"""Shares of the blocks that may be made again, beside none and all."""
 ROOM_SHARE, ROOM_MIB = 0.25, 16.0
 """By how much of its prediction, and by how much more, a budget is above a plan with room."""
 
@@ -225,7 +228,7 @@ def all_plans(
     memory_scale: float = 1.0,
 ) -> list[Plan]:
     """Return every plan of one sequence length, with its predictions, whether it fits or not."""
-    found = []
+    found: list[Plan] = []
     for way, measured in calibration.activations.items():
         fixed_mib = max(0.0, measured.fixed_mib)
         above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
@@ -249,7 +252,44 @@ def all_plans(
                         needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
                     )
                 )
-    return found
+    return found + list(_partly_checkpointed(wanted, found))
+
+
+def _partly_checkpointed(wanted: Wanted, found: Sequence[Plan]) -> Iterator[Plan]:
+    """Yield what lies between plans with and without checkpointing: some blocks are made again.
+
+    A step's largest moments are lines in the number of those blocks, so their maximum is convex,
+    and the line between none and all of them is at least as much. So is the time of a token.
+    """
+    count = block_count(wanted.shapes)
+    without = {_sizes(plan): plan for plan in found if not plan.checkpointing}
+    for every in (plan for plan in found if plan.checkpointing and not plan.blocks):
+        none = without.get(_sizes(every))
+        if none is None:
+            continue
+        for blocks in sorted({round(count * part) for part in CHECKPOINTED} - {0, count}):
+            yield _between(none, every, blocks, blocks / count)
+
+
+def _between(none: Plan, every: Plan, blocks: int, share: float) -> Plan:
+    """Return the plan that makes a share of the blocks again, by those of none and of all."""
+
+    def mix(at_none: float, at_all: float) -> float:
+        return (1 - share) * at_none + share * at_all
+
+    speeds = none.predicted_tokens_s, every.predicted_tokens_s
+    return replace(
+        every,
+        checkpoint_blocks=blocks,
+        predicted_mib=mix(none.predicted_mib, every.predicted_mib),
+        budget_mib=mix(none.budget_mib, every.budget_mib),
+        needs_mib=mix(none.needs_mib, every.needs_mib),
+        predicted_tokens_s=1 / mix(*(1 / s for s in speeds)) if all(speeds) else 0.0,
+    )
+
+
+def _sizes(plan: Plan) -> tuple[object, ...]:
+    return plan.dtype, plan.rank, plan.held, plan.micro_batch
 
 
 def _adapters(wanted: Wanted) -> Iterator[tuple[int, int]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +14,7 @@ from edge_client.policy.decide import DeviceState
 from edge_client.policy.owner import Policy
 from edge_client.profile import battery_elsewhere
 from edge_client.profile_linux import read_power, read_temperature_c, read_text
+from edge_client.profile_network import read_link
 
 LOAD_WINDOW_S = 10.0
 """What others use is a mean over so long."""
@@ -52,7 +51,8 @@ class Sensors:
     def _is_metered(self) -> bool | None:
         now = self._clock()
         if now - self._metered[0] >= METERED_S:
-            self._metered = (now, read_metered(self._root))
+            link = read_link(self._root, ask_s=NMCLI_TIMEOUT_S)
+            self._metered = (now, link.metered if link else None)
         return self._metered[1]
 
 
@@ -87,32 +87,6 @@ class OthersLoad:
             self._load = min(1.0, max(0.0, share))
         self._last = (now, busy, total, own)
         return self._load
-
-
-def read_metered(root: Path) -> bool | None:
-    """Ask NetworkManager whether the network of the default route is metered.
-
-    None where it is not there, or does not know: that counts as not metered.
-    """
-    nmcli, interface = shutil.which("nmcli"), _default_interface(root)
-    if nmcli is None or interface is None:
-        return None
-    command = [nmcli, "-g", "GENERAL.METERED", "device", "show", interface]
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=NMCLI_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    word = answer.stdout.strip().partition(" ")[0]  # "yes", "no", "yes (guessed)", "unknown" …
-    return {"yes": True, "no": False}.get(word)
-
-
-def _default_interface(root: Path) -> str | None:
-    """Return the interface of the IPv4 default route with the lowest metric."""
-    rows = [line.split() for line in (read_text(root / "proc/net/route") or "").splitlines()[1:]]
-    found = [(int(row[6]), row[0]) for row in rows if len(row) > 7 and row[1] == row[7] == "0" * 8]
-    return min(found)[1] if found else None
 
 
 def _power(root: Path) -> Power:

@@ -196,9 +196,7 @@ def test_network_manager_is_asked_of_the_default_route(
 ) -> None:
     nmcli = tmp_path / "bin" / "nmcli"
     nmcli.parent.mkdir()
-    nmcli.write_text(
-        f'#!/bin/sh\n[ "$*" = "-g GENERAL.METERED device show wlan0" ] && echo "{said}"\n'
-    )
+    nmcli.write_text(f'#!/bin/sh\n[ "${{*#*METERED }}" = "device show wlan0" ] && echo "{said}"\n')
     nmcli.chmod(0o755)
     monkeypatch.setenv("PATH", f"{nmcli.parent}:/usr/bin:/bin")
     route = tmp_path / "proc/net/route"
