@@ -19,6 +19,7 @@ from edge_client.policy.decide import FREE, Activity, Reason, decide
 from edge_client.policy.owner import Policy
 from edge_client.policy.sensors import Sensors
 from edge_client.policy.used import Usage
+from edge_client.trainer.process import end_training
 from protocol.events import EventLog
 
 LOOK_S = 0.05
@@ -103,11 +104,11 @@ class Polite:
         """
         if self.stepping and not self._ending:
             self._ending = True
-            timer = threading.Timer(STEP_ENDS_S, _end_training)
+            timer = threading.Timer(STEP_ENDS_S, end_training)
             timer.daemon = True
             timer.start()
         else:
-            _end_training()
+            end_training()
 
     def pause_after_step(self) -> bool:
         """Count a step that is done, and say whether to pause before the next."""
@@ -123,11 +124,6 @@ def noting_pauses(events: EventLog) -> Iterator[None]:
         yield
     except TrainingPaused as paused:
         events.emit("paused", steps=paused.steps, lost=paused.unkept)
-
-
-def _end_training() -> None:
-    for process in multiprocessing.active_children():
-        process.kill()
 
 
 def training_mib() -> float:

@@ -17,6 +17,9 @@ from edge_client.trainer.pipe import receive, send
 from edge_client.trainer.watchdog import Watchdog
 from edge_client.trainer.worker import serve
 
+_ending = False
+"""Whether this process is to end, and its training with it."""
+ENDED = "training was ended: its agent stops"
 READING = ("open", "calibrate", "choose_threads")
 """Requests in which the base is read from its file."""
 
@@ -28,6 +31,8 @@ class TrainingProcess:
     """
 
     def __init__(self, limit_mib: float = inf) -> None:
+        if _ending:
+            raise WorkerError(ENDED)
         context = multiprocessing.get_context("spawn")
         self._connection: Connection
         self._connection, theirs = context.Pipe()
@@ -103,6 +108,8 @@ class TrainingProcess:
         self.stop()
 
     def _how_it_ended(self) -> WorkerError:
+        if _ending:
+            return WorkerError(ENDED)
         code = self._process.exitcode
         if self._watchdog is not None and self._watchdog.killed_at_mib is not None:
             return WorkerKilled(
@@ -117,3 +124,14 @@ class TrainingProcess:
         if code is not None and code < 0:
             return WorkerError(f"the training process ended by signal {-code}")
         return WorkerError(f"the training process ended with status {code}")
+
+
+def end_training() -> None:
+    """Kill the training processes of this one, and let none begin: it is about to end.
+
+    A probe that ends so tells nothing of memory, nor does a round.
+    """
+    global _ending
+    _ending = True
+    for process in multiprocessing.active_children():
+        process.kill()

@@ -23,7 +23,7 @@ from protocol.signing import open_message
 from protocol.transport import BrokerAddress, Incoming, MqttTransport
 
 Event = dict[str, Any]
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
 """A process that says nothing new for this long fails the test."""
 
 

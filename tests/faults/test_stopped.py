@@ -44,10 +44,12 @@ def test_a_device_stops_while_it_plans_or_waits(
     waiting = fleet.device("desk")
     aggregator = fleet.aggregator()
     aggregator.wait_for("serving")
-    planning = fleet.device("kitchen", "--cache", tmp_path / "nothing measured yet")
+    measured = tmp_path / "nothing measured yet"
+    planning = fleet.device("kitchen", "--cache", measured)
     planning.wait_for("state", state="planning")
     time.sleep(1)
     assert planning.end(signal.SIGTERM, timeout_s=10) == 0
+    assert not list(measured.glob("*.json")), "a probe that was ended has measured nothing"
     assert planning.stderr == ""
     assert waiting.end(signal.SIGINT, group=True) == 0
     assert waiting.stderr == ""
