@@ -65,3 +65,14 @@ class Trainer(Protocol):
     def adapter(self) -> Adapter:
         """Return the trained part as it is now."""
         ...
+
+
+def step_batches(batches: Iterator[Batch], tokens_per_step: int) -> list[Batch]:
+    """Take the micro-batches of one optimiser step: whole ones, until they hold enough tokens."""
+    taken: list[Batch] = []
+    positions = 0
+    while positions < tokens_per_step:
+        batch = next(batches)
+        positions += batch.ids.size
+        taken.append(batch)
+    return taken

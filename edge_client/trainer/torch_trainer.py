@@ -21,7 +21,7 @@ from edge_client.data import Batch, block_causal_mask
 from edge_client.model import find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty
-from edge_client.trainer.base import OnStep, TrainReport
+from edge_client.trainer.base import OnStep, TrainReport, step_batches
 from edge_client.trainer.loss import CHUNK_TOKENS, chunked_cross_entropy, full_cross_entropy
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
@@ -260,17 +260,6 @@ class TorchTrainer:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
-
-
-def step_batches(batches: Iterator[Batch], tokens_per_step: int) -> list[Batch]:
-    """Take the micro-batches of one optimiser step: whole ones, until they hold enough tokens."""
-    taken: list[Batch] = []
-    positions = 0
-    while positions < tokens_per_step:
-        batch = next(batches)
-        positions += batch.ids.size
-        taken.append(batch)
-    return taken
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
