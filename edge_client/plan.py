@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
+from typing import Literal
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
 from protocol.adapter import Shapes
 from protocol.messages import Training
 
+Backend = Literal["torch", "onnx"]
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 SHORTEST_TOKENS = 64
 RESERVE_SHARE = 0.05
@@ -56,6 +58,7 @@ class Plan:
     """What may be used above the floor."""
     blocks: int = 0
     """The last so many blocks are trained; 0: all."""
+    backend: Backend = "torch"
 
     @property
     def way(self) -> Way:
@@ -66,7 +69,8 @@ class Plan:
         rank = f"rank {self.rank} of {self.held} held"
         if self.blocks:
             rank += f" in the last {self.blocks} block{'s' if self.blocks > 1 else ''}"
-        return f"{rank}, {self.micro_batch}×{self.seq_len} tokens, {way}"
+        backend = "" if self.backend == "torch" else f", {self.backend}"
+        return f"{rank}, {self.micro_batch}×{self.seq_len} tokens, {way}{backend}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_client.errors import ModelError
 
-FORMAT = 1
 MANIFEST, GRAPH, WEIGHTS, TOKENIZER = (
     "manifest.json", "train.onnx", "weights.safetensors", "tokenizer.json",
 )  # fmt: skip
+FILES = (GRAPH, WEIGHTS, TOKENIZER)
+_AGAIN = "make it with: edge-client export-onnx MODEL --out DIR, or copy it again"
 TRAINED, FROZEN, FACTORS = "trained", "frozen", ("a", "b")
 
 
@@ -46,6 +47,8 @@ class Artifact(BaseModel):
     bos_token_id: int | None
     eos_token_id: int | None
     chat_template: str | None
+    special_tokens: dict[str, str]
+    """Names of special tokens, as chat templates use them, and the tokens."""
     opset: int
     versions: dict[str, str]
     """Libraries that made it."""
@@ -64,29 +67,37 @@ def gradient_name(factor: str) -> str:
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """Read and check an artifact set, with the hashes of its files.
+    """Read the manifest of an artifact set.
 
     Raises:
-        ModelError: something is missing or is not what the manifest says.
+        ModelError: it is not there, or is no manifest.
     """
     path = folder / MANIFEST
-    again = "make it with: edge-client export-onnx MODEL --out DIR, or copy it again"
     try:
-        artifact = Artifact.model_validate_json(path.read_bytes())
+        return Artifact.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}; {again}") from None
+        raise ModelError(f"can't read {path}: {error.strerror}; {_AGAIN}") from None
     except ValidationError as error:
         why = error.errors()[0]
         where = ".".join(str(part) for part in why["loc"])
-        raise ModelError(f"{path} is no manifest ({where}: {why['msg']}); {again}") from None
-    for name in (GRAPH, WEIGHTS, TOKENIZER):
+        raise ModelError(f"{path} is no manifest ({where}: {why['msg']}); {_AGAIN}") from None
+
+
+def check_artifact(folder: Path) -> Artifact:
+    """Read the manifest of an artifact set, and check that its files are what it says.
+
+    Raises:
+        ModelError: a file is missing, or is another.
+    """
+    artifact = read_artifact(folder)
+    for name in FILES:
         file = folder / name
         try:
             found = file_hash(file)
         except OSError as error:
-            raise ModelError(f"can't read {file}: {error.strerror}; {again}") from None
+            raise ModelError(f"can't read {file}: {error.strerror}; {_AGAIN}") from None
         if found != artifact.files.get(name):
-            raise ModelError(f"{file} is not what {MANIFEST} says (its hash differs); {again}")
+            raise ModelError(f"{file} is not what {MANIFEST} says (its hash differs); {_AGAIN}")
     return artifact
 
 

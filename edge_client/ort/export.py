@@ -15,6 +15,7 @@ from edge_client.errors import ModelError
 from edge_client.model import BASE_TINY, find_model, find_targets, load_model, load_tokenizer, model_hash
 from edge_client.ort.artifact import (
     FACTORS,
+    FILES,
     GRAPH,
     MANIFEST,
     TOKENIZER,
@@ -48,7 +49,7 @@ def export_artifact(name: str, folder: Path) -> Artifact:
     graph, values = trace_forward(model, targets)
     values.setdefault(head, head_weight)
     trained = [factor_name(TRAINED, n, f) for n in targets for f in FACTORS]
-    training = build_training_graph(graph, trained, head)
+    training = build_training_graph(graph, trained, head, head_weight.shape[1])
     save_file({n: v.contiguous() for n, v in values.items()}, folder / WEIGHTS)
     _point_to_weights(training, folder / WEIGHTS)
     (folder / GRAPH).write_bytes(training.SerializeToString())
@@ -61,9 +62,14 @@ def export_artifact(name: str, folder: Path) -> Artifact:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         chat_template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        special_tokens={
+            name: str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        },
         opset=OPSET,
         versions={library: version(library) for library in LIBRARIES},
-        files={file: file_hash(folder / file) for file in (GRAPH, WEIGHTS, TOKENIZER)},
+        files={file: file_hash(folder / file) for file in FILES},
     )
     (folder / MANIFEST).write_text(artifact.model_dump_json(indent=1))
     return artifact

@@ -2,7 +2,7 @@
 
 The graph takes ids and positions (B, S), an additive mask (B, 1, S, S), and of each target module
 four factors: A (r, d_in) and B (d_out, r) of what is trained, and the same of the frozen remainder,
-of rank q. The base's weights are inputs too, without their values. It returns the hidden states
+of rank q; narrow modules may have smaller ranks than others. The base's weights are inputs too, without their values. It returns the hidden states
 before the output head, (B·S, d), and `PSEUDO`, their sum weighted by `UPSTREAM` (B·S, d): what
 UPSTREAM holds becomes the gradient with respect to the hidden states.
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 OPSET = 16
 """From 17 on a layer norm is one operator, of which ONNX Runtime has no gradient."""
 HIDDEN, PSEUDO, UPSTREAM = "hidden", "pseudo", "upstream"
-RANK_NAMES = {TRAINED: "r", FROZEN: "q"}
 _TRACED_RANKS = {TRAINED: 13, FROZEN: 17}
 _BATCH, _LENGTH = 2, 20
 """Sizes of the trace alone; the graph's are free."""
@@ -88,7 +87,7 @@ def trace_forward(model: Any, targets: Shapes) -> tuple[onnx.ModelProto, dict[st
     """Return the forward graph of a model, and the tensors of the base that are its inputs.
 
     The model's targets are changed: it is good for nothing else afterwards. Its own names are those
-    of the tensors; ranks are the free dims `RANK_NAMES`.
+    of the tensors.
 
     Raises:
         ModelError: its output head does more than multiply, or it can't be traced.
@@ -183,8 +182,10 @@ def _rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
 
 
 def _free_rank(value: onnx.ValueInfoProto) -> None:
+    """Let a factor's rank be free, and its own: equal names of dims promise equal sizes."""
     part, _, rest = value.name.partition("/")
-    if part in RANK_NAMES:
-        dim = value.type.tensor_type.shape.dim[0 if rest.endswith("/a") else 1]
+    if part in _TRACED_RANKS:
+        module, _, factor = rest.rpartition("/")
+        dim = value.type.tensor_type.shape.dim[FACTORS.index(factor)]
         dim.ClearField("dim_value")
-        dim.dim_param = RANK_NAMES[part]
+        dim.dim_param = f"rank {part} {module}"

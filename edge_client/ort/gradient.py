@@ -26,12 +26,12 @@ IR_VERSION = 10
 
 
 def build_training_graph(
-    forward: onnx.ModelProto, trained: Sequence[str], head: str
+    forward: onnx.ModelProto, trained: Sequence[str], head: str, width: int
 ) -> onnx.ModelProto:
     """Return the training graph: the forward graph's inputs, and `labels` (B, S), negative: none.
 
     Outputs are the summed `loss` in nats, `hidden` (B·S, d) and a gradient of each trained factor.
-    `head` is the input that holds the output head's weight (V, d).
+    `head` is the input that holds the output head's weight (V, d); `width` is d.
     """
     set_default_logger_severity(3)
     optimised = onnx.load_from_string(
@@ -44,7 +44,7 @@ def build_training_graph(
     )
     builder.build()
     model = onnx.load_from_string(builder.get_model())
-    _add_loss(model, head)
+    _add_loss(model, head, width)
     outputs = {value.name: value for value in model.graph.output}
     del model.graph.output[:]
     model.graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
@@ -95,14 +95,13 @@ def _infer_shapes(model: onnx.ModelProto) -> None:
     model.graph.value_info.extend(inferred.graph.value_info)
 
 
-def _add_loss(model: onnx.ModelProto, head: str) -> None:
-    """Put the chunked loss behind the hidden states, in place of the input `UPSTREAM`."""
+def _add_loss(model: onnx.ModelProto, head: str, width: int) -> None:
+    """Put the chunked loss behind the hidden states (n, width), in place of the input `UPSTREAM`."""
     graph = model.graph
     inputs = [value for value in graph.input if value.name != UPSTREAM]
-    width = next(v for v in graph.output if v.name == HIDDEN).type.tensor_type.shape.dim[1]
     labels = helper.make_tensor_value_info("labels", TensorProto.INT64, ["B", "S"])
     at = 1 + next(i for i, node in enumerate(graph.node) if HIDDEN in node.output)
-    nodes = [*graph.node[:at], *_loss_nodes(width.dim_value, head), *graph.node[at:]]
+    nodes = [*graph.node[:at], *_loss_nodes(width, head), *graph.node[at:]]
     nodes = [node for node in nodes if PSEUDO not in node.output]
     del graph.input[:], graph.node[:]
     graph.input.extend([*inputs, labels])

@@ -54,9 +54,9 @@ def _is_installed(package: str) -> bool:
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime without the training package, which would load torch.
+    """Import ONNX Runtime without its package for training, and without torch.
 
-    What computes is a session over a graph; that package's Python code has no part in it.
+    It would load both to look at their versions. What computes is a session over a graph.
 
     Raises:
         ImportError: it is not there, or does not load.
@@ -65,14 +65,16 @@ def import_onnxruntime() -> Any:
         spec = find_spec("onnxruntime")
         if spec is None or spec.origin is None:
             raise ImportError("onnxruntime is not installed")
-        name = "onnxruntime.training"
-        stub = types.ModuleType(name)
-        stub.__path__ = [str(Path(spec.origin).parent / "training")]
-        sys.modules[name] = stub
+        training = types.ModuleType("onnxruntime.training")
+        training.__path__ = [str(Path(spec.origin).parent / "training")]
+        hidden = {"onnxruntime.training": training}
+        hidden |= {} if "torch" in sys.modules else {"torch": None}
+        sys.modules.update(hidden)  # type: ignore[arg-type]
         try:
             import onnxruntime
         finally:
-            del sys.modules[name]
+            for name in hidden:
+                del sys.modules[name]
     import onnxruntime
 
     return onnxruntime

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from edge_client.data import Batch
 from edge_client.plan import Plan
-from protocol.adapter import Adapter
+from protocol.adapter import Adapter, Shapes
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 from protocol.probe import TopLogits
@@ -33,6 +33,9 @@ class TrainReport:
 
 class Trainer(Protocol):
     """Train the `trained` part of an adapter in the context of the `frozen` part."""
+
+    shapes: Shapes
+    """Target modules of the base model."""
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         """Take the adapter to train (rank r) and the rest of the shared one (rank R−r)."""

@@ -1,4 +1,4 @@
-"""The training process: the only one that loads torch, and the one the OOM killer would take.
+"""The training process: the only one that loads a backend, and the one the OOM killer would take.
 
 It is a child of the agent and answers one request at a time over a pipe. What a device's memory
 plan is about happens here: the floor is measured when libraries, tokenizer and data are in and a
@@ -29,7 +29,8 @@ from edge_client.memory import (
     restrain_libraries,
     return_freed_memory,
 )
-from edge_client.plan import Plan
+from edge_client.plan import Backend, Plan
+from edge_client.trainer.backend import open_tokenizer, open_trainer, warm_up
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.pipe import receive, send
 from protocol.adapter import Adapter, initial_adapter
@@ -42,7 +43,7 @@ from protocol.metrics import token_histogram
 from protocol.probe import TopLogits
 
 if TYPE_CHECKING:
-    from edge_client.trainer.torch_trainer import TorchTrainer
+    from edge_client.trainer.base import Trainer
 
 NO_ADAPTER = Adapter({}, 1.0)
 PROBE_RANK, PROBE_HELD = 8, 16
@@ -94,7 +95,7 @@ class Worker:
 
     def __init__(self, progress: Callable[[Any], None]) -> None:
         self._progress = progress
-        self._trainer: TorchTrainer | None = None
+        self._trainer: Trainer | None = None
         self._plan: Plan | None = None
         self._tokenizer: Any = None  # kept: it is part of the floor
         self._rows: dict[str, list[Any]] = {}
@@ -103,15 +104,19 @@ class Worker:
         self._floor = 0.0
 
     def calibrate(
-        self, model: Path, dtype: str, threads: int, seq_len: int, scale: float, blocks: int
+        self,
+        model: Path,
+        dtype: str,
+        threads: int,
+        seq_len: int,
+        scale: float,
+        blocks: int,
+        backend: Backend = "torch",
     ) -> ProbeReport:
         """Run probe rounds for each way of training with `dtype`; see edge_client.memory."""
-        from edge_client.model import load_tokenizer
-        from edge_client.trainer.torch_trainer import TorchTrainer
-
-        self._tokenizer = load_tokenizer(model)
-        self._find_floor(dtype, threads)
-        self._trainer = TorchTrainer(model, dtype=dtype, threads=threads)
+        self._tokenizer = open_tokenizer(backend, model)
+        self._find_floor(backend, dtype, threads)
+        self._trainer = open_trainer(backend, model, dtype=dtype, threads=threads)
         _settle()
         # A base in its file's own dtype is mapped, and pages not yet touched count as `fixed`.
         weights_mib = resident_mib() - self._floor
@@ -171,15 +176,14 @@ class Worker:
         _settle()
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
-        """Read the text, then load the base model as the plan says."""
-        from edge_client.model import load_tokenizer
-        from edge_client.trainer.torch_trainer import TorchTrainer
-
-        self._tokenizer = load_tokenizer(model)
+        """Read the text, then load the base model, a folder of the plan's backend."""
+        self._tokenizer = open_tokenizer(plan.backend, model)
         report = self._read(self._tokenizer, text, plan.seq_len)
-        self._find_floor(plan.dtype, plan.threads)
+        self._find_floor(plan.backend, plan.dtype, plan.threads)
         self._plan, self._seed = plan, text.seed
-        self._trainer = TorchTrainer(model, dtype=plan.dtype, threads=plan.threads)
+        self._trainer = open_trainer(
+            plan.backend, model, dtype=plan.dtype, threads=plan.threads
+        )
         _settle()
         reset_peak()  # of the base's file, whose pages the kernel can take back; see memory.py
         return report
@@ -281,16 +285,14 @@ class Worker:
         """Return the floor, and the peak above it since the base model was loaded, in MiB."""
         return self._floor, peak_mib() - self._floor
 
-    def _ready(self) -> tuple[TorchTrainer, Plan]:
+    def _ready(self) -> tuple[Trainer, Plan]:
         if self._trainer is None or self._plan is None:
             raise RuntimeError("open comes first")
         return self._trainer, self._plan
 
-    def _find_floor(self, dtype: str, threads: int) -> None:
-        """Train a tiny model once, so that code and pools of the libraries are in, and measure."""
-        from edge_client.trainer.warm_up import warm_up
-
-        warm_up(dtype, threads)
+    def _find_floor(self, backend: Backend, dtype: str, threads: int) -> None:
+        """Have the libraries load their code and start their pools, and measure."""
+        warm_up(backend, dtype, threads)
         gc.collect()
         gc.freeze()  # a million objects of the libraries, which no collection need walk again
         _settle()
