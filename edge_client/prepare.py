@@ -58,22 +58,6 @@ class TrainingEquipment:
         return Learner(self._job, self._settings.name, self._model, text, plan, step_down)
 
 
-def find_base(settings: Settings, job: Job) -> Path:
-    """Return the folder of the job's base model on this device.
-
-    Raises:
-        ModelError: it is not there, or is another model than the job's.
-    """
-    folder = find_model(settings.model or job.base.name)
-    found = model_hash(folder)
-    if found != job.base.sha256:
-        raise ModelError(
-            f"the model in {folder} is not the job's {job.base.name!r} (hash {found[:12]}…, the "
-            f"job's {job.base.sha256[:12]}…); give the right one with --model"
-        )
-    return folder
-
-
 def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = inf) -> Plan:
     """Measure what training takes on this device, and choose how to train.
 

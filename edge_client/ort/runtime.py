@@ -7,6 +7,7 @@ what is there, and the metadata of both say that all is well.
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 import types
 from importlib.metadata import PackageNotFoundError, distribution
@@ -14,35 +15,49 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_client.errors import ConfigError
-
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 PACKAGE = "onnxruntime-training-cpu"
-REPAIR = f"pip uninstall -y onnxruntime {PACKAGE} && pip install {PACKAGE}==1.19.2"
+VERSION = "1.19.2"
+REPAIR = f"pip uninstall -y onnxruntime {PACKAGE} && pip install {PACKAGE}=={VERSION}"
 
 
 def missing_training() -> str:
-    """Return why this Python can't train with ONNX Runtime and what to do; empty: it can."""
+    """Return why this Python can't train with ONNX Runtime and what to do; empty: it can.
+
+    Another process looks, so that this one does not keep the library.
+    """
     if find_spec("onnxruntime") is None:
-        machine, version = platform.machine(), sys.version_info[:2]
-        if platform.system() != "Linux" or machine != "x86_64" or version > (3, 12):
-            return (
-                f"there is no {PACKAGE} for {platform.system()} on {machine} with Python "
-                f"{version[0]}.{version[1]} (only for Linux on x86_64 with Python up to 3.12): "
-                "train with --backend torch"
-            )
-        return f"{PACKAGE} is not installed: pip install 'tunefleet[edge]'"
-    try:
-        state = import_onnxruntime().capi._pybind_state
-    except ImportError as error:
-        return f"onnxruntime can't be loaded ({error}): {REPAIR}"
-    if hasattr(state, "load_checkpoint"):
+        return _why_not_installed(platform.system(), platform.machine(), sys.version_info[:2])
+    code = "from edge_client.ort.runtime import can_train; print(can_train())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = answer.stdout.strip()
+    if said == "True":
         return ""
-    installed = _is_installed(PACKAGE)
-    over = f"lies over {PACKAGE}" if installed else "is installed, which can't train"
-    return f"a plain onnxruntime {over}: {REPAIR}"
+    if said == "False":
+        how = f"lies over {PACKAGE}" if _is_installed(PACKAGE) else "is installed, which can't train"
+        return f"a plain onnxruntime {how}: {REPAIR}"
+    why = answer.stderr.strip().splitlines() or ["it ended without a word"]
+    return f"onnxruntime can't be loaded ({why[-1][:200]}): {REPAIR}"
+
+
+def can_train() -> bool:
+    """Say whether the onnxruntime that is loaded was built for training.
+
+    Raises:
+        ImportError: it is not there, or does not load.
+    """
+    return hasattr(import_onnxruntime().capi._pybind_state, "load_checkpoint")
+
+
+def _why_not_installed(system: str, machine: str, python: tuple[int, int]) -> str:
+    if (system, machine) == ("Linux", "x86_64") and python <= (3, 12):
+        return f"{PACKAGE} is not installed: pip install {PACKAGE}=={VERSION}"
+    return (
+        f"there is no {PACKAGE} for {system} on {machine} with Python {python[0]}.{python[1]}, "
+        "only for Linux on x86_64 with Python up to 3.12: train with --backend torch"
+    )
 
 
 def _is_installed(package: str) -> bool:
@@ -80,16 +95,6 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def require_training() -> None:
-    """Refuse in one line where this Python can't train with ONNX Runtime.
-
-    Raises:
-        ConfigError: says why, and what to do.
-    """
-    if why := missing_training():
-        raise ConfigError(f"--backend onnx: {why}")
-
-
 def open_session(graph: Path, threads: int) -> InferenceSession:
     """Open a training graph for `threads` threads."""
     onnxruntime = import_onnxruntime()
@@ -97,7 +102,8 @@ def open_session(graph: Path, threads: int) -> InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    # What is freed leaves the process, as the memory model has it; see make_peaks_predictable.
+    options.enable_cpu_mem_arena = False
     # Constants that are worked out or packed beforehand would be second copies of weights.
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
