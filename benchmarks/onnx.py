@@ -46,7 +46,9 @@ class Measured:
 # -- in a process of its own -----------------------------------------------------------------------
 
 
-def child(backend: str, model: Path, vocabulary: int, threads: int, steps: int, start: float) -> None:
+def child(
+    backend: str, model: Path, vocabulary: int, threads: int, steps: int, start: float
+) -> None:
     """Train and print what it took as JSON; `start` is when the process was started."""
     ends: list[float] = []
 
@@ -108,7 +110,9 @@ def train_ours(
     restrain_libraries()
     make_peaks_predictable()
     tokenizer = open_tokenizer(backend, model)
-    rows = pack([TokenSequence(t, np.append(t[1:], -100)) for t in texts(vocabulary)], LENGTH, seed=0)
+    rows = pack(
+        [TokenSequence(t, np.append(t[1:], -100)) for t in texts(vocabulary)], LENGTH, seed=0
+    )
     trainer = open_trainer(backend, model, dtype="f32", threads=threads)
     plan = Plan(RANK, RANK, 1, LENGTH, False, "f32", threads, 0.0, 0.0, backend=backend)
     trainer.load(initial_adapter(trainer.shapes, RANK, SCALE, 0), None, plan)
@@ -131,9 +135,7 @@ def texts(vocabulary: int) -> Any:
 # -- all of them -----------------------------------------------------------------------------------
 
 
-def measure(
-    backend: str, model: Path, vocabulary: int, *, threads: int, steps: int
-) -> Measured:
+def measure(backend: str, model: Path, vocabulary: int, *, threads: int, steps: int) -> Measured:
     """Train in a fresh process and return what it took."""
     what = [backend, str(model), str(vocabulary), str(threads), str(steps), repr(time.time())]
     command = [sys.executable, "-m", "benchmarks.onnx", "--child", *what]

@@ -47,6 +47,10 @@ class Processes:
         thread.start()
         self._threads.append(thread)
 
+    def pid(self, name: str) -> int:
+        """Return the number of a process that was started by that name."""
+        return self._running[name].pid
+
     def events(self, timeout_s: float) -> Iterator[Event]:
         """Yield events as they come, a good `exit` among them, until `timeout_s` has passed in all.
 

@@ -6,17 +6,18 @@ the owner leaves the choice (`auto`), whatever can't be used is left out, with t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 
 from edge_client.config import Settings
-from edge_client.errors import ConfigError, EdgeError, ModelError
+from edge_client.errors import ConfigError, EdgeError, ModelError, NoPlanFits
 from edge_client.model import find_model, model_hash
 from edge_client.ort.artifact import check_artifact
 from edge_client.ort.runtime import missing_training
-from edge_client.plan import Backend
+from edge_client.plan import Backend, Plan, preference
 from protocol.messages import Job
 
 TORCH_PACKAGES = ("torch", "transformers", "peft")
@@ -90,6 +91,52 @@ def find_backends(settings: Settings, job: Job) -> Backends:
         # An artifact set that was given and is no good says more than that torch is not there.
         raise refused["onnx" if settings.onnx and "onnx" in refused else next(iter(refused))]
     return Backends(folders, {name: str(error) for name, error in refused.items()})
+
+
+def better(
+    plans: Mapping[Backend, Plan | NoPlanFits], shared_rank: int, missing: Mapping[Backend, str]
+) -> Plan:
+    """Return the best plan of all backends, with why it is that backend's.
+
+    More blocks come first, then whole sequences, then `preference`: at equal rank the faster one.
+    `missing` are the backends that can't be used, and why.
+
+    Raises:
+        NoPlanFits: no backend has one; what the first says.
+    """
+    found = [plan for plan in plans.values() if isinstance(plan, Plan)]
+    if not found:
+        raise next(error for error in plans.values() if isinstance(error, NoPlanFits))
+    best = max(found, key=lambda p: (*_extent(p), *preference(p, shared_rank)))
+    return replace(best, why_backend=_why(best, plans, missing))
+
+
+def _why(
+    best: Plan, plans: Mapping[Backend, Plan | NoPlanFits], missing: Mapping[Backend, str]
+) -> str:
+    """Say of each other backend why it was not taken."""
+    reasons = list(missing.values())
+    for name, plan in plans.items():
+        if isinstance(plan, NoPlanFits):
+            reasons.append(f"{name} does not fit: {plan}")
+        elif name == best.backend:
+            continue
+        elif (_size(plan)) == _size(best):
+            reasons.append(
+                f"at the same rank {name} trains {plan.predicted_tokens_s:.0f} tokens/s, "
+                f"{best.backend} {best.predicted_tokens_s:.0f}"
+            )
+        else:
+            reasons.append(f"what fits with {name} is smaller: {plan}")
+    return "; ".join(reasons)
+
+
+def _extent(plan: Plan) -> tuple[float, int]:
+    return plan.blocks or inf, plan.seq_len
+
+
+def _size(plan: Plan) -> tuple[float, ...]:
+    return (*_extent(plan), plan.rank, plan.held)
 
 
 def missing_torch() -> str:

@@ -1,7 +1,8 @@
 """Measure the memory model's constants once on this device, and remember them.
 
-The cache is keyed by what the constants depend on: the model's hash, the dtype, the length, the
-number of threads and the versions of the libraries. Several agents on one machine measure once.
+The cache is keyed by what the constants depend on: backend, the model's hash, the dtype, the
+length, the number of threads and the versions of the libraries. Several agents on one machine
+measure once.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 
-from edge_client.memory import Probe, Way, fit
-from edge_client.plan import Calibration
+from edge_client.errors import WorkerKilled
+from edge_client.memory import FROZEN_BYTES, MIB, Probe, Way, fit
+from edge_client.plan import Backend, Calibration
 from edge_client.storage import keeping
+from edge_client.trainer.backend import LIBRARIES
+from edge_client.trainer.probing import THREAD_TOKENS, ProbeReport, ProbeTask
 from edge_client.trainer.process import TrainingProcess
-from edge_client.trainer.worker import ProbeReport
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
-FORMAT = 10
+FORMAT = 12
+ROOM_GAINED = 1.05
+"""By how much the limit must have grown for what was left out to be tried again."""
 
 
 def cache_folder() -> Path:
@@ -43,96 +49,160 @@ def calibrate(
     scale: float,
     cache: Path,
     blocks: int = 0,
+    limit_mib: float = inf,
+    backend: Backend = "torch",
 ) -> Calibration:
     """Return the constants for each dtype, measured now or remembered.
 
-    With `blocks` they are those of training the last so many; 0 stands for all.
+    With `blocks` they are those of training the last so many; 0 stands for all. Probes keep within
+    `limit_mib`: what would take more is not measured. One dtype is measured after the other, for
+    two at once would slow each other down.
 
     Raises:
-        WorkerError: a probe's process died, for its memory perhaps; the dtype can't be used.
+        WorkerError: a probe's process died; the dtype can't be used.
         ModelError: the model can't be loaded.
     """
 
     def one(dtype: str) -> ProbeReport:
-        name = _name(base.sha256, dtype, threads, seq_len, blocks)
-        return _remembered(
-            cache / f"{name}.json",
-            lambda: _measure(model, dtype, threads, seq_len, scale, blocks),
-        )
+        mib = base_mib(base, dtype)
+        task = ProbeTask(model, dtype, mib, threads, seq_len, scale, blocks, limit_mib, backend)
+        name = _name(backend, base.sha256, dtype, threads, seq_len, blocks)
+        return _remembered(cache / f"{name}.json", limit_mib, lambda: _measure(task))
 
-    with ThreadPoolExecutor(len(dtypes)) as pool:
-        reports = dict(zip(dtypes, pool.map(one, dtypes), strict=True))
+    reports = {dtype: one(dtype) for dtype in dtypes}
+    ways = {
+        Way(dtype, checkpointing): probes
+        for dtype, report in reports.items()
+        for checkpointing, probes in report.probes.items()
+    }
     return Calibration(
         floor_mib=max(r.floor_mib for r in reports.values()),
         weights_mib={dtype: r.weights_mib for dtype, r in reports.items()},
         activations={
-            way: fit(
-                report.probes[way.checkpointing], base.modules, report.weights_mib, way, blocks
-            )
-            for dtype, report in reports.items()
-            for way in (Way(dtype, checkpointing) for checkpointing in report.probes)
+            way: fit(probes, base.modules, reports[way.dtype].weights_mib, way, blocks)
+            for way, probes in ways.items()
         },
+        tokens_s={way: tokens_s(probes) for way, probes in ways.items()},
+        backend=backend,
     )
 
 
-def _measure(
-    model: Path, dtype: str, threads: int, seq_len: int, scale: float, blocks: int
-) -> ProbeReport:
-    with TrainingProcess() as process:
-        report: ProbeReport = process.call(
-            "calibrate",
-            model=model,
-            dtype=dtype,
-            threads=threads,
-            seq_len=seq_len,
-            scale=scale,
-            blocks=blocks,
-        )
+def tokens_s(probes: Sequence[Probe]) -> float:
+    """Return the tokens that a way of training trains in a second: the faster of the two longest.
+
+    One is half the other's length: others' load makes them differ more than their length does.
+    """
+    longest = sorted(probes, key=lambda probe: probe.tokens)[-2:]
+    return max(probe.tokens / probe.seconds for probe in longest)
+
+
+def base_mib(base: BaseModelInfo, dtype: str) -> float:
+    """Return what the weights of a base take in `dtype`, MiB."""
+    return base.parameters * FROZEN_BYTES[dtype] / MIB
+
+
+def choose_threads(
+    model: Path,
+    base: BaseModelInfo,
+    *,
+    dtype: str,
+    most: int,
+    scale: float,
+    cache: Path,
+    limit_mib: float = inf,
+    backend: Backend = "torch",
+) -> int:
+    """Return how many threads train fastest on this device, up to `most`; measured once.
+
+    Raises:
+        WorkerError: the probe's process died.
+        ModelError: the model can't be loaded.
+    """
+    path = cache / f"{_name(backend, base.sha256, dtype, most, THREAD_TOKENS, 0)}-threads.json"
+    mib = base_mib(base, dtype)
+    task = ProbeTask(model, dtype, mib, most, THREAD_TOKENS, scale, 0, limit_mib, backend)
+    with _one_at_a_time(path):
+        if path.exists():
+            return int(json.loads(path.read_text()))
+        with TrainingProcess() as process:
+            threads: int = process.call("choose_threads", task=task)
+        _keep(path, threads)
+        return threads
+
+
+def _measure(task: ProbeTask) -> ProbeReport:
+    try:
+        with TrainingProcess(task.limit_mib) as process:
+            report: ProbeReport = process.call("calibrate", task=task)
+    except WorkerKilled:  # it took more than was expected of it: nothing is known of this dtype
+        return ProbeReport(0.0, task.base_mib, {}, task.limit_mib, complete=False)
     return report
 
 
-def _remembered(path: Path, measure: Callable[[], ProbeReport]) -> ProbeReport:
-    """Return what a file remembers, or measure and write it; one process at a time measures."""
+def _remembered(path: Path, limit_mib: float, measure: Callable[[], ProbeReport]) -> ProbeReport:
+    """Return what a file remembers, or measure and write it; one process at a time measures.
+
+    What was measured with less memory than now is measured again where something was left out.
+    """
+    with _one_at_a_time(path):
+        if path.exists():
+            found = _from_json(path.read_text())
+            if found.complete or limit_mib <= found.limit_mib * ROOM_GAINED:
+                return found
+        report = measure()
+        _keep(path, _to_json(report))
+        return report
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process at a time measure what a file remembers."""
     with keeping("measured constants", path.parent, "--cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
         held = path.with_suffix(".lock").open("w")
     with held as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return _from_json(path.read_text())
-        report = measure()
-        with keeping("measured constants", path.parent, "--cache"):
-            write_durably(path, json.dumps(_to_json(report), indent=1).encode())
-        return report
+        yield
+
+
+def _keep(path: Path, what: object) -> None:
+    with keeping("measured constants", path.parent, "--cache"):
+        write_durably(path, json.dumps(what, indent=1).encode())
 
 
 def _to_json(report: ProbeReport) -> dict[str, object]:
     return {
         "floor_mib": report.floor_mib,
         "weights_mib": report.weights_mib,
+        "limit_mib": report.limit_mib if report.limit_mib < inf else None,
+        "complete": report.complete,
         "probes": [
             {"checkpointing": way, **asdict(probe)}
-            for way, pair in report.probes.items()
-            for probe in pair
+            for way, probes in report.probes.items()
+            for probe in probes
         ],
     }
 
 
 def _from_json(text: str) -> ProbeReport:
     fields = json.loads(text)
-    pairs: dict[bool, list[Probe]] = {}
+    ways: dict[bool, list[Probe]] = {}
     for probe in fields["probes"]:
-        pairs.setdefault(probe.pop("checkpointing"), []).append(Probe(**probe))
+        ways.setdefault(probe.pop("checkpointing"), []).append(Probe(**probe))
     return ProbeReport(
         fields["floor_mib"],
         fields["weights_mib"],
-        {way: (pair[0], pair[1]) for way, pair in pairs.items()},
+        {way: tuple(probes) for way, probes in ways.items()},
+        inf if fields["limit_mib"] is None else fields["limit_mib"],
+        fields["complete"],
     )
 
 
-def _name(model_hash: str, dtype: str, threads: int, seq_len: int, blocks: int) -> str:
-    libraries = [f"{name}={version(name)}" for name in ("torch", "transformers", "peft")]
-    what = [FORMAT, model_hash, dtype, threads, seq_len, *libraries]
+def _name(
+    backend: Backend, model_hash: str, dtype: str, threads: int, seq_len: int, blocks: int
+) -> str:
+    libraries = [f"{name}={version(name)}" for name in LIBRARIES[backend]]
+    what = [FORMAT, f"{backend}-cpu", model_hash, dtype, threads, seq_len, *libraries]
     if blocks:
         what.append(f"blocks={blocks}")
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]

@@ -77,6 +77,77 @@ def export_onnx(
 
 
 @app.command()
+def plan(
+    job: Annotated[
+        Path | None, typer.Option(help="Job file to plan for (default: a job's defaults).")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="base-tiny, a model folder, or a hub id (default: the job's).")
+    ] = "",
+    max_tokens: Annotated[int, typer.Option(help="Length of sequences (default: the job's).")] = 0,
+    tokens_per_step: Annotated[
+        int, typer.Option(help="Tokens of a training step (default: the job's).")
+    ] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Folder of measured constants.")] = None,
+    profile: Annotated[
+        str, typer.Option(help="Plan as this recorded device (name or .toml).")
+    ] = "",
+    memory_cap_mib: Annotated[
+        float | None, typer.Option("--memory-cap", help="MiB training may take in all.")
+    ] = None,
+    memory_scale: Annotated[
+        float, typer.Option(help="Divide the model's part of the memory (for small bases).")
+    ] = 1.0,
+    threads: Annotated[int, typer.Option(help="Training threads (default: by measurement).")] = 0,
+    private_rank: Annotated[
+        int, typer.Option(help="Rank of a private adapter that never leaves (default: none).")
+    ] = 0,
+    train_blocks: Annotated[
+        int, typer.Option(help="Train the last so many blocks alone, where the job lets you.")
+    ] = 0,
+    backend: Annotated[
+        Backend, typer.Option(help="What to train with (auto: what fits best and is fastest).")
+    ] = Backend.auto,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Folder that `edge-client export-onnx` made.")
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Show other plans, and why this one.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every plan.")] = False,
+) -> None:
+    """Show how this device would train, measured here, without joining a fleet."""
+    from device_profiles.schema import load_profile
+    from edge_client.backends import check_backend
+    from edge_client.calibrate import cache_folder
+    from edge_client.config import Settings, check_cache
+    from edge_client.planned_job import planned_job
+    from edge_client.profile import measure_profile
+    from edge_client.show_plan import show_plan
+    from protocol.transport import BrokerAddress
+
+    check_backend(backend.value, onnx)
+    given = {"max_tokens": max_tokens, "tokens_per_step": tokens_per_step}
+    found = load_profile(profile) if profile else measure_profile()
+    wanted, base = planned_job(job, model, {k: v for k, v in given.items() if v})
+    settings = Settings(
+        name="plan",
+        broker=BrokerAddress("localhost", 1883),  # which nobody asks
+        data=(),
+        state=Path(),
+        cache=check_cache(cache or cache_folder()),
+        profile=found,
+        model=base,
+        memory_cap_mib=memory_cap_mib,
+        memory_scale=memory_scale,
+        threads=threads,
+        private_rank=private_rank,
+        train_blocks=train_blocks,
+        backend=backend.value,
+        onnx=onnx,
+    )
+    show_plan(settings, wanted, explain=explain, as_json=as_json)
+
+
+@app.command()
 def run(
     data: Annotated[
         list[Path], typer.Option(help="File or folder of text to learn from; may be repeated.")
@@ -103,7 +174,9 @@ def run(
     memory_scale: Annotated[
         float, typer.Option(help="Divide the model's part of the memory (for small bases).")
     ] = 1.0,
-    threads: Annotated[int, typer.Option(help="Training threads (default: cores - 1).")] = 0,
+    threads: Annotated[
+        int, typer.Option(help="Training threads (default: as many as measured to be worth it).")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data's split and order.")] = 0,
     exit_when_done: Annotated[bool, typer.Option(help="End when the job is finished.")] = False,
     no_wait: Annotated[
@@ -131,7 +204,7 @@ def run(
     from edge_client.agent import Agent
     from edge_client.backends import check_backend
     from edge_client.calibrate import cache_folder
-    from edge_client.config import Settings, check_cache, check_name, default_threads
+    from edge_client.config import Settings, check_cache, check_name
     from edge_client.data.read import check_paths
     from edge_client.membership import identity, state_folder
     from edge_client.profile import measure_profile
@@ -156,7 +229,7 @@ def run(
         model=model,
         memory_cap_mib=memory_cap_mib,
         memory_scale=memory_scale,
-        threads=threads or default_threads(found),
+        threads=threads,
         seed=seed,
         exit_when_done=exit_when_done,
         compare_alone=compare_alone,

@@ -37,7 +37,8 @@ class Settings:
     """Where the base model is; empty: what the job calls it."""
     memory_cap_mib: float | None = None
     memory_scale: float = 1.0
-    threads: int = 1
+    threads: int = 0
+    """Training threads; 0: as many as are measured to be worth it."""
     download_s: float = 60.0
     """Time that one version may take on the link, for bands beyond the device's own rank."""
     seed: int = 0
@@ -63,7 +64,7 @@ class Settings:
         bounds: list[tuple[str, bool, str]] = [
             ("--memory-cap", cap is None or 1 <= cap <= 1e9, "from 1 to 1e9 MiB"),
             ("--memory-scale", 0 < self.memory_scale <= 1e9, "above 0, to 1e9"),
-            ("--threads", 1 <= self.threads <= 1024, "from 1 to 1024, or 0: all cores but one"),
+            ("--threads", 0 <= self.threads <= 1024, "from 1 to 1024, or 0: measured"),
             ("--seed", 0 <= self.seed < 1 << 48, "from 0 to below 2^48"),
             ("--private-rank", 0 <= self.private_rank <= 4096, "from 1 to 4096, or 0: none"),
             ("--train-blocks", 0 <= self.train_blocks <= 4096, "from 1, or 0: as many as fit"),
@@ -113,6 +114,7 @@ def default_state(name: str) -> Path:
     return user_folder() / name
 
 
-def default_threads(profile: DeviceProfile) -> int:
-    """Return all cores but one: the device has other work too."""
-    return max(1, (profile.core_count or os.cpu_count() or 2) - 1)
+def most_threads(profile: DeviceProfile) -> int:
+    """Return the number of cores, the most threads that training may use."""
+    here = os.cpu_count() or 2
+    return min(profile.core_count or here, here)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edge_client.errors import WorkerKilled
 from edge_client.mixing import stacked
-from edge_client.plan import Plan
+from edge_client.plan import Backend, Plan
 from edge_client.prune import head_rank, rank_after, tail_product
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.process import TrainingProcess
@@ -67,7 +67,7 @@ class Learned:
 
 
 StepDown = Callable[[Plan], Plan]
-"""Given the plan under which the kernel killed training: return a smaller one, or raise."""
+"""Given the plan under which training was killed: return a smaller one, or raise."""
 
 
 class Learning(Protocol):
@@ -97,7 +97,8 @@ class Learner:
     """Train, evaluate and compare in a training process that is kept between rounds.
 
     A process that the kernel kills is followed by another with a smaller plan, which does again
-    what the first was at: nothing is tried twice at one size.
+    what the first was at: nothing is tried twice at one size. It is ended at `limit_mib` of
+    resident memory, as if the kernel had.
 
     Raises:
         WorkerError: the training process failed, other than by being killed.
@@ -105,12 +106,20 @@ class Learner:
     """
 
     def __init__(
-        self, job: Job, device: str, model: Path, text: Text, plan: Plan, step_down: StepDown
+        self,
+        job: Job,
+        device: str,
+        folders: Mapping[Backend, Path],
+        text: Text,
+        plan: Plan,
+        step_down: StepDown,
+        *,
+        limit_mib: float = math.inf,
     ) -> None:
         self._job = job
         self._device = device
-        self._model, self._where = model, text
-        self._step_down = step_down
+        self._folders, self._where = folders, text
+        self._step_down, self._limit_mib = step_down, limit_mib
         self.plan = plan
         self._process: TrainingProcess | None = None
         self.text: TextReport = self._persist(lambda: self._report)
@@ -220,9 +229,12 @@ class Learner:
         while True:
             try:
                 if self._process is None:
-                    self._process = TrainingProcess()
+                    self._process = TrainingProcess(self._limit_mib)
                     self._report: TextReport = self._ask(
-                        "open", model=self._model, text=self._where, plan=self.plan
+                        "open",
+                        model=self._folders[self.plan.backend],
+                        text=self._where,
+                        plan=self.plan,
                     )
                 return work()
             except WorkerKilled:

@@ -1,14 +1,14 @@
 """How much memory training takes: measured where it can be, predicted from that.
 
-peak above the floor = base weights + fixed + the largest of
+peak above the floor = base weights + the largest of
     a step       LoRA·(weights, two Adam moments, gradients if they are there by then)
-                 + frozen remainder
+                 + frozen remainder + fixed
                  + tokens·(activations of a token + rank·intermediates of a token)
     its end      LoRA·(weights, gradients, two Adam moments) + frozen remainder
     loading      the adapters, and what came over the pipe of them in float32
 
-The floor (interpreter, libraries, tokenizer and data), `fixed` and the activations are measured on
-the device by probes for each way of training (`calibrate` in edge_client.trainer.worker), which go
+The floor (interpreter, libraries, tokenizer and data), the weights, `fixed` and the activations are
+measured on the device by probes for each way of training (edge_client.trainer.probing), which go
 the way that a round goes; the rest is counted. All sizes are MiB.
 
 Not counted is the file of the base while it is read: its pages are mapped, and the kernel takes
@@ -23,6 +23,7 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,8 @@ class Probe:
     rank: int
     held: int
     peak_mib: float
+    seconds: float = 0.0
+    """What a step took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +66,16 @@ class Activations:
 
     fixed_mib: float
     token_mib: float
-    probed_tokens: int | None = None
-    """The longest micro-batch that was probed."""
+    least_mib: float = 0.0
+    """What the shortest probe took: a moment of a step that hardly depends on its tokens."""
 
     def beside_mib(self, tokens: int) -> float:
         """Return what `tokens` at a time take beside `fixed_mib`.
 
-        Short probes may show another moment of a step than the one that is largest in a larger
-        micro-batch. Beyond the probed ones everything is taken to grow with the tokens: too much
-        rather than too little.
+        A step has several moments that may be its largest, each of them a line in the tokens, so
+        their maximum is convex. The line is that of the two longest probes.
         """
-        line = tokens * self.token_mib
-        probed = self.probed_tokens
-        if probed is None or tokens <= probed:
-            return line
-        whole = self.fixed_mib + probed * self.token_mib
-        return max(line, whole * tokens / probed - self.fixed_mib)
+        return max(tokens * self.token_mib, self.least_mib - self.fixed_mib)
 
 
 def lora_mib(shapes: Shapes, rank: int, *, gradients: bool = True) -> float:
@@ -107,9 +104,9 @@ def intermediate_mib(shapes: Shapes, rank: int) -> float:
 
 
 def fit(
-    probes: tuple[Probe, Probe], shapes: Shapes, weights_mib: float, way: Way, blocks: int = 0
+    probes: Sequence[Probe], shapes: Shapes, weights_mib: float, way: Way, blocks: int = 0
 ) -> Activations:
-    """Return the constants that two probes of different length, of training `blocks`, imply.
+    """Return the constants that two or more probes of different length, of `blocks`, imply.
 
     With checkpointing one block's intermediates exist at a time, so they are left to the slope.
     """
@@ -126,9 +123,10 @@ def fit(
         )
         return probe.peak_mib - weights_mib - known
 
-    short, long = sorted(probes, key=lambda p: p.tokens)
+    ordered = sorted(probes, key=lambda p: p.tokens)
+    short, long = ordered[-2:]
     slope = max(0.0, (rest(long) - rest(short)) / (long.tokens - short.tokens))
-    return Activations(rest(long) - slope * long.tokens, slope, long.tokens)
+    return Activations(rest(long) - slope * long.tokens, slope, rest(ordered[0]))
 
 
 def predict_mib(
@@ -153,14 +151,10 @@ def predict_mib(
     remainder = remainder_mib(shapes, rank, held, way.dtype, trained)
     sent = parameter_count(shapes, max(rank, held)) * WEIGHT_BYTES / MIB
     placed = parameter_count(trained, rank) * WEIGHT_BYTES / MIB + remainder
-    return (
-        weights_mib
-        + activations.fixed_mib
-        + max(
-            step + activations.beside_mib(tokens),
-            lora_mib(trained, rank) + remainder,
-            sent + placed,
-        )
+    return weights_mib + max(
+        step + activations.fixed_mib + activations.beside_mib(tokens),
+        lora_mib(trained, rank) + remainder,
+        sent + placed,
     )
 
 

@@ -1,12 +1,12 @@
 """Choose how a device trains: the largest rank that its memory holds, then the fastest way.
 
-Pure: the budget and the measured constants come in, the plan comes out.
+Pure: the budget and the measured constants come in, every plan there is and the best come out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Literal
 
@@ -16,7 +16,11 @@ from protocol.adapter import Shapes
 from protocol.messages import Training
 
 Backend = Literal["torch", "onnx"]
-MICRO_BATCHES = (1, 2, 4, 8, 16)
+MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+STEP_DOWN = 0.95
+"""Of the prediction that was too much, what the next plan's may be: a hair less would be too."""
+OVERRUN = 1.125
+"""How many times a step's tokens its micro-batches, which are whole, may hold."""
 SHORTEST_TOKENS = 64
 RESERVE_SHARE = 0.05
 """Share of a device's memory that is left alone, for what else runs on it."""
@@ -25,8 +29,8 @@ HEAP_MIB = 2.0
 HEADROOM_SHARE = 0.1
 """Share of a prediction, without its fixed part, by which the peak may be above it besides.
 
-Larger micro-batches than the probed ones are extrapolated; `benchmarks/memory.py` measures how far
-peaks lie from predictions."""
+Larger micro-batches than the probed ones are extrapolated; `benchmarks/memory_plan.py` measures
+how far peaks lie from predictions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,9 @@ class Calibration:
     weights_mib: dict[str, float]
     """dtype → base weights as they lie in memory."""
     activations: dict[Way, Activations]
+    tokens_s: dict[Way, float]
+    """Tokens trained in a second by each way, in its probes."""
+    backend: Backend = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,13 @@ class Plan:
     """What may be used above the floor."""
     blocks: int = 0
     """The last so many blocks are trained; 0: all."""
+    predicted_tokens_s: float = 0.0
+    """Positions trained in a second, by the probes' speed."""
+    needs_mib: float = 0.0
+    """Predicted peak above the floor with the headroom that is kept free."""
     backend: Backend = "torch"
+    """What trains: edge_client.trainer.backend."""
+    why_backend: str = field(default="", compare=False)
 
     @property
     def way(self) -> Way:
@@ -107,32 +120,36 @@ def headroom_mib(predicted_mib: float, fixed_mib: float) -> float:
     return HEAP_MIB + HEADROOM_SHARE * (predicted_mib - fixed_mib)
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a job asks of a device, and what its owner does: all that plans are made for."""
+
+    shapes: Shapes
+    ladder: Sequence[int]
+    shared_rank: int
+    """Directions of the shared adapter; 0 where the job drops the remainder."""
+    training: Training
+    private_rank: int = 0
+    """Rank of an adapter that the device trains for itself, beside all that it holds."""
+    blocks: int = 0
+    """The last so many are trained (0: all), as they were where the constants were measured."""
+
+
 def choose_plan(
-    shapes: Shapes,
+    wanted: Wanted,
     calibration: Calibration,
     *,
     budget_mib: float,
-    memory_scale: float = 1.0,
-    ladder: Sequence[int],
-    shared_rank: int,
-    training: Training,
-    native_bf16: bool,
     threads: int,
+    memory_scale: float = 1.0,
     below_mib: float = inf,
-    private_rank: int = 0,
-    blocks: int = 0,
 ) -> Plan:
     """Return the best plan for a process that may take `budget_mib` in all.
 
-    Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`:
-    the prediction of a plan that was too large for the kernel. It is the larger of two where the
-    device trains an adapter of `private_rank` too, beside all that it holds. With `blocks` the last
-    so many are trained; the calibration is one of that.
-
-    A device that can hold the whole shared adapter does (`shared_rank`; 0 when the job drops the
-    remainder): training in its context is worth more than rank. Then comes the largest rank; at
-    one rank the dtype the CPU is fast in, no checkpointing, the larger micro-batch. Sequences are
-    cut only when even the smallest rank does not fit with whole ones.
+    Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`, by
+    some where it can be: the prediction of a plan that was too large for the kernel. It is the
+    larger of two where the device trains an adapter of its own too. Which is best: `preference`. Sequences are cut only
+    when even the smallest rank does not fit with whole ones.
 
     So more memory never gives a worse plan in that order. It can give a smaller rank: a device that
     can just hold the whole shared adapter trains less of it than it could have without holding it.
@@ -140,104 +157,142 @@ def choose_plan(
     Raises:
         NoPlanFits: nothing fits; says what the smallest would take.
     """
-
-    budgets = {
-        way: budget_above_floor(
-            budget_mib, calibration.floor_mib, max(0.0, measured.fixed_mib), memory_scale
-        )
-        for way, measured in calibration.activations.items()
-    }
-
-    def needs_mib(plan: Plan) -> float:
-        return plan.predicted_mib + headroom_mib(
-            plan.predicted_mib, calibration.activations[plan.way].fixed_mib
-        )
-
-    def preference(plan: Plan) -> tuple[object, ...]:
-        fast = plan.dtype == ("bf16" if native_bf16 else "f32")
-        whole = plan.held >= shared_rank
-        return whole, plan.rank, plan.held, fast, not plan.checkpointing, plan.micro_batch
-
     least = (inf, 0.0)
-    seq_len = training.max_tokens
-    while seq_len >= min(SHORTEST_TOKENS, training.max_tokens):
-        every = [
-            plan
-            for way, budget in budgets.items()
-            for plan in _candidates(
-                shapes, calibration, way, budget, seq_len,
-                ladder=ladder, shared_rank=shared_rank, training=training, threads=threads,
-                private_rank=private_rank, blocks=blocks,
-            )
-        ]  # fmt: skip
-        least = min(least, *((needs_mib(plan), plan.budget_mib) for plan in every))
-        fitting = [
-            plan
-            for plan in every
-            if needs_mib(plan) <= plan.budget_mib and plan.predicted_mib < below_mib
-        ]
+    for seq_len in sequence_lengths(wanted.training.max_tokens):
+        every = all_plans(
+            wanted,
+            calibration,
+            seq_len,
+            budget_mib=budget_mib,
+            threads=threads,
+            memory_scale=memory_scale,
+        )
+        least = min([least, *((plan.needs_mib, plan.budget_mib) for plan in every)])
+        fitting = [plan for plan in every if fits(plan) and plan.predicted_mib < below_mib]
+        clearly = [plan for plan in fitting if plan.predicted_mib <= STEP_DOWN * below_mib]
         if fitting:
-            return max(fitting, key=preference)
-        seq_len //= 2
-    raise NoPlanFits(_why_none(calibration, *least, below_mib))
+            return max(clearly or fitting, key=lambda plan: preference(plan, wanted.shared_rank))
+    raise NoPlanFits(_why_none(calibration, budget_mib, *least, below_mib))
 
 
-def _candidates(
-    shapes: Shapes,
+def fits(plan: Plan) -> bool:
+    """Say whether a plan's peak, with its headroom, is within its budget."""
+    return plan.needs_mib <= plan.budget_mib
+
+
+def preference(plan: Plan, shared_rank: int) -> tuple[object, ...]:
+    """Order plans of one length, best last.
+
+    A device that can hold the whole shared adapter does: training in its context is worth more than
+    rank. Then comes the largest rank, what is held beside it, and at equal ones the tokens that are
+    trained in a second, by measurement; where these are equal too, the larger micro-batch.
+    """
+    whole = plan.held >= shared_rank
+    speed = plan.predicted_tokens_s
+    return whole, plan.rank, plan.held, speed, plan.micro_batch, not plan.checkpointing
+
+
+def sequence_lengths(max_tokens: int) -> Iterator[int]:
+    """Yield the lengths to which sequences may be cut, whole ones first."""
+    length = max_tokens
+    while length >= min(SHORTEST_TOKENS, max_tokens):
+        yield length
+        length //= 2
+
+
+def micro_batches(training: Training, seq_len: int) -> list[int]:
+    """Return the rows of `seq_len` tokens that may be trained at a time.
+
+    A step's micro-batches are whole: those of which they would hold many tokens more than the job
+    wants in a step are left out.
+    """
+    rows = max(1, training.tokens_per_step // seq_len)
+    return [n for n in MICRO_BATCHES if n <= rows and -(-rows // n) * n <= rows * OVERRUN]
+
+
+def all_plans(
+    wanted: Wanted,
     calibration: Calibration,
-    way: Way,
-    budget_mib: float,
     seq_len: int,
     *,
-    ladder: Sequence[int],
-    shared_rank: int,
-    training: Training,
+    budget_mib: float,
     threads: int,
-    private_rank: int,
-    blocks: int,
-) -> Iterator[Plan]:
-    """Yield every plan of one way and length, with its prediction, whether it fits or not."""
-    for rank in ladder:
-        for held in [h for h in ladder if rank <= h <= shared_rank] or [rank]:
-            for micro_batch in MICRO_BATCHES:
+    memory_scale: float = 1.0,
+) -> list[Plan]:
+    """Return every plan of one sequence length, with its predictions, whether it fits or not."""
+    found = []
+    for way, measured in calibration.activations.items():
+        fixed_mib = max(0.0, measured.fixed_mib)
+        above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
+        for rank, held in _adapters(wanted):
+            for micro_batch in micro_batches(wanted.training, seq_len):
                 tokens = micro_batch * seq_len
-                if micro_batch > 1 and tokens > training.tokens_per_step:
-                    break
-                trained = [(rank, held)]
-                if private_rank:
-                    trained.append((private_rank, held + private_rank))
-                predicted_mib = max(
-                    predict_mib(
-                        shapes,
-                        weights_mib=calibration.weights_mib[way.dtype],
-                        activations=calibration.activations[way],
-                        way=way,
-                        rank=own,
-                        held=whole,
-                        tokens=tokens,
-                        accumulates=tokens < training.tokens_per_step,
-                        blocks=blocks,
+                mib = _predicted_mib(wanted, calibration, way, rank, held, tokens)
+                found.append(
+                    Plan(
+                        rank=rank,
+                        held=held,
+                        micro_batch=micro_batch,
+                        seq_len=seq_len,
+                        checkpointing=way.checkpointing,
+                        dtype=way.dtype,
+                        threads=threads,
+                        predicted_mib=mib,
+                        budget_mib=above_mib,
+                        blocks=wanted.blocks,
+                        predicted_tokens_s=calibration.tokens_s[way],
+                        needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
+                        backend=calibration.backend,
                     )
-                    for own, whole in trained
                 )
-                yield Plan(
-                    rank=rank,
-                    held=held,
-                    micro_batch=micro_batch,
-                    seq_len=seq_len,
-                    checkpointing=way.checkpointing,
-                    dtype=way.dtype,
-                    threads=threads,
-                    predicted_mib=predicted_mib,
-                    budget_mib=budget_mib,
-                    blocks=blocks,
-                )
+    return found
+
+
+def _adapters(wanted: Wanted) -> Iterator[tuple[int, int]]:
+    """Yield every rank with every number of directions held beside it."""
+    for rank in wanted.ladder:
+        for held in [h for h in wanted.ladder if rank <= h <= wanted.shared_rank] or [rank]:
+            yield rank, held
+
+
+def _predicted_mib(
+    wanted: Wanted, calibration: Calibration, way: Way, rank: int, held: int, tokens: int
+) -> float:
+    """Return the peak above the floor: of the private adapter's training, if that is larger."""
+    trained = [(rank, held)]
+    if wanted.private_rank:
+        trained.append((wanted.private_rank, held + wanted.private_rank))
+    return max(
+        predict_mib(
+            wanted.shapes,
+            weights_mib=calibration.weights_mib[way.dtype],
+            activations=calibration.activations[way],
+            way=way,
+            rank=own,
+            held=whole,
+            tokens=tokens,
+            accumulates=tokens < wanted.training.tokens_per_step,
+            blocks=wanted.blocks,
+        )
+        for own, whole in trained
+    )
 
 
 def _why_none(
-    calibration: Calibration, least_mib: float, budget_mib: float, below_mib: float
+    calibration: Calibration,
+    total_mib: float,
+    least_mib: float,
+    budget_mib: float,
+    below_mib: float,
 ) -> str:
     """Say why there is no plan; the smallest would take `least_mib` above the floor."""
+    if not calibration.activations:
+        return (
+            f"a training step takes more than the {total_mib:.0f} MiB that there are (a floor of "
+            f"{calibration.floor_mib:.0f} MiB and a base of {_lightest(calibration):.0f} MiB "
+            "before it begins); free memory, raise --memory-cap if it is given, or take a smaller "
+            "base model"
+        )
     if below_mib < inf:
         return (
             f"a plan of {below_mib:.0f} MiB above the floor was too much for this device, and no "
@@ -249,3 +304,7 @@ def _why_none(
         f"{calibration.floor_mib:.0f} MiB, this device has {there}; free memory, raise "
         "--memory-cap if it is given, or take a smaller base model"
     )
+
+
+def _lightest(calibration: Calibration) -> float:
+    return min(calibration.weights_mib.values())

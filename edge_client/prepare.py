@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Protocol
 
 from device_profiles.schema import DeviceProfile
-from edge_client.calibrate import calibrate
-from edge_client.config import Settings
-from edge_client.errors import ConfigError, ModelError, NoPlanFits
+from edge_client.backends import better, find_backends
+from edge_client.calibrate import calibrate, choose_threads
+from edge_client.config import Settings, most_threads
+from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.learner import Learner, Learning, StepDown
-from edge_client.model import find_model, model_hash
-from edge_client.plan import Plan, choose_plan, memory_budget
+from edge_client.memory import resident_mib
+from edge_client.plan import (
+    Backend,
+    Calibration,
+    Plan,
+    Wanted,
+    all_plans,
+    choose_plan,
+    memory_budget,
+)
 from edge_client.profile import native_bf16
 from edge_client.trainer.worker import Text
 from protocol.layers import block_count
@@ -42,7 +52,7 @@ class TrainingEquipment:
 
     def __init__(self, settings: Settings, job: Job) -> None:
         self._settings, self._job = settings, job
-        self._model = find_base(settings, job)
+        self._backends = find_backends(settings, job)
 
     def plan(self, *, below_mib: float = inf) -> Plan:
         """Measure what training takes on this device, and choose how to train.
@@ -51,16 +61,41 @@ class TrainingEquipment:
             NoPlanFits: the device's memory is too small for the job.
             ConfigError: its memory is unknown.
         """
-        return make_plan(self._settings, self._job, self._model, below_mib=below_mib)
+        shared_rank = wanted_of(self._settings, self._job, 0).shared_rank
+        plans: dict[Backend, Plan | NoPlanFits] = {}
+        for backend, folder in self._backends.folders.items():
+            try:
+                plans[backend] = make_plan(
+                    self._settings, self._job, folder, below_mib=below_mib, backend=backend
+                )
+            except NoPlanFits as error:
+                plans[backend] = error
+        return better(plans, shared_rank, self._backends.missing)
 
     def learner(self, plan: Plan, step_down: StepDown) -> Learner:
         text = Text(self._settings.data, self._settings.seed)
-        return Learner(self._job, self._settings.name, self._model, text, plan, step_down)
+        return Learner(
+            self._job,
+            self._settings.name,
+            self._backends.folders,
+            text,
+            plan,
+            step_down,
+            limit_mib=self._settings.memory_cap_mib or inf,
+        )
 
 
-def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = inf) -> Plan:
-    """Measure what training takes on this device, and choose how to train.
+def make_plan(
+    settings: Settings,
+    job: Job,
+    model: Path,
+    *,
+    below_mib: float = inf,
+    backend: Backend = "torch",
+) -> Plan:
+    """Measure what training with a backend takes on this device, and choose how to train.
 
+    `model` is the folder of that backend's base: the model's, or for onnx the artifact set.
     `below_mib` is a predicted peak that was too much (`Outbox.ceiling_mib`). Fewer blocks than all
     are measured only where no plan of more blocks fits, or the owner wants it so.
 
@@ -71,7 +106,7 @@ def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = i
     refused: NoPlanFits | None = None
     for blocks in block_choices(settings, job):
         try:
-            return _plan_of(settings, job, model, blocks, below_mib)
+            return _plan_of(settings, job, model, blocks, below_mib, backend)
         except NoPlanFits as error:
             refused = refused or error
     assert refused is not None, "there is a choice at least"
@@ -101,51 +136,136 @@ def block_choices(settings: Settings, job: Job) -> list[int]:
     return choices
 
 
-def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
+def _plan_of(
+    settings: Settings, job: Job, model: Path, blocks: int, below_mib: float, backend: Backend
+) -> Plan:
     """Measure what training some blocks takes, and choose how to train them."""
-    fast = native_bf16(settings.profile)
+    return planning(settings, job, model, blocks, backend).best(below_mib=below_mib)
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """All that a choice of plan rests on."""
+
+    wanted: Wanted
+    calibration: Calibration
+    budget_mib: float
+    """What the training process may take in all."""
+    threads: int
+    memory_scale: float = 1.0
+
+    def best(self, *, below_mib: float = inf) -> Plan:
+        """Return the best plan; see `choose_plan`."""
+        return choose_plan(
+            self.wanted,
+            self.calibration,
+            budget_mib=self.budget_mib,
+            threads=self.threads,
+            memory_scale=self.memory_scale,
+            below_mib=below_mib,
+        )
+
+    def every(self, seq_len: int) -> list[Plan]:
+        """Return every plan of one sequence length; see `all_plans`."""
+        return all_plans(
+            self.wanted,
+            self.calibration,
+            seq_len,
+            budget_mib=self.budget_mib,
+            threads=self.threads,
+            memory_scale=self.memory_scale,
+        )
+
+
+def planning(
+    settings: Settings, job: Job, model: Path, blocks: int, backend: Backend = "torch"
+) -> Planning:
+    """Measure what training some blocks takes here, or remember it.
+
+    Raises:
+        ConfigError: the device's memory is unknown.
+        WorkerError: a probe failed.
+    """
+    budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
+    threads, calibration = measured(settings, job, model, blocks, budget_mib, backend)
+    return Planning(
+        wanted_of(settings, job, blocks), calibration, budget_mib, threads, settings.memory_scale
+    )
+
+
+def measured(
+    settings: Settings,
+    job: Job,
+    model: Path,
+    blocks: int,
+    budget_mib: float,
+    backend: Backend,
+) -> tuple[int, Calibration]:
+    """Return how many threads are worth it here, and the constants of the memory model.
+
+    Both dtypes are measured where there is memory for it: which is faster no list of CPU features
+    says, for it depends on the model too.
+    """
+    dtypes: tuple[str, ...] = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "bf16")
+    if backend == "onnx":
+        dtypes = ("f32",)
+    threads = settings.threads or choose_threads(
+        model,
+        job.base,
+        dtype=dtypes[0],
+        most=most_threads(settings.profile),
+        scale=job.scale,
+        cache=settings.cache,
+        limit_mib=budget_mib,
+        backend=backend,
+    )
     calibration = calibrate(
         model,
         job.base,
-        dtypes=("bf16",) if fast else ("f32", "bf16"),
-        threads=settings.threads,
+        dtypes=dtypes,
+        threads=threads,
         seq_len=job.training.max_tokens,
         scale=job.scale,
         cache=settings.cache,
         blocks=blocks,
+        limit_mib=budget_mib,
+        backend=backend,
     )
-    return choose_plan(
-        job.base.modules,
-        calibration,
-        budget_mib=total_budget_mib(settings.profile, settings.memory_cap_mib),
-        memory_scale=settings.memory_scale,
+    return threads, calibration
+
+
+def wanted_of(settings: Settings, job: Job, blocks: int) -> Wanted:
+    """Return what plans are made for."""
+    return Wanted(
+        shapes=job.base.modules,
         ladder=job.ladder,
         shared_rank=job.rank if job.remainder == "frozen" else 0,
         training=job.training,
-        native_bf16=fast,
-        threads=settings.threads,
-        below_mib=below_mib,
         private_rank=settings.private_rank,
         blocks=blocks,
     )
 
 
-def total_budget_mib(profile: DeviceProfile, cap_mib: float | None) -> float:
+def total_budget_mib(
+    profile: DeviceProfile, cap_mib: float | None, *, own_mib: float = 0.0
+) -> float:
     """Return what the training process may take in all.
 
-    Where the device's memory is unknown the owner's cap is all there is to go by.
+    A cgroup's limit is the agent's too, which takes `own_mib` of it. Where the device's memory is
+    unknown the owner's cap is all there is to go by.
 
     Raises:
         ConfigError: the profile does not know the device's memory, and there is no cap.
     """
     memory = profile.memory
+    limit_mib = None if memory.limit_mib is None else max(0.0, memory.limit_mib - own_mib)
     if memory.total_mib is None or memory.available_mib is None:
         if cap_mib is not None:
-            return min(cap_mib, inf if memory.limit_mib is None else memory.limit_mib)
+            return min(cap_mib, inf if limit_mib is None else limit_mib)
         raise ConfigError("this device's memory is unknown; say how much to use with --memory-cap")
     return memory_budget(
         total_mib=memory.total_mib,
         available_mib=memory.available_mib,
-        limit_mib=memory.limit_mib,
+        limit_mib=limit_mib,
         cap_mib=cap_mib,
     )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from safetensors.torch import save_file
 
 from edge_client.errors import ModelError
-from edge_client.model import BASE_TINY, find_model, find_targets, load_model, load_tokenizer, model_hash
+from edge_client.model import (
+    BASE_TINY,
+    find_model,
+    find_targets,
+    load_model,
+    load_tokenizer,
+    model_hash,
+)
 from edge_client.ort.artifact import (
     FACTORS,
     FILES,

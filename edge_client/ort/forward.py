@@ -2,7 +2,7 @@
 
 The graph takes ids and positions (B, S), an additive mask (B, 1, S, S), and of each target module
 four factors: A (r, d_in) and B (d_out, r) of what is trained, and the same of the frozen remainder,
-of rank q; narrow modules may have smaller ranks than others. The base's weights are inputs too, without their values. It returns the hidden states
+of rank q. The base's weights are inputs too, without their values. It returns the hidden states
 before the output head, (B·S, d), and `PSEUDO`, their sum weighted by `UPSTREAM` (B·S, d): what
 UPSTREAM holds becomes the gradient with respect to the hidden states.
 
@@ -11,8 +11,9 @@ Modules work on flat tokens (B·S, d): products of two matrices have gradients t
 
 from __future__ import annotations
 
-import io
+import tempfile
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -51,7 +52,7 @@ class _Traced(nn.Module):
                     key = _key(factor_name(part, name, factor))
                     self.lora[key] = nn.Parameter(value, requires_grad=part == TRAINED)
                     pairs.append(key)
-            modules[name].forward = _adapted(modules[name], self.lora, pairs)  # type: ignore[method-assign]
+            modules[name].forward = _adapted(modules[name], self.lora, pairs)
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, upstream: torch.Tensor
@@ -123,9 +124,9 @@ def _export(traced: _Traced, width: int) -> onnx.ModelProto:
     positions = torch.arange(_LENGTH).repeat(_BATCH, 1)
     mask = torch.zeros(_BATCH, 1, _LENGTH, _LENGTH)
     upstream = torch.zeros(_BATCH * _LENGTH, width)
-    file = io.BytesIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "forward.onnx"
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 traced,
@@ -145,10 +146,10 @@ def _export(traced: _Traced, width: int) -> onnx.ModelProto:
                     UPSTREAM: {0: "B*S"},
                 },
             )
+            return onnx.load(file)
     except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"this model can't be exported to ONNX: {why[0][:300]}") from None
-    return onnx.load_from_string(file.getvalue())
 
 
 @torch.no_grad()

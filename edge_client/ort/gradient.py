@@ -9,6 +9,7 @@ over chunks of positions computes loss and gradient, and no more than one chunk 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -96,7 +97,7 @@ def _infer_shapes(model: onnx.ModelProto) -> None:
 
 
 def _add_loss(model: onnx.ModelProto, head: str, width: int) -> None:
-    """Put the chunked loss behind the hidden states (n, width), in place of the input `UPSTREAM`."""
+    """Put the chunked loss behind the hidden states (n, width), in place of `UPSTREAM`."""
     graph = model.graph
     inputs = [value for value in graph.input if value.name != UPSTREAM]
     labels = helper.make_tensor_value_info("labels", TensorProto.INT64, ["B", "S"])
@@ -117,8 +118,10 @@ def _loss_nodes(width: int, head: str) -> list[onnx.NodeProto]:
         tensor = numpy_helper.from_array(np.array(value, dtype), name)
         return helper.make_node("Constant", [], [f"loss/{name}"], value=tensor)
 
-    def node(kind: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
-        return helper.make_node(kind, [_local(i) for i in inputs.split()], [_local(output)], **attributes)
+    def node(kind: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(
+            kind, [_local(i) for i in inputs.split()], [_local(output)], **attributes
+        )
 
     def _local(name: str) -> str:
         return name if name in (HIDDEN, UPSTREAM, "labels", "loss") else f"loss/{name}"

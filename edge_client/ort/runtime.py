@@ -36,7 +36,9 @@ def missing_training() -> str:
     if said == "True":
         return ""
     if said == "False":
-        how = f"lies over {PACKAGE}" if _is_installed(PACKAGE) else "is installed, which can't train"
+        how = (
+            f"lies over {PACKAGE}" if _is_installed(PACKAGE) else "is installed, which can't train"
+        )
         return f"a plain onnxruntime {how}: {REPAIR}"
     why = answer.stderr.strip().splitlines() or ["it ended without a word"]
     return f"onnxruntime can't be loaded ({why[-1][:200]}): {REPAIR}"
@@ -82,9 +84,10 @@ def import_onnxruntime() -> Any:
             raise ImportError("onnxruntime is not installed")
         training = types.ModuleType("onnxruntime.training")
         training.__path__ = [str(Path(spec.origin).parent / "training")]
-        hidden = {"onnxruntime.training": training}
-        hidden |= {} if "torch" in sys.modules else {"torch": None}
-        sys.modules.update(hidden)  # type: ignore[arg-type]
+        hidden: dict[str, Any] = {"onnxruntime.training": training}
+        if "torch" not in sys.modules:
+            hidden["torch"] = None
+        sys.modules.update(hidden)
         try:
             import onnxruntime
         finally:

@@ -34,8 +34,14 @@ class TrainReport:
 class Trainer(Protocol):
     """Train the `trained` part of an adapter in the context of the `frozen` part."""
 
-    shapes: Shapes
-    """Target modules of the base model."""
+    @property
+    def shapes(self) -> Shapes:
+        """Return the target modules of the base model."""
+        ...
+
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads from now on."""
+        ...
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         """Take the adapter to train (rank r) and the rest of the shared one (rank R−r)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,12 @@ class OnnxTrainer:
         self._micro_batch = 1
         self._ranks: dict[str, int] = {}
         self._factors: Arrays = {}
-        self._session = open_session(artifact / GRAPH, threads)
+        self._session: Any = None
+        self.use_threads(threads)
+
+    def use_threads(self, count: int) -> None:
+        self._session = None  # two at once would map the base twice
+        self._session = open_session(self._folder / GRAPH, count)
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         self.scale = trained.scale
@@ -226,7 +232,7 @@ class OnnxTrainer:
         return ranks
 
     def _trained(self, factors: Trained) -> Arrays:
-        """Return what is trained, the arrays themselves: of modules with directions, A, B or both."""
+        """Return the arrays that are trained: A, B or both of modules with directions."""
         names = [
             factor_name(TRAINED, module, factor)
             for module in self._ranks

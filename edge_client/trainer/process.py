@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable
+from math import inf
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -12,13 +13,20 @@ from typing import Any
 
 from edge_client.errors import WorkerError, WorkerKilled
 from edge_client.trainer.pipe import receive, send
+from edge_client.trainer.watchdog import Watchdog
 from edge_client.trainer.worker import serve
+
+READING = ("open", "calibrate", "choose_threads")
+"""Requests in which the base is read from its file."""
 
 
 class TrainingProcess:
-    """Run a `Worker` in a fresh process (spawned: it shares no memory with the agent)."""
+    """Run a `Worker` in a fresh process (spawned: it shares no memory with the agent).
 
-    def __init__(self) -> None:
+    It is ended at `limit_mib` of resident memory.
+    """
+
+    def __init__(self, limit_mib: float = inf) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection: Connection
         self._connection, theirs = context.Pipe()
@@ -34,6 +42,9 @@ class TrainingProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        assert self._process.pid is not None, "it was started"
+        self._limit_mib = limit_mib
+        self._watchdog = Watchdog(self._process.pid, limit_mib) if limit_mib < inf else None
 
     def call(
         self, name: str, *, on_progress: Callable[[Any], None] | None = None, **arguments: Any
@@ -45,6 +56,8 @@ class TrainingProcess:
             WorkerError: the process died or failed.
             EdgeError: what the worker itself found wrong, as it said it.
         """
+        if self._watchdog is not None:
+            self._watchdog.reading = name in READING
         try:
             send(self._connection, (name, arguments))
             while True:
@@ -64,6 +77,8 @@ class TrainingProcess:
 
     def stop(self) -> None:
         """End the process; what it holds is lost."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
         self._connection.close()
         self._process.join(5)
         if self._process.is_alive():
@@ -78,6 +93,11 @@ class TrainingProcess:
 
     def _how_it_ended(self) -> WorkerError:
         code = self._process.exitcode
+        if self._watchdog is not None and self._watchdog.killed_at_mib is not None:
+            return WorkerKilled(
+                f"the training process was ended at {self._watchdog.killed_at_mib:.0f} MiB: it may "
+                f"take {self._limit_mib:.0f} MiB in all"
+            )
         if code == -signal.SIGKILL:
             return WorkerKilled(
                 "the training process was killed (signal 9), as the kernel does when memory runs "

@@ -37,12 +37,15 @@ class TorchTrainer:
     """Implement `edge_client.trainer.base.Trainer` on torch."""
 
     def __init__(self, model_folder: Path, *, dtype: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        self.use_threads(threads)
         self.model = load_model(model_folder, DTYPES[dtype])
         self.shapes = find_targets(self.model)
         self.scale = 1.0
         self._layers: dict[str, Any] = {}
         self._plain_head: bool | None = None
+
+    def use_threads(self, count: int) -> None:
+        torch.set_num_threads(count)
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         self.scale = trained.scale

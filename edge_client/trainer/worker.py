@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from edge_client.errors import DataError
 from edge_client.memory import (
-    Probe,
     make_peaks_predictable,
     offer_to_oom_killer,
     peak_mib,
@@ -33,10 +32,10 @@ from edge_client.plan import Backend, Plan
 from edge_client.trainer.backend import open_tokenizer, open_trainer, warm_up
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.pipe import receive, send
-from protocol.adapter import Adapter, initial_adapter
+from edge_client.trainer.probing import NO_ADAPTER, Prober, ProbeReport, ProbeTask
+from protocol.adapter import Adapter
 from protocol.errors import TunefleetError
 from protocol.factors import Trained
-from protocol.layers import last_blocks, within
 from protocol.messages import Probe as PublicProbe
 from protocol.messages import Pruning, Training
 from protocol.metrics import token_histogram
@@ -44,11 +43,6 @@ from protocol.probe import TopLogits
 
 if TYPE_CHECKING:
     from edge_client.trainer.base import Trainer
-
-NO_ADAPTER = Adapter({}, 1.0)
-PROBE_RANK, PROBE_HELD = 8, 16
-PROBE_STEPS = 2
-"""The second has Adam's moments from the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +62,6 @@ class TextReport:
     problems: tuple[str, ...]
     histogram: tuple[int, ...] = ()
     """Training tokens in each bucket of `protocol.metrics`."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeReport:
-    """What calibration measured for one dtype, in MiB."""
-
-    floor_mib: float
-    weights_mib: float
-    probes: dict[bool, tuple[Probe, Probe]]
-    """Checkpointing → two probes of different length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,77 +87,29 @@ class Worker:
         self._seed = 0
         self._floor = 0.0
 
-    def calibrate(
-        self,
-        model: Path,
-        dtype: str,
-        threads: int,
-        seq_len: int,
-        scale: float,
-        blocks: int,
-        backend: Backend = "torch",
-    ) -> ProbeReport:
-        """Run probe rounds for each way of training with `dtype`; see edge_client.memory."""
-        self._tokenizer = open_tokenizer(backend, model)
-        self._find_floor(backend, dtype, threads)
-        self._trainer = open_trainer(backend, model, dtype=dtype, threads=threads)
-        _settle()
-        # A base in its file's own dtype is mapped, and pages not yet touched count as `fixed`.
-        weights_mib = resident_mib() - self._floor
-        # The first pass fills caches that stay; the second is what steady training takes. Kernels
-        # of the shorter length stay too, which training at one length would not have: what they
-        # add does not count.
-        measured: dict[tuple[int, bool], tuple[float, float]] = {}
-        short, long = max(seq_len // 2, 16), seq_len
-        for tokens in (long, short):
-            for checkpointing in (True, False):
-                for _ in range(2):
-                    measured[tokens, checkpointing] = self._probe(
-                        tokens, checkpointing, scale, blocks
-                    )
-        probes = {}
-        for checkpointing in (True, False):
-            long_peak_mib, start_mib = measured[long, checkpointing]
-            short_peak_mib, short_start_mib = measured[short, checkpointing]
-            short_peak_mib -= short_start_mib - start_mib
-            probes[checkpointing] = (
-                Probe(short, PROBE_RANK, PROBE_HELD, short_peak_mib - self._floor),
-                Probe(long, PROBE_RANK, PROBE_HELD, long_peak_mib - self._floor),
-            )
-        return ProbeReport(self._floor, weights_mib, probes)
+    def calibrate(self, task: ProbeTask) -> ProbeReport:
+        """Probe each way of training, as far as the task's limit leaves room."""
+        prober, weights_mib = self._prober(task)
+        if prober is None:
+            return ProbeReport(self._floor, weights_mib, {}, task.limit_mib, complete=False)
+        probes, complete = prober.ways(task.seq_len)
+        return ProbeReport(self._floor, weights_mib, probes, task.limit_mib, complete)
 
-    def _probe(
-        self, tokens: int, checkpointing: bool, scale: float, blocks: int
-    ) -> tuple[float, float]:
-        """Do a round with two steps, as a device does; return their peak, and what it began at."""
-        self._plan = Plan(PROBE_RANK, PROBE_HELD, 1, tokens, checkpointing, "", 1, 0.0, 0.0, blocks)
-        self._rows = {"train": [_probe_row(tokens)], "held_out": [_probe_row(tokens)]}
-        self._streams = {}
-        _settle()
-        start_mib = resident_mib()
-        self._load_probe(PROBE_HELD, scale, None)
-        self.evaluate("held_out")
-        self._load_probe(PROBE_HELD, scale, PROBE_RANK)
-        reset_peak()  # of loading, which is counted: it would hide the step's own
-        size = max(16, tokens)
-        settings = Training(steps=PROBE_STEPS, tokens_per_step=size, max_tokens=size)
-        self.train("probe", settings, learning_rate=1e-6, pruning=None)
-        return peak_mib(), start_mib
+    def choose_threads(self, task: ProbeTask) -> int:
+        """Return how many threads train fastest here, up to the task's."""
+        prober, _ = self._prober(task)
+        return task.threads if prober is None else prober.threads(task.threads)
 
-    def _load_probe(self, held: int, scale: float, rank: int | None) -> None:
-        """Load an adapter that is gone afterwards, as one that came over the pipe is."""
-        trainer, _ = self._ready()
-        whole = initial_adapter(trainer.shapes, held, scale, seed=0)
-        if rank is None:
-            self.load(None, whole)
-        else:
-            modules = last_blocks(trainer.shapes, self._plan.blocks if self._plan else 0)
-            rest = {
-                n: f.take(slice(rank if n in modules else 0, None)) for n, f in whole.layers.items()
-            }
-            self.load(within(whole.truncated(rank), modules), Adapter(rest, scale))
-        del whole
-        _settle()
+    def _prober(self, task: ProbeTask) -> tuple[Prober | None, float]:
+        """Return what probes, None where the base alone is too large, and its weights in MiB."""
+        backend = task.backend
+        self._tokenizer = open_tokenizer(backend, task.model)
+        self._find_floor(backend, task.dtype, task.threads)
+        if self._floor + task.base_mib > task.limit_mib:
+            return None, task.base_mib
+        self._trainer = open_trainer(backend, task.model, dtype=task.dtype, threads=task.threads)
+        prober = Prober(self._trainer, task, self._floor)
+        return prober, prober.warm() - self._floor
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
         """Read the text, then load the base model, a folder of the plan's backend."""
@@ -181,9 +117,7 @@ class Worker:
         report = self._read(self._tokenizer, text, plan.seq_len)
         self._find_floor(plan.backend, plan.dtype, plan.threads)
         self._plan, self._seed = plan, text.seed
-        self._trainer = open_trainer(
-            plan.backend, model, dtype=plan.dtype, threads=plan.threads
-        )
+        self._trainer = open_trainer(plan.backend, model, dtype=plan.dtype, threads=plan.threads)
         _settle()
         reset_peak()  # of the base's file, whose pages the kernel can take back; see memory.py
         return report
@@ -313,15 +247,6 @@ def _histogram(rows: Iterable[Any]) -> tuple[int, ...]:
 
     counts = [token_histogram(row.labels[row.labels >= 0]) for row in rows]
     return tuple(np.sum(counts, axis=0).tolist())
-
-
-def _probe_row(tokens: int) -> Any:
-    import numpy as np
-
-    from edge_client.data.pack import PackedRow
-
-    ids = np.ones(tokens, np.int32)
-    return PackedRow(ids, ids, np.arange(tokens, dtype=np.int32), ids)
 
 
 def serve(connection: Connection) -> None:

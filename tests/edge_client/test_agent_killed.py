@@ -15,15 +15,18 @@ import sys
 from pathlib import Path
 
 import base_tiny
+from edge_client.model import describe_model
 from edge_client.plan import Plan
 from edge_client.trainer.process import TrainingProcess
 from edge_client.trainer.worker import Text
+from protocol.adapter import initial_adapter
 from protocol.messages import Training
 
 process = TrainingProcess()
 plan = Plan(2, 4, 1, 64, False, "f32", 1, 0.0, 0.0)
 process.call("open", model=base_tiny.PATH, text=Text((Path(sys.argv[1]),), 0), plan=plan)
-process.call("_load_probe", held=4, scale=1.0, rank=2)
+whole = initial_adapter(describe_model("base-tiny").modules, 4, 1.0, seed=0)
+process.call("load", trained=whole.truncated(2), frozen=None)
 print(process._process.pid, flush=True)
 hours = Training(steps=1, tokens_per_step=1 << 24, max_tokens=64)
 process.call("train", stream="fleet", settings=hours, learning_rate=1e-3, pruning=None)

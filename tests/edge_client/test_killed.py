@@ -46,7 +46,7 @@ def test_a_killed_training_process_is_followed_by_a_smaller_one_in_the_same_roun
     with Processes(tmp_path / "events.jsonl", tmp_path) as processes:
         processes.start("aggregator", "aggregator", [*serve, "--broker", broker])
         processes.start("phone", "edge_client", run)
-        agent = psutil.Process(processes._running["phone"].pid)
+        agent = psutil.Process(processes.pid("phone"))
         killed = 0
         for event in processes.events(200):
             seen.append(event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -16,10 +17,14 @@ from edge_client.plan import (
     HEAP_MIB,
     Calibration,
     Plan,
+    Wanted,
+    all_plans,
     budget_above_floor,
     choose_plan,
+    fits,
     headroom_mib,
     memory_budget,
+    micro_batches,
 )
 from edge_client.prepare import total_budget_mib
 from protocol.messages import Training
@@ -44,6 +49,19 @@ CALIBRATION = Calibration(
         Way("bf16", False): Activations(50.0, 0.6),
         Way("bf16", True): Activations(50.0, 0.12),
     },
+    tokens_s={
+        Way("f32", False): 50.0,
+        Way("f32", True): 35.0,
+        Way("bf16", False): 100.0,
+        Way("bf16", True): 70.0,
+    },
+)
+SLOW_BF16 = replace(
+    CALIBRATION,
+    tokens_s={
+        way: speed / (4 if way.dtype == "bf16" else 1)
+        for way, speed in CALIBRATION.tokens_s.items()
+    },
 )
 TRAINING = Training(tokens_per_step=1024, max_tokens=256)
 budgets = st.floats(660, 4000)
@@ -55,18 +73,14 @@ def choose(
     *,
     shared_rank: int = 64,
     memory_scale: float = 1.0,
-    native_bf16: bool = True,
+    calibration: Calibration = CALIBRATION,
     below_mib: float = math.inf,
 ) -> Plan:
     return choose_plan(
-        SHAPES,
-        CALIBRATION,
+        Wanted(SHAPES, LADDER, shared_rank, TRAINING),
+        calibration,
         budget_mib=budget_mib,
         memory_scale=memory_scale,
-        ladder=LADDER,
-        shared_rank=shared_rank,
-        training=TRAINING,
-        native_bf16=native_bf16,
         threads=4,
         below_mib=below_mib,
     )
@@ -120,14 +134,15 @@ def test_stepping_down_gives_smaller_plans_until_none_is_left(budget: float, sha
 
 
 @quick
-@given(budgets, st.sampled_from([0, 8, 64]), st.booleans())
+@given(budgets, st.sampled_from([0, 8, 64]), st.sampled_from([CALIBRATION, SLOW_BF16]))
 def test_the_prediction_is_within_the_budget_and_is_that_of_the_memory_model(
-    budget: float, shared: int, native: bool
+    budget: float, shared: int, calibration: Calibration
 ) -> None:
-    plan = choose(budget, shared_rank=shared, native_bf16=native)
+    plan = choose(budget, shared_rank=shared, calibration=calibration)
     fixed = CALIBRATION.activations[Way(plan.dtype, plan.checkpointing)].fixed_mib
     headroom = headroom_mib(plan.predicted_mib, fixed)
-    assert plan.predicted_mib + headroom <= plan.budget_mib
+    assert plan.needs_mib == plan.predicted_mib + headroom
+    assert plan.needs_mib <= plan.budget_mib
     assert plan.budget_mib == pytest.approx(budget - FLOOR)
     way = Way(plan.dtype, plan.checkpointing)
     assert plan.predicted_mib == predict_mib(
@@ -152,15 +167,16 @@ def test_different_budgets_give_different_ranks() -> None:
     assert choose(4000).rank == 64
 
 
-def test_with_room_for_everything_the_fast_way_is_taken() -> None:
+def test_with_room_for_everything_the_way_that_was_measured_fastest_is_taken() -> None:
     plan = choose(10_000)
     assert (plan.rank, plan.held, plan.seq_len, plan.micro_batch) == (64, 64, 256, 4)
     assert (plan.dtype, plan.checkpointing, plan.threads) == ("bf16", False, 4)
-    assert choose(10_000, native_bf16=False).dtype == "f32"
+    assert choose(10_000, calibration=SLOW_BF16).dtype == "f32"
+    assert plan.predicted_tokens_s == 100
 
 
 def test_a_dtype_that_is_slow_here_is_taken_for_the_sake_of_rank() -> None:
-    plan = choose(800, native_bf16=False)
+    plan = choose(800, calibration=SLOW_BF16)
     assert plan.dtype == "bf16"
 
 
@@ -212,14 +228,10 @@ def test_a_small_model_on_a_scaled_budget_gets_the_rank_of_a_large_one() -> None
     )
     for budget in range(680, 2400, 40):
         small = choose_plan(
-            shapes,
+            Wanted(shapes, LADDER, 64, TRAINING),
             calibration,
             budget_mib=budget,
             memory_scale=10,
-            ladder=LADDER,
-            shared_rank=64,
-            training=TRAINING,
-            native_bf16=True,
             threads=4,
         )
         large = choose(budget)
@@ -260,3 +272,60 @@ def test_where_memory_is_unknown_the_cap_is_the_budget() -> None:
         with pytest.raises(ConfigError, match="say how much to use with --memory-cap"):
             total_budget_mib(profile, None)
     assert total_budget_mib(known, 1200) == 1200
+
+
+def test_a_plan_that_was_too_much_is_followed_by_a_clearly_smaller_one_if_there_is_one() -> None:
+    for budget in range(700, 4000, 300):
+        plan = choose(budget)
+        smaller = choose(budget, below_mib=plan.predicted_mib)
+        assert smaller.predicted_mib <= 0.95 * plan.predicted_mib
+    smallest = choose(670)
+    while True:
+        try:
+            smallest = choose(670, below_mib=smallest.predicted_mib)
+        except NoPlanFits:
+            break
+    assert smallest.rank == LADDER[0]
+
+
+def test_no_plan_of_its_rank_that_fits_is_faster() -> None:
+    for budget in range(680, 4000, 160):
+        plan = choose(budget)
+        wanted = Wanted(SHAPES, LADDER, 64, TRAINING)
+        every = all_plans(wanted, CALIBRATION, plan.seq_len, budget_mib=budget, threads=4)
+        like = [p for p in every if (p.rank, p.held) == (plan.rank, plan.held) and fits(p)]
+        assert plan.predicted_tokens_s == max(p.predicted_tokens_s for p in like)
+
+
+@given(st.integers(16, 1 << 20), st.integers(16, 1 << 12))
+def test_micro_batches_hold_little_more_than_a_step_wants(tokens: int, length: int) -> None:
+    found = micro_batches(Training(tokens_per_step=tokens, max_tokens=length), length)
+    rows = max(1, tokens // length)
+    assert found[0] == 1
+    for micro_batch in found:
+        trained = -(-rows // micro_batch) * micro_batch
+        assert rows <= trained <= 1.125 * rows
+
+
+def test_a_large_step_offers_micro_batches_near_each_other() -> None:
+    found = micro_batches(Training(tokens_per_step=1 << 20, max_tokens=256), 256)
+    assert all(b <= 2 * a for a, b in pairwise(found))
+    assert all(b <= 1.5 * a for a, b in pairwise(found) if a > 1)
+
+
+def test_where_nothing_could_be_measured_that_is_why_there_is_no_plan() -> None:
+    nothing = replace(CALIBRATION, activations={}, tokens_s={})
+    with pytest.raises(NoPlanFits) as caught:
+        choose(600, calibration=nothing)
+    message = str(caught.value)
+    assert "a training step takes more than the 600 MiB" in message
+    assert "a floor of 300 MiB and a base of 257 MiB" in message
+    assert "\n" not in message
+
+
+def test_of_a_cgroups_limit_the_agent_takes_its_part() -> None:
+    known = load_profile("laptop-16gb")
+    memory = known.memory.model_copy(update={"limit_mib": 1000})
+    boxed = known.model_copy(update={"memory": memory})
+    assert total_budget_mib(boxed, None, own_mib=80) == pytest.approx(920 - 46)
+    assert total_budget_mib(known, None, own_mib=80) == total_budget_mib(known, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from edge_client.calibrate import _remembered
 from edge_client.errors import StorageError
 from edge_client.outbox import FILE, Outbox
 from edge_client.storage import keep_adapter
-from edge_client.trainer.worker import ProbeReport
+from edge_client.trainer.probing import ProbeReport
 from edge_client.trust import open_trusted
 from protocol import topics
 from protocol.adapter import initial_adapter
@@ -80,11 +81,11 @@ def test_no_room_for_a_key_an_adapter_or_what_was_measured(disk: Disk) -> None:
         keep_adapter(adapter, disk.state / "adapter", "toy")
     report = ProbeReport(1.0, 2.0, {})
     with pytest.raises(StorageError, match=FULL.format(disk.state)):
-        _remembered(disk.state / "constants.json", lambda: report)
+        _remembered(disk.state / "constants.json", inf, lambda: report)
     disk.free()
     assert open_trusted(incoming, Round, disk.state).number == 1
     keep_adapter(adapter, disk.state / "adapter", "toy")
-    assert _remembered(disk.state / "constants.json", lambda: report) == report
+    assert _remembered(disk.state / "constants.json", inf, lambda: report) == report
 
 
 def test_the_command_says_it_in_one_line_and_goes_on_at_the_next_start(

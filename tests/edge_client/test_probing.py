@@ -1,0 +1,146 @@
+"""Probes measure what the limit leaves room for, longer ones only when shorter ones say so."""
+
+from __future__ import annotations
+
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+import edge_client.trainer.probing as probing
+from edge_client.calibrate import _from_json, _remembered, _to_json, tokens_s
+from edge_client.memory import Probe, Way, fit, predict_mib
+from edge_client.trainer.probing import (
+    PROBE_HELD,
+    PROBE_RANK,
+    Prober,
+    ProbeReport,
+    ProbeTask,
+    fewest_near_fastest,
+)
+
+FLOOR, WEIGHTS, FIXED = 400.0, 100.0, 20.0
+SLOPE = {True: 0.1, False: 0.5}
+WIDE = {f"layers.{n}.q": (16 << 10, 16 << 10) for n in range(4)}
+"""Modules of which a token may take 0.75 MiB."""
+SHAPES = {f"layers.{n}.q": (64, 64) for n in range(4)}
+
+
+class Told(Prober):
+    """Probe steps whose peaks are told by a line, and kept."""
+
+    def __init__(self, limit_mib: float) -> None:
+        task = ProbeTask(Path(), "f32", WEIGHTS, 1, 256, 2.0, limit_mib=limit_mib)
+        super().__init__(cast("Any", SimpleNamespace(shapes=WIDE)), task, FLOOR)
+        self.peaks: list[float] = []
+
+    def _probe(self, rows: int, length: int, checkpointing: bool) -> tuple[float, float]:
+        self.peaks.append(FLOOR + WEIGHTS + FIXED + rows * length * SLOPE[checkpointing])
+        return self.peaks[-1], 0.01 * rows * length
+
+
+@pytest.fixture(autouse=True)
+def _resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "resident_mib", lambda: FLOOR + WEIGHTS)
+
+
+def test_without_a_limit_the_two_longest_probes_are_of_whole_sequences() -> None:
+    found, complete = Told(inf).ways(256)
+    assert complete
+    for checkpointing, probes in found.items():
+        assert [probe.tokens for probe in probes] == [64, 256, 512]
+        whole = WEIGHTS + FIXED + 512 * SLOPE[checkpointing]
+        assert probes[-1].peak_mib == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("limit", range(500, 900, 10))
+def test_no_probe_goes_beyond_the_limit_and_what_is_told_is_worth_planning_with(limit: int) -> None:
+    prober = Told(limit)
+    found, complete = prober.ways(256)
+    first = FLOOR + WEIGHTS + FIXED + 64 * SLOPE[True]  # of which nothing was known
+    assert all(peak <= limit for peak in prober.peaks if peak > first)
+    if limit > 820:
+        assert complete
+    for probes in found.values():
+        assert len(probes) > 1
+    if limit > 580:
+        assert True in found
+    if limit > 700:
+        assert False in found
+
+
+@pytest.mark.parametrize("length", [16, 64, 100, 1024])
+def test_every_length_is_probed_whole_and_twice_that(length: int) -> None:
+    found, _ = Told(inf).ways(length)
+    assert [p.tokens for p in found[False]][-2:] == [length, 2 * length]
+
+
+def test_the_fewest_threads_that_are_about_as_fast_are_taken() -> None:
+    assert fewest_near_fastest({4: 1.0, 3: 1.2, 2: 1.5, 1: 3.0}) == 4
+    assert fewest_near_fastest({4: 1.0, 3: 1.03, 2: 1.5, 1: 3.0}) == 3
+    assert fewest_near_fastest({4: 2.0, 3: 1.5, 2: 1.0, 1: 1.04}) == 1
+
+
+def test_the_faster_of_the_two_longest_probes_is_the_speed() -> None:
+    probes = [Probe(t, 8, 16, 1.0, s) for t, s in ((512, 6.0), (64, 0.1), (256, 2.0))]
+    assert tokens_s(probes) == 128
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_step_that_grows_in_proportion_is_predicted_from_its_probes(checkpointing: bool) -> None:
+    way = Way("f32", checkpointing)
+
+    def peak(tokens: int, rank: int, held: int) -> float:
+        return predict_mib(
+            SHAPES,
+            weights_mib=WEIGHTS,
+            activations=fit(probes, SHAPES, WEIGHTS, way),
+            way=way,
+            rank=rank,
+            held=held,
+            tokens=tokens,
+            accumulates=False,
+        )
+
+    told, _ = Told(inf).ways(256)
+    probes = told[checkpointing]
+    for probe in probes:
+        assert peak(probe.tokens, PROBE_RANK, PROBE_HELD) == pytest.approx(probe.peak_mib)
+    longer = WEIGHTS + FIXED + 2048 * SLOPE[checkpointing]
+    assert peak(2048, PROBE_RANK, PROBE_HELD) == pytest.approx(longer)
+    assert peak(2048, 64, 64) > longer
+
+
+def test_a_short_probe_whose_peak_is_elsewhere_does_not_bend_the_line() -> None:
+    """A chunk of logits, say, is largest in short steps: then it is what those take."""
+    way = Way("f32", True)
+    probes = [Probe(t, 8, 16, WEIGHTS + max(50.0, 0.2 * t), 1.0) for t in (64, 256, 512)]
+    found = fit(probes, SHAPES, WEIGHTS, way)
+    assert found.token_mib == pytest.approx(0.2)
+    at = found.fixed_mib + found.beside_mib(64)
+    assert at == pytest.approx(found.least_mib)
+    assert found.fixed_mib + found.beside_mib(1024) > at
+
+
+def test_what_a_low_limit_left_out_is_measured_when_there_is_more_memory(tmp_path: Path) -> None:
+    low = ProbeReport(1.0, 2.0, {True: (Probe(64, 8, 16, 3.0, 4.0),) * 2}, 500.0, complete=False)
+    full = ProbeReport(1.0, 2.0, {}, inf, complete=True)
+    path = tmp_path / "one.json"
+
+    def never() -> ProbeReport:
+        raise AssertionError("it is remembered")
+
+    assert _remembered(path, 500.0, lambda: low) == low
+    assert _remembered(path, 510.0, never) == low
+    assert _remembered(path, 900.0, lambda: full) == full
+    assert _remembered(path, 100.0, never) == full
+
+
+def test_a_report_is_read_as_it_was_written() -> None:
+    import json
+
+    probes = (Probe(64, 8, 16, 3.0, 4.0), Probe(256, 8, 16, 5.0, 6.0))
+    report = ProbeReport(1.0, 2.0, {True: probes, False: probes[:1]}, inf, complete=True)
+    assert _from_json(json.dumps(_to_json(report))) == report
