@@ -66,14 +66,7 @@ def export_artifact(name: str, folder: Path) -> Artifact:
         base_sha256=model_hash(base),
         modules=targets,
         head=head,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        chat_template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
-        special_tokens={
-            name: str(token)
-            for name, token in tokenizer.special_tokens_map.items()
-            if isinstance(token, str)
-        },
+        **tokenizer_fields(tokenizer),
         opset=OPSET,
         versions={library: version(library) for library in LIBRARIES},
         files={file: file_hash(folder / file) for file in FILES},
@@ -90,6 +83,20 @@ def _plain_tokenizer(base: Path) -> Any:
             "--backend torch"
         )
     return tokenizer
+
+
+def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer of transformers has beside what is in its tokenizer.json."""
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        "special_tokens": {
+            name: token
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        },
+    }
 
 
 def _head(model: Any) -> tuple[str, torch.Tensor]:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime import SessionOptions, set_default_logger_severity
+from onnxruntime import SessionOptions
 from onnxruntime.capi import _pybind_state as runtime
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 from edge_client.ort.artifact import gradient_name
 from edge_client.ort.forward import HIDDEN, PSEUDO, UPSTREAM
+from edge_client.ort.runtime import ERRORS
 
 CHUNK_TOKENS = 64
 IR_VERSION = 10
@@ -34,14 +35,15 @@ def build_training_graph(
     Outputs are the summed `loss` in nats, `hidden` (B·S, d) and a gradient of each trained factor.
     `head` is the input that holds the output head's weight (V, d); `width` is d.
     """
-    set_default_logger_severity(3)
+    options = SessionOptions()
+    options.log_severity_level = ERRORS
     optimised = onnx.load_from_string(
-        runtime.get_optimized_model(forward.SerializeToString(), set(trained), SessionOptions())
+        runtime.get_optimized_model(forward.SerializeToString(), set(trained), options)
     )
     _multiply_by_transposed(optimised)
     _infer_shapes(optimised)
     builder = runtime.GradientGraphBuilder(
-        optimised.SerializeToString(), {PSEUDO}, set(trained), PSEUDO, SessionOptions()
+        optimised.SerializeToString(), {PSEUDO}, set(trained), PSEUDO, options
     )
     builder.build()
     model = onnx.load_from_string(builder.get_model())

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "onnxruntime-training-cpu"
 VERSION = "1.19.2"
+ERRORS = 3
+"""The severity from which on ONNX Runtime prints what it has to say."""
 REPAIR = f"pip uninstall -y onnxruntime {PACKAGE} && pip install {PACKAGE}=={VERSION}"
 
 
@@ -101,9 +103,8 @@ def import_onnxruntime() -> Any:
 def open_session(graph: Path, threads: int) -> InferenceSession:
     """Open a training graph for `threads` threads."""
     onnxruntime = import_onnxruntime()
-    onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = ERRORS
     options.intra_op_num_threads = threads
     # What is freed leaves the process, as the memory model has it; see make_peaks_predictable.
     options.enable_cpu_mem_arena = False
