@@ -148,8 +148,8 @@ def choose_plan(
 
     Its predicted peak, with a headroom, is within the budget, and is smaller than `below_mib`, by
     some where it can be: the prediction of a plan that was too large for the kernel. It is the
-    larger of two where the device trains an adapter of its own too. Which is best: `preference`. Sequences are cut only
-    when even the smallest rank does not fit with whole ones.
+    larger of two where the device trains an adapter of its own too. Which is best: `preference`.
+    Sequences are cut only when even the smallest rank does not fit with whole ones.
 
     So more memory never gives a worse plan in that order. It can give a smaller rank: a device that
     can just hold the whole shared adapter trains less of it than it could have without holding it.

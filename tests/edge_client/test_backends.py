@@ -89,7 +89,7 @@ def test_an_artifact_set_of_another_model_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_onnx_without_a_wheel_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "missing_training", lambda: "there is no wheel: use torch")
-    with pytest.raises(ConfigError, match="^--backend onnx: there is no wheel: use torch$"):
+    with pytest.raises(ConfigError, match=r"^--backend onnx: there is no wheel: use torch$"):
         check_backend("onnx", Path("set"))
     check_backend("auto", Path("set"))  # torch is there
     found = find_backends(owner(), job())
@@ -104,5 +104,5 @@ def test_onnx_without_an_artifact_set_says_how_to_make_one() -> None:
 
 def test_a_device_with_neither_is_told_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "missing_torch", lambda: "no torch")
-    with pytest.raises(ConfigError, match="^no torch$"):
+    with pytest.raises(ConfigError, match=r"^no torch$"):
         check_backend("auto", None)

@@ -24,7 +24,10 @@ from tests.edge_client.data.test_tokenize import (
     text,
 )
 
-LOOPS = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
+LOOPS = (
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}"
+    "{% endfor %}"
+)
 # transformers leaves out a marked block that nothing was written before.
 BLOCKS = """chat
 {% for m in messages %}

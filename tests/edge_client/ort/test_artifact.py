@@ -96,7 +96,7 @@ from protocol.messages import Training
 worker = Worker(lambda value: None)
 plan = Plan(4, 8, 1, 32, False, "f32", 1, 0.0, 0.0, backend="onnx")
 text = Path({str(folder)!r}) / "text.txt"
-text.write_text("\\n\\n".join(f"line {{i}} of a text that is there to be learnt" for i in range(99)))
+text.write_text("\\n\\n".join(f"line {{i}} of a text to be learnt" for i in range(99)))
 try:
     print(worker.open(Path({str(folder)!r}), Text((text,), 0), plan).train_tokens)
 except IndexError:  # of ids that this model's small vocabulary does not have
@@ -148,7 +148,7 @@ def test_a_model_whose_head_does_more_is_refused(tmp_path: Path) -> None:
     save_random(config, tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base_tiny.PATH / name, tmp_path / "model")
-    with pytest.raises(ModelError, match="does more than multiply.*--backend torch"):
+    with pytest.raises(ModelError, match=r"does more than multiply.*--backend torch"):
         export_artifact(str(tmp_path / "model"), tmp_path / "onnx")
 
 
