@@ -78,6 +78,7 @@ CASES = (
     Case("base-tiny", "bf16", False, 64, 64, 4, 512),
     Case("15M", "f32", True, 64, 64, 4, 512),
     Case("15M", "bf16", True, 32, 64, 2, 512),
+    Case("15M", "bf16", True, 4, 64, 32, 256),
     Case("15M", "f32", False, 32, 32, 4, 512),
     Case("135M", "bf16", True, 64, 64, 4, 512),
     Case("135M", "bf16", False, 16, 16, 1, 512, steps_of=2),

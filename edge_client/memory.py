@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.adapter import Shapes, module_rank, parameter_count
-from protocol.layers import last_blocks
+from protocol.layers import block_count, last_blocks
 
 MIB = float(1 << 20)
 WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES = 4, 4, 8
@@ -68,14 +68,20 @@ class Activations:
     token_mib: float
     least_mib: float = 0.0
     """What the shortest probe took: a moment of a step that hardly depends on its tokens."""
+    probed_tokens: int = 0
+    """The longest micro-batch that was probed."""
+    kept_mib: float = 0.0
+    """What a token keeps at least where it is kept; see `kept_mib`."""
 
     def beside_mib(self, tokens: int) -> float:
         """Return what `tokens` at a time take beside `fixed_mib`.
 
         A step has several moments that may be its largest, each of them a line in the tokens, so
-        their maximum is convex. The line is that of the two longest probes.
+        their maximum is convex. The line is that of the two longest probes. Beyond them it may be
+        steeper, where what tokens keep has not been the largest yet: by checkpointing little.
         """
-        return max(tokens * self.token_mib, self.least_mib - self.fixed_mib)
+        beyond = max(0, tokens - self.probed_tokens) * max(0.0, self.kept_mib - self.token_mib)
+        return max(tokens * self.token_mib + beyond, self.least_mib - self.fixed_mib)
 
 
 def lora_mib(shapes: Shapes, rank: int, *, gradients: bool = True) -> float:
@@ -126,7 +132,23 @@ def fit(
     ordered = sorted(probes, key=lambda p: p.tokens)
     short, long = ordered[-2:]
     slope = max(0.0, (rest(long) - rest(short)) / (long.tokens - short.tokens))
-    return Activations(rest(long) - slope * long.tokens, slope, rest(ordered[0]))
+    kept = kept_mib(_trained(shapes, blocks), way)
+    fixed = rest(long) - slope * long.tokens
+    return Activations(fixed, slope, rest(ordered[0]), long.tokens, kept)
+
+
+def kept_mib(shapes: Shapes, way: Way) -> float:
+    """Return what a token keeps at least with checkpointing: a block's modules, and every block.
+
+    What goes into and out of the modules of one block, and what goes into each block. Without
+    checkpointing it is nothing: there the probes show it all.
+    """
+    if not way.checkpointing:
+        return 0.0
+    blocks = block_count(shapes)
+    inside = sum(d_out + d_in for d_out, d_in in shapes.values()) / blocks
+    between = blocks * min(d_in for _, d_in in shapes.values())
+    return (inside + between) * FROZEN_BYTES[way.dtype] / MIB
 
 
 def predict_mib(

@@ -110,7 +110,7 @@ def _print(
     console = Console(highlight=False)
     floor_mib = found.calibration.floor_mib
     if chosen is not None:
-        console.print(f"plan: {chosen}, {chosen.threads} threads", soft_wrap=False)
+        console.print(f"plan: {chosen}, {_threads(chosen.threads)}", soft_wrap=False)
         console.print(
             f"{floor_mib + chosen.predicted_mib:.0f} MiB predicted of {found.budget_mib:.0f}, "
             f"{floor_mib:.0f} of them before the model is loaded; "
@@ -154,3 +154,7 @@ def _table(chosen: Plan | None, found: Planning, every: Sequence[Plan]) -> Table
         "missing, with a headroom"
     )
     return table
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"

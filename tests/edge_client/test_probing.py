@@ -108,7 +108,7 @@ def test_a_step_that_grows_in_proportion_is_predicted_from_its_probes(checkpoint
     probes = told[checkpointing]
     for probe in probes:
         assert peak(probe.tokens, PROBE_RANK, PROBE_HELD) == pytest.approx(probe.peak_mib)
-    longer = WEIGHTS + FIXED + 2048 * SLOPE[checkpointing]
+    longer = WEIGHTS + FIXED + 2048 * SLOPE[checkpointing]  # steeper than what modules keep
     assert peak(2048, PROBE_RANK, PROBE_HELD) == pytest.approx(longer)
     assert peak(2048, 64, 64) > longer
 
@@ -144,3 +144,15 @@ def test_a_report_is_read_as_it_was_written() -> None:
     probes = (Probe(64, 8, 16, 3.0, 4.0), Probe(256, 8, 16, 5.0, 6.0))
     report = ProbeReport(1.0, 2.0, {True: probes, False: probes[:1]}, inf, complete=True)
     assert _from_json(json.dumps(_to_json(report))) == report
+
+
+def test_what_checkpointed_tokens_keep_counts_beyond_the_probes() -> (
+    None
+):
+    way = Way("f32", True)
+    flat = [Probe(tokens, 8, 16, WEIGHTS + 50.0, 1.0) for tokens in (64, 256, 512)]
+    found = fit(flat, SHAPES, WEIGHTS, way)
+    grown = found.beside_mib(4608) - found.beside_mib(512)
+    assert grown == pytest.approx(4096 * (128 + 4 * 64) * 4 / (1 << 20))
+    plain = fit(flat, SHAPES, WEIGHTS, Way("f32", False))
+    assert plain.kept_mib == 0
