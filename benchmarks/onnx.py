@@ -16,21 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import base_tiny
+from benchmarks.caps import memory_group
 from benchmarks.claims import Claim, write_claims
+from benchmarks.made_models import make_model
+from benchmarks.memory_cases import write_text
+from benchmarks.onnx_child import LENGTH
+from device_profiles.errors import ReplayError
+from device_profiles.processes import Processes
+from edge_client.ort.export import export_artifact
 
-LENGTH, RANK, SCALE, RATE = 128, 8, 2.0, 1e-3
-ROWS, FIRST_STEPS = 8, 3
 PEAK, START, SPEED = 0.40, 0.35, 0.80
 """Shares of plain PEFT's."""
+BUDGET_MIB = 512
 BACKENDS = ("plain", "torch", "onnx")
 
 
@@ -43,128 +44,17 @@ class Measured:
     tokens_s: float
 
 
-# -- in a process of its own -----------------------------------------------------------------------
-
-
-def child(
-    backend: str, model: Path, vocabulary: int, threads: int, steps: int, start: float
-) -> None:
-    """Train and print what it took as JSON; `start` is when the process was started."""
-    ends: list[float] = []
-
-    def on_step() -> None:
-        ends.append(time.time())
-
-    if backend == "plain":
-        train_plain(model, vocabulary, threads, steps, on_step)
-    else:
-        train_ours(backend, model, vocabulary, threads, steps, on_step)
-    from edge_client.memory import peak_mib
-
-    took = np.diff(ends[FIRST_STEPS - 1 :])
-    found = Measured(peak_mib(), ends[0] - start, LENGTH / statistics.median(took))
-    print(json.dumps(asdict(found)))
-
-
-def train_plain(
-    model: Path, vocabulary: int, threads: int, steps: int, on_step: Callable[[], None]
-) -> None:
-    """Train as anybody would with transformers and PEFT."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.set_num_threads(threads)
-    AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    config = LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules="all-linear")
-    adapted = get_peft_model(base, config)
-    adapted.train()
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=RATE)
-    for ids in islice(cycle(texts(vocabulary)), steps):
-        row = torch.from_numpy(ids[None].astype(np.int64))
-        adapted(input_ids=row, labels=row).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        on_step()
-
-
-def train_ours(
-    backend: Any,
-    model: Path,
-    vocabulary: int,
-    threads: int,
-    steps: int,
-    on_step: Callable[[], None],
-) -> None:
-    """Train as a device's training process does."""
-    from edge_client.data import BatchStream, TokenSequence, pack
-    from edge_client.memory import make_peaks_predictable, restrain_libraries
-    from edge_client.plan import Plan
-    from edge_client.trainer.backend import open_tokenizer, open_trainer
-    from protocol.adapter import initial_adapter
-    from protocol.messages import Training
-
-    restrain_libraries()
-    make_peaks_predictable()
-    tokenizer = open_tokenizer(backend, model)
-    rows = pack(
-        [TokenSequence(t, np.append(t[1:], -100)) for t in texts(vocabulary)], LENGTH, seed=0
-    )
-    trainer = open_trainer(backend, model, dtype="f32", threads=threads)
-    plan = Plan(RANK, RANK, 1, LENGTH, False, "f32", threads, 0.0, 0.0, backend=backend)
-    trainer.load(initial_adapter(trainer.shapes, RANK, SCALE, 0), None, plan)
-    trainer.train(
-        BatchStream(rows, 1, seed=0),
-        settings=Training(steps=steps, tokens_per_step=LENGTH, max_tokens=LENGTH),
-        learning_rate=RATE,
-        pruning=None,
-        on_step=lambda step, loss: on_step(),
-    )
-    del tokenizer  # it has been there all the time, as on a device
-
-
-def texts(vocabulary: int) -> Any:
-    """Return rows (n, 128) of random tokens."""
-    drawn = np.random.default_rng(0).integers(3, vocabulary, (ROWS, LENGTH))
-    return drawn.astype(np.int32)
-
-
-# -- all of them -----------------------------------------------------------------------------------
-
-
 def measure(backend: str, model: Path, vocabulary: int, *, threads: int, steps: int) -> Measured:
     """Train in a fresh process and return what it took."""
     what = [backend, str(model), str(vocabulary), str(threads), str(steps), repr(time.time())]
-    command = [sys.executable, "-m", "benchmarks.onnx", "--child", *what]
+    command = [sys.executable, "-m", "benchmarks.onnx_child", *what]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     return Measured(**json.loads(answer.stdout.strip().splitlines()[-1]))
 
 
-def make_15m(folder: Path) -> Path:
-    """Save a random Llama of the shape of llama2.c's 15 M model, with base-tiny's tokenizer."""
-    import shutil
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base_tiny.PATH / name, folder)
-    return folder
-
-
-def compare(name: str, model: Path, vocabulary: int, artifact: Path, args: Any) -> list[Claim]:
+def compare(name: str, model: Path, artifact: Path, args: Any) -> list[Claim]:
     """Measure the backends in turn, print medians, and return the claims about them."""
-    from edge_client.ort.export import export_artifact
-
-    export_artifact(str(model), artifact)
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     runs: dict[str, list[Measured]] = {backend: [] for backend in BACKENDS}
     for _ in range(args.repeats):
         for backend in BACKENDS:
@@ -192,23 +82,68 @@ def compare(name: str, model: Path, vocabulary: int, artifact: Path, args: Any) 
     ]
 
 
+def capped(model: Path, artifact: Path, backend: str, folder: Path) -> str:
+    """Take part in a job of two rounds in 512 MiB; return the plan and peak, or why there is none.
+
+    The whole client is in a memory cgroup with that limit, where one may be made; elsewhere it is
+    told --memory-cap, which is of its training process alone.
+    """
+    job = {
+        "job": "small",
+        "model": str(model),
+        "rounds": 2,
+        "ladder": [2, 4, 8],
+        "training": {"steps": 2, "tokens_per_step": 2 * LENGTH, "max_tokens": LENGTH},
+        "policy": {"min_devices": 1, "quorum": 1},
+    }
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps(job))
+    text = write_text(folder, 4, LENGTH)
+    run: list[object] = ["run", "--json", "--exit-when-done", "--name", "small", "--data", text]
+    run += ["--model", model, "--threads", 1, "--cache", folder / "cache"]
+    run += ["--state", folder / "small", "--backend", backend, "--onnx", artifact]
+    serve = ["serve", folder / "job.json", "--state", folder / "server", "--json"]
+    plan = ""
+    with memory_group(BUDGET_MIB) as group, Processes(folder / "log", folder) as processes:
+        processes.start("aggregator", "aggregator", serve)
+        for event in processes.events(1800):
+            if event["event"] == "serving":
+                more = [] if group else ["--memory-cap", BUDGET_MIB]
+                processes.start("small", "edge_client", [*run, "--broker", event["broker"], *more])
+                if group is not None:
+                    (group / "cgroup.procs").write_text(str(processes.pid("small")))
+            elif event["event"] == "plan":
+                plan = event["plan"]
+            elif event["event"] == "finished" and "peak_mib" in event:
+                peak_mib = event["floor_mib"] + event["peak_mib"]
+                return f"finished, {peak_mib:.0f} MiB of training: {plan}"
+    raise AssertionError("events end with the job's, or an error")
+
+
 def main() -> None:
     """Measure, print tables, write the claims."""
-    if sys.argv[1:2] == ["--child"]:
-        backend, model, vocabulary, threads, steps, start = sys.argv[2:]
-        child(backend, Path(model), int(vocabulary), int(threads), int(steps), float(start))
-        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="processes of each backend")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        claims = [
-            *compare("base-tiny", base_tiny.PATH, 2048, base / "tiny", args),
-            *compare("15 M", make_15m(base / "model"), 32000, base / "15m", args),
-        ]
+    claims = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for shape in ("base-tiny", "15M"):
+            model, artifact = make_model(shape, folder), folder / f"{shape}-onnx"
+            export_artifact(str(model), artifact)
+            claims += compare(shape, model, artifact, args)
+            for backend in BACKENDS[1:]:
+                try:
+                    outcome = capped(model, artifact, backend, folder / f"{shape}-{backend}")
+                except ReplayError as error:
+                    outcome = str(error)
+                print(f"  {backend} in {BUDGET_MIB} MiB: {outcome}", flush=True)
+                fits = outcome.startswith("finished")
+                wanted = "finished" if backend == "onnx" else "does not fit"
+                met = fits == (backend == "onnx")
+                claims.append(Claim(f"{shape}: {backend} in 512 MiB", outcome, wanted, met))
     write_claims("onnx", claims, **vars(args))
 
 

@@ -146,9 +146,7 @@ def test_a_report_is_read_as_it_was_written() -> None:
     assert _from_json(json.dumps(_to_json(report))) == report
 
 
-def test_what_checkpointed_tokens_keep_counts_beyond_the_probes() -> (
-    None
-):
+def test_what_checkpointed_tokens_keep_counts_beyond_the_probes() -> None:
     way = Way("f32", True)
     flat = [Probe(tokens, 8, 16, WEIGHTS + 50.0, 1.0) for tokens in (64, 256, 512)]
     found = fit(flat, SHAPES, WEIGHTS, way)
