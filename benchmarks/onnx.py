@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for shape in ("base-tiny", "15M"):
-            model, artifact = make_model(shape, folder), folder / f"{shape}-onnx"
+            model, artifact = make_model(shape, folder), folder / f"{shape}-set"
             export_artifact(str(model), artifact)
             claims += compare(shape, model, artifact, args)
             for backend in BACKENDS[1:]:

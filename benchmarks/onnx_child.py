@@ -108,5 +108,5 @@ def texts(vocabulary: int) -> Any:
 
 
 if __name__ == "__main__":
-    kind, folder, *numbers, begun = sys.argv[1:]
-    child(kind, Path(folder), *map(int, numbers), float(begun))
+    kind, where, size, count, number, begun = sys.argv[1:]
+    child(kind, Path(where), int(size), int(count), int(number), float(begun))
