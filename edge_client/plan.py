@@ -273,6 +273,7 @@ def _predicted_mib(
             tokens=tokens,
             accumulates=tokens < wanted.training.tokens_per_step,
             blocks=wanted.blocks,
+            keeps=calibration.backend == "onnx",  # its arena
         )
         for own, whole in trained
     )
