@@ -29,13 +29,13 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from aggregator.edge import ask_edge
 from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
 from aggregator.merge import rules
-from aggregator.mistakes import first_mistake
 from aggregator.personal import STRATEGIES, Strategy, read_trust_settings, strategy_of
 from aggregator.probe_text import with_probe_text
 from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
-from aggregator.settings_file import read_settings
 from protocol.messages import BaseModelInfo, Job, Probe
+from protocol.mistakes import first_mistake
+from protocol.settings_file import read_settings
 
 STAND_IN = {"name": "any", "sha256": "0" * 64, "parameters": 1, "modules": {"any": (1, 1)}}
 """A base in the place of one that is not described yet."""
@@ -83,7 +83,7 @@ def read_job(path: Path) -> tuple[Job, Policy]:
     Raises:
         ConfigError: it is not there, not TOML, or a field is missing, unknown or wrong.
     """
-    fields = with_probe_text(read_settings(path, "job file"), path.parent, str(path))
+    fields = with_probe_text(read_settings(path, "job file", ConfigError), path.parent, str(path))
     return build_job(fields, str(path))
 
 
@@ -204,7 +204,9 @@ def describe(model: str) -> BaseModelInfo:
         raise ConfigError(f"{model!a} is not the name of a model")
     if model.endswith(".json"):
         try:
-            return BaseModelInfo.model_validate(read_settings(Path(model), "model description"))
+            return BaseModelInfo.model_validate(
+                read_settings(Path(model), "model description", ConfigError)
+            )
         except ValidationError as error:
             raise ConfigError(
                 f"can't read the model description {model}: {first_mistake(error)}"

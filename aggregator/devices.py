@@ -5,7 +5,7 @@ from __future__ import annotations
 from protocol.database import Database
 from protocol.messages import Status
 
-NOT_READY = ("planning", "unfit", "stopped")
+NOT_READY = ("planning", "waiting", "unfit", "stopped")
 """States of a device that no round waits for, nor is opened for."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (

@@ -20,7 +20,6 @@ from aggregator.devices import Devices
 from aggregator.errors import StoreError
 from aggregator.issued import SCHEMA as ISSUED_SCHEMA
 from aggregator.issued import Issued
-from aggregator.mistakes import first_difference
 from aggregator.parts import Parts
 from aggregator.places import Place
 from aggregator.rounds import RoundState
@@ -30,6 +29,7 @@ from protocol.database import FULL, Database, DatabaseDamaged
 from protocol.errors import os_words
 from protocol.faults import fault_point
 from protocol.messages import GlobalManifest
+from protocol.mistakes import first_difference
 
 RESERVE_BYTES = 64 << 20
 """Left free of uploads, for versions, the database, and what else is on that disk."""

@@ -24,10 +24,10 @@ from typing import Any
 
 from aggregator.errors import ConfigError
 from aggregator.probe_text import with_probe_text
-from aggregator.settings_file import read_settings
 from device_profiles.demo_text import write_demo_text
 from device_profiles.errors import FleetError
 from device_profiles.schema import DeviceProfile, load_profile
+from protocol.settings_file import read_settings
 from protocol.topics import NAME
 
 DEMO_DEVICES = (
@@ -101,7 +101,9 @@ def read_fleet(path: Path) -> Fleet:
         ProfileError: a device names a profile that is not there.
     """
     try:
-        fields = with_probe_text(read_settings(path, "fleet file"), path.parent, str(path))
+        fields = with_probe_text(
+            read_settings(path, "fleet file", ConfigError), path.parent, str(path)
+        )
     except ConfigError as error:
         raise FleetError(str(error)) from None
     rows = fields.pop("device", [])

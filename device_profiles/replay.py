@@ -261,6 +261,7 @@ def _device_arguments(
     arguments: list[object] = ["run", "--json", "--exit-when-done", "--no-wait"]
     arguments += ["--name", device.name]
     arguments += ["--job", serving["job"]]
+    arguments += ["--policy", os.devnull]  # a replay goes by recorded devices, not by this one
     for path in device.data:
         arguments += ["--data", path]
     arguments += [

@@ -82,10 +82,14 @@ class Power(_Part):
 
 
 class Link(_Part):
-    """Say how fast the device reaches the network, and whether each byte costs money."""
+    """Say how the device reaches the network, how fast, and whether each byte costs money.
 
-    down_mbit: Mbit
-    up_mbit: Mbit
+    A speed that a device measured of itself is its port's, at most that of the line behind it.
+    """
+
+    kind: Literal["ethernet", "wifi", "cellular", "vpn", "unknown"] = "unknown"
+    down_mbit: Mbit | None = None
+    up_mbit: Mbit | None = None
     metered: bool | None = None
 
 
@@ -101,6 +105,7 @@ class DeviceProfile(_Part):
     memory: Memory
     storage_free_mib: Mib | None = None
     accelerators: tuple[Accelerator, ...] = ()
+    execution_providers: tuple[Text, ...] | None = None  # of ONNX Runtime; empty: not installed
     power: Power = Power()
     link: Link | None = None
     temperature_c: Celsius | None = None

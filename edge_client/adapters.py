@@ -67,6 +67,10 @@ class Adapters:
             self._skip(now, str(error))
         self.fetch_next(now)
 
+    def needs(self, now: Round) -> bool:
+        """Say whether anything is being fetched for a round, or is to be."""
+        return self._fetch is not None or self._missing(now) is not None
+
     def fetch_next(self, now: Round) -> bool:
         """Fetch what is missing for a round, and say whether anything is."""
         wanted, fetch = self._missing(now), self._fetch

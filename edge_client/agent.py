@@ -8,26 +8,30 @@ Messages only change what the agent knows (`_take`); what is to be done follows 
 
 from __future__ import annotations
 
-import multiprocessing
 from contextlib import suppress
 
 from edge_client.adapters import Adapters
 from edge_client.config import Settings
 from edge_client.discover import discover_job, enter_job, link_of
+from edge_client.download import Source
 from edge_client.errors import EdgeError
 from edge_client.holding import Holding
 from edge_client.learner import Learning
+from edge_client.notify import alive
 from edge_client.outbox import Outbox
-from edge_client.personal import full_adapter, with_answers
+from edge_client.personal import make_answer
 from edge_client.plan import Plan
+from edge_client.policy.decide import Activity
+from edge_client.policy.memory import ShortMemory
+from edge_client.policy.polite import Polite, noting_pauses, training_mib
 from edge_client.prepare import Equip, Equipment, TrainingEquipment
 from edge_client.private import Private
 from edge_client.result import keep_result, settle, train_alone
 from edge_client.sender import Sender
 from edge_client.standing import Standing
 from edge_client.storage import keeping
+from edge_client.trainer import checkpoint
 from edge_client.trust import open_trusted
-from edge_client.update import make_update
 from protocol import topics
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
@@ -56,9 +60,12 @@ class Agent:
         self._stopping = False
         self._done = False
         self._waiting = Waiting(events)
+        short = ShortMemory(settings.system_root, training_mib)
+        self._polite = Polite(settings, self._outbox, self._is_stopping, also=[short])
         self._link: MqttTransport | None = None
         self._standing: Standing | None = None
         self._job_name = ""
+        self._offered: Job | None = None
         self._job: Job | None = None
         self._round: Round | None = None
         self._equipment: Equipment | None = None
@@ -68,6 +75,7 @@ class Agent:
         self._private: Private | None = None
         self._adapters: Adapters | None = None
         self._base_loss = float("nan")
+        self._evaluated: tuple[Source | None, float] = None, self._base_loss
         self._tokens = 0
 
     def run(self) -> bool:
@@ -81,6 +89,7 @@ class Agent:
             try:
                 self._find_job()
                 while not (self._stopping or self._done):
+                    alive()
                     incoming = self._connection.receive(TICK_S)
                     if incoming is not None:
                         # Whatever a device is told it can ask for again: no need to hold the
@@ -88,7 +97,8 @@ class Agent:
                         self._connection.ack(incoming)
                         self._take(incoming)
                     elif self._connection.connected:
-                        self._advance()
+                        with noting_pauses(self._events):
+                            self._advance()
             except (EdgeError, TransportError) as error:
                 # Asked to stop, the agent ends what it waits for: that is no failure.
                 if not self._stopping:
@@ -128,7 +138,7 @@ class Agent:
         self._events.emit("state", state="planning")
         self._equipment = self._equip(self._settings, job)
         self._plan = plan = self._make_plan(job.job)
-        self._learner = learner = self._equipment.learner(plan, self._step_down)
+        self._learner = learner = self._equipment.learner(plan, self._step_down, self._polite)
         self._rank_start = plan.rank
         if rank := self._settings.private_rank:
             self._private = Private(
@@ -203,19 +213,23 @@ class Agent:
 
     def _on_job(self, job: Job) -> None:
         self._outbox.check_job(job)
-        if self._job is None:
+        self._offered = job
+        if self._job is None and self._may("train"):
             self._begin(job)
 
     def _on_round(self, now: Round) -> None:
         self._outbox.check_round(now)
         before, self._round = self._round, now
         if before is None or (now.number, now.attempt) != (before.number, before.attempt):
-            rounds = self._job.rounds if self._job else 0
+            rounds = self._offered.rounds if self._offered else 0
             self._events.emit("round", round=now.number, attempt=now.attempt, rounds=rounds)
         # It may be said again by an aggregator that has missed what was offered to it.
         self._sender.offer_again()
 
     def _on_control(self, message: Control) -> None:
+        if message.kind == "need" and not self._may("transfer"):
+            self._sender.offer_again()  # when it may: then it is asked for once more
+            return
         if not self._sender.take(message):
             return
         self._bytes()
@@ -225,33 +239,55 @@ class Agent:
     # -- what is to be done ----------------------------------------------------------------------
 
     def _advance(self) -> None:
+        self._polite.usage.note_bytes(self._connection.bytes_sent + self._connection.bytes_received)
+        if self._job is None and self._offered is not None and self._may("train"):
+            self._begin(self._offered)
         adapters, now = self._adapters, self._round
         if adapters is None or now is None or self._learner is None:
             return
-        if adapters.fetch_next(now):
-            adapters.wait(now)
-        elif self._outbox.pending():
-            self._sender.offer(self._outbox.pending()[0])
+        pending = self._outbox.pending()
+        if adapters.needs(now) or pending:
+            if not self._may("transfer"):
+                return
+            if adapters.fetch_next(now):
+                adapters.wait(now)
+            elif pending:
+                self._sender.offer(pending[0])
         elif (
             now.state == "open"
             and self._outbox.is_due(now)
             and in_cohort(self._settings.name, now.job, now.number, now.fraction)
         ):
-            if adapters.begin_trying(now):
-                adapters.fetch_next(now)
-            else:
+            if self._may("train"):
                 self._train(now, self._learner, adapters)
-        elif self._private is not None and self._private.is_due(now):
-            assert adapters.held.adapter is not None, "its version is there"
-            self._private.train(self._learner, adapters.held.adapter)
-        elif now.state == "finished":
-            self._finish(self._learner, adapters.held)
+        elif now.state == "finished" and self._may("train"):
+            if self._private is not None and self._private.is_due(now):
+                assert adapters.held.adapter is not None, "its version is there"
+                self._private.train(self._learner, adapters.held.adapter)
+            else:
+                self._finish(self._learner, adapters.held)
+
+    def _may(self, activity: Activity) -> bool:
+        """Ask whether the owner allows something now; a device that waits says for what."""
+        reasons = self._polite.against(activity)
+        if self._polite.is_news(reasons):
+            state = "waiting" if reasons else "idle" if self._plan else "planning"
+            self._say(state, detail="; ".join(reason.detail for reason in reasons))
+        if reasons and self._learner is not None and self._polite.wants_memory(reasons):
+            self._learner.stop()
+        return not reasons
 
     def _train(self, now: Round, learner: Learning, adapters: Adapters) -> None:
-        held, trying = adapters.held, adapters.trying
-        job, adapter = held.job, held.adapter
+        """Train for a round, once everything that it offers has been tried."""
+        if adapters.begin_trying(now):
+            adapters.fetch_next(now)
+            return
+        held, job, adapter = adapters.held, adapters.held.job, adapters.held.adapter
         assert adapter is not None, "its version is there"
-        loss = self._base_loss if adapter.is_zero else learner.evaluate(adapter)
+        if self._evaluated[0] != held.source:  # training that goes on after a pause has been here
+            loss = self._base_loss if adapter.is_zero else learner.evaluate(adapter)
+            self._evaluated = held.source, loss
+        loss = self._evaluated[1]
         self._events.emit("evaluated", round=now.number, loss=loss, adapter=str(held.source))
         self._say("training", detail=f"with {held.source}")
 
@@ -260,34 +296,20 @@ class Agent:
                 "step", round=now.number, step=step, steps=job.training.steps, loss=round(loss, 4)
             )
 
-        learned = learner.train(adapter, rank=self._rank, round_number=now.number, on_step=on_step)
+        place = {"round_number": now.number, "attempt": now.attempt}
+        learned = learner.train(adapter, rank=self._rank, **place, on_step=on_step)
         self._tokens += learned.report.tokens
-        if learned.rank < learned.rank_trained:
-            self._events.emit(
-                "pruned",
-                round=now.number,
-                rank_before=learned.rank_trained,
-                rank_after=learned.rank,
-                tail_before=learned.tail_before,
-                tail_after=learned.tail_after,
-            )
-        manifest, data = make_update(
-            job, now, held.device, learned, learner.text, held_out_loss=loss
+        if cut := learned.pruned():
+            self._events.emit("pruned", round=now.number, **cut)
+        trust = adapters.trying.answer() if adapters.trying is not None else None
+        manifest, data, own_loss = make_answer(
+            now, held, learned, learner, held_out_loss=loss, trust=trust
         )
-        own_loss = None
-        if job.is_personal or job.probe is not None:
-            full = full_adapter(adapter, learned)
-            manifest, data, own_loss = with_answers(
-                (manifest, data),
-                learner,
-                job,
-                full,
-                personal=held.personal,
-                trust=trying.answer() if trying is not None else None,
-            )
         self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss)
+        checkpoint.forget(self._settings.state)
         self._say("uploading")
-        self._sender.offer(manifest.upload)
+        if self._may("transfer"):
+            self._sender.offer(manifest.upload)
 
     def _finish(self, learner: Learning, held: Holding) -> None:
         """Keep the result, report, compare if asked, and end or wait for another job."""
@@ -296,9 +318,8 @@ class Agent:
         settle(learner, held)
         loss = {"base": self._base_loss}
         loss |= keep_result(state, held.job, learner, held.adapter, held.common)
-        rank_end = self._rank
         if self._settings.compare_alone:
-            loss["local"] = self._alone(learner, held.job)
+            loss["local"] = train_alone(state, held.job, learner, self._rank_start, self._events)
         mixed = self._private.mix(learner, held.adapter) if self._private else None
         floor_mib, peak_mib = learner.memory()
         self._bytes()
@@ -311,7 +332,7 @@ class Agent:
             loss=loss,
             **({"private": mixed.as_dict()} if mixed else {}),
             rank_start=self._rank_start,
-            rank_end=rank_end,
+            rank_end=self._rank,
             held_rank=held.adapter.rank,
             floor_mib=floor_mib,
             predicted_mib=self._plan.predicted_mib,
@@ -324,15 +345,6 @@ class Agent:
         self._done = not self._settings.job  # told which job, it stays with that one
         learner.stop()
         self._learner = None
-
-    def _alone(self, learner: Learning, job: Job) -> float:
-        steps = job.training.steps * job.rounds
-        self._events.emit("state", state="training alone, to compare")
-
-        def on_step(step: int, loss: float) -> None:
-            self._events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
-
-        return train_alone(self._settings.state, job, learner, self._rank_start, on_step)
 
     # -- small things ----------------------------------------------------------------------------
 
@@ -353,7 +365,7 @@ class Agent:
         rank = self._rank if self._plan else 0
         version = self._adapters.held.version if self._adapters else None
         self._standing.announce(self._connection, state, rank=rank, version=version, detail=detail)
-        self._events.emit("state", state=state)
+        self._events.emit("state", state=state, **({"detail": detail} if detail else {}))
 
     def _bytes(self) -> None:
         self._events.emit(
@@ -364,12 +376,11 @@ class Agent:
         return self._stopping
 
     def _stop(self) -> None:
-        """Stop now: a round's training, of hours perhaps, is given up and begun anew later."""
+        """Stop now; what is trained goes on from there at the next start."""
         self._stopping = True
         if self._link is not None:
             self._link.abandon()
-        for process in multiprocessing.active_children():
-            process.kill()
+        self._polite.stop_training()
 
     def _close(self) -> None:
         if self._learner is not None:
@@ -379,4 +390,5 @@ class Agent:
                 with suppress(TransportError):  # the will says it then
                     self._say("stopped")
             self._link.close()
+        self._polite.usage.keep()
         self._outbox.close()

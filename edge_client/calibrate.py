@@ -28,7 +28,7 @@ from edge_client.trainer.process import TrainingProcess
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
-FORMAT = 12
+FORMAT = 13
 ROOM_GAINED = 1.05
 """By how much the limit must have grown for what was left out to be tried again."""
 

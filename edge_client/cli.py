@@ -36,12 +36,20 @@ def profile(
         str, typer.Argument(help="A recorded profile to show instead (name or .toml).")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    root: Annotated[
+        Path | None, typer.Option(help="Read /proc, /sys and /dev as recorded under this folder.")
+    ] = None,
 ) -> None:
-    """Show what this device has: CPU, memory, accelerators."""
+    """Show what this device has: CPU, memory, heat, power, network, accelerators."""
     from device_profiles.schema import load_profile
+    from edge_client.errors import ConfigError
     from edge_client.profile import measure_profile
 
-    found = load_profile(profile_name) if profile_name else measure_profile()
+    if root and (profile_name or not root.is_dir()):
+        raise ConfigError(
+            f"--root {root} is not a folder" if not profile_name else "name a profile or --root"
+        )
+    found = load_profile(profile_name) if profile_name else measure_profile(root or Path("/"))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
@@ -197,6 +205,16 @@ def run(
     onnx: Annotated[
         Path | None, typer.Option(help="Folder that `edge-client export-onnx` made.")
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="When and how much to train (default: policy.toml in the state folder)."),
+    ] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(help="Seconds between checkpoints of a training under way.")
+    ] = 300.0,
+    system_root: Annotated[
+        Path, typer.Option(help="Read power, heat and load below this folder.", hidden=True)
+    ] = Path("/"),
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Take part in a job: train on own text, publish deltas, receive what the fleet learned."""
@@ -207,7 +225,10 @@ def run(
     from edge_client.config import Settings, check_cache, check_name
     from edge_client.data.read import check_paths
     from edge_client.membership import identity, state_folder
+    from edge_client.notify import notify
+    from edge_client.policy.owner import find_policy
     from edge_client.profile import measure_profile
+    from edge_client.report import Report
     from protocol.events import EventLog
     from protocol.files import lock_folder
 
@@ -238,11 +259,122 @@ def run(
         backend=backend.value,
         onnx=onnx,
         wait_for_broker=not no_wait,
+        policy=find_policy(folder, policy),
+        system_root=system_root,
+        checkpoint_s=checkpoint_every,
     )
     with lock_folder(settings.state, "edge-client"):
-        events = EventLog(as_json=as_json, device=device)
+        report = Report(settings.state, device)
+        events = EventLog(as_json=as_json, also=report.take, device=device)
+        notify(READY="1")
         while Agent(settings, events).run():
             pass  # that job is finished: wait for another
+        notify(STOPPING="1")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="All other options are those of `edge-client run`.",
+)
+def install_service(
+    context: typer.Context,
+    system: Annotated[
+        bool, typer.Option("--system/--user", help="A service of the system, or of this user.")
+    ] = False,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the unit alone.")] = False,
+) -> None:
+    """Write a systemd unit that runs this device, and say how to start it."""
+    from click import Context
+    from typer.main import get_command
+
+    from edge_client.install import install, make_service
+    from edge_client.unit import device_unit
+
+    command = get_command(app).commands["run"]  # type: ignore[attr-defined]
+    with command.make_context("edge-client run", context.args, parent=Context(command)) as parsed:
+        given = {
+            name: value
+            for name, value in parsed.params.items()
+            if parsed.get_parameter_source(name).name == "COMMANDLINE"
+        }
+    options = {parameter.name: parameter.opts[0] for parameter in command.params}
+    service, folder = make_service(given, options, _host_name(), system=system)
+    if print_only:
+        typer.echo(device_unit(service), nl=False)
+        return
+    typer.echo("the unit is written; now:")
+    for line in install(service, folder):
+        typer.echo(f"  {line}")
+
+
+@app.command()
+def doctor(
+    data: Annotated[
+        list[Path] | None, typer.Option(help="File or folder of text, as for run.")
+    ] = None,
+    broker: Annotated[str, typer.Option(help="As for run.")] = "",
+    name: Annotated[str, typer.Option(help="As for run.")] = "",
+    model: Annotated[str, typer.Option(help="Count tokens as this model does.")] = "",
+    state: Annotated[Path | None, typer.Option(help="Folder of this device's state.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of measured constants.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="As for run.")] = None,
+    memory_cap_mib: Annotated[
+        float | None, typer.Option("--memory-cap", help="As for run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check all that this device needs, and say what to do; exit status 1 if something fails."""
+    from dataclasses import asdict
+
+    from edge_client.calibrate import cache_folder
+    from edge_client.config import check_name
+    from edge_client.doctor import Patient
+    from edge_client.doctor.broker import checks_at_broker
+    from edge_client.doctor.here import checks_here
+    from edge_client.membership import identity, state_folder
+    from edge_client.policy.owner import find_policy
+
+    check_name(name or _host_name())
+    folder = state or state_folder(name, _host_name())
+    device, address, tls = identity(folder, name=name, broker=broker, default_name=_host_name())
+    patient = Patient(
+        name=device,
+        state=folder,
+        cache=cache or cache_folder(),
+        broker=address,
+        tls=tls,
+        data=tuple(data or ()),
+        model=model,
+        memory_cap_mib=memory_cap_mib,
+        policy=find_policy(folder, policy),
+    )
+    checks = [*checks_here(patient), *checks_at_broker(patient)]
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        for check in checks:
+            typer.echo(str(check))
+    raise typer.Exit(any(check.level == "fail" for check in checks))
+
+
+@app.command()
+def status(
+    name: Annotated[str, typer.Option(help="This device's name, as for run.")] = "",
+    state: Annotated[Path | None, typer.Option(help="Folder of this device's state.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this device is at: job, round, plan, what it waits for, what today has cost."""
+    from datetime import datetime
+
+    from edge_client.membership import state_folder
+    from edge_client.report import in_words, read_condition
+
+    folder = state or state_folder(name, _host_name())
+    condition = read_condition(folder, datetime.now())
+    if as_json:
+        typer.echo(json.dumps(condition.as_dict(), indent=1))
+    else:
+        typer.echo("\n".join(in_words(condition)))
 
 
 @app.command()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from device_profiles.schema import DeviceProfile
 from edge_client.errors import ConfigError
+from edge_client.policy.owner import Policy
 from protocol.files import user_folder
 from protocol.tls import TlsFiles
 from protocol.topics import NAME
@@ -48,6 +49,12 @@ class Settings:
     """Rank of an adapter of the device's own beside the shared one; 0: none."""
     wait_for_broker: bool = True
 
+    policy: Policy = field(default_factory=Policy)
+    """When and how much the owner lets it train and transfer."""
+    system_root: Path = Path("/")
+    """Below it /proc and /sys are read for the policy."""
+    checkpoint_s: float = 300.0
+    """A training under way is kept on disk as often."""
     train_blocks: int = 0
     """Train the last so many blocks alone, where the job lets a device; 0: as many as fit."""
     backend: Literal["auto", "torch", "onnx"] = "auto"
@@ -68,6 +75,7 @@ class Settings:
             ("--seed", 0 <= self.seed < 1 << 48, "from 0 to below 2^48"),
             ("--private-rank", 0 <= self.private_rank <= 4096, "from 1 to 4096, or 0: none"),
             ("--train-blocks", 0 <= self.train_blocks <= 4096, "from 1, or 0: as many as fit"),
+            ("--checkpoint-every", 0 <= self.checkpoint_s <= 1e9, "from 0 to 1e9 seconds"),
             ("--job", not self.job or bool(re.fullmatch(NAME, self.job)), f"a name: {NAMES}"),
         ]
         for option, fine, what in bounds:
@@ -78,7 +86,9 @@ class Settings:
     def download_bytes(self) -> float:
         """Return the bytes that one version may take on this device's link."""
         link = self.profile.link
-        return link.down_mbit * 1e6 / 8 * self.download_s if link else float("inf")
+        if link is None or link.down_mbit is None:
+            return float("inf")
+        return link.down_mbit * 1e6 / 8 * self.download_s
 
 
 def check_name(name: str) -> str:

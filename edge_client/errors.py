@@ -10,6 +10,7 @@ TunefleetError
     ├── OtherAggregator        the job's aggregator is not the one that this device trusts
     ├── StorageError           what must be kept can't be: the disk is full, or a file is damaged
     ├── JoinRefused            a fleet does not let this device in, or is not the token's
+    ├── TrainingPaused         training has stopped between two steps; asked again it goes on
     └── WorkerError            the training process died or broke its protocol
         └── WorkerKilled       it was killed, as the kernel does when memory runs out
 """
@@ -75,6 +76,21 @@ class JoinRefused(EdgeError):
 
 class TrainingDiverged(EdgeError):
     """Training came to numbers that are not finite."""
+
+
+class TrainingPaused(EdgeError):
+    """Training has stopped between two steps; asked for again it goes on from there."""
+
+    def __init__(self, steps: int, unkept: str = "") -> None:
+        super().__init__(steps, unkept)
+        self.steps = steps
+        """Steps that are done."""
+        self.unkept = unkept
+        """Why they could not be kept, so that training begins anew; empty: they are."""
+
+    def __str__(self) -> str:
+        lost = f", and is lost ({self.unkept})" if self.unkept else ""
+        return f"training is paused after {self.steps} steps{lost}"
 
 
 class WorkerError(EdgeError):

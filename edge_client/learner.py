@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +21,7 @@ from edge_client.mixing import stacked
 from edge_client.plan import Backend, Plan
 from edge_client.prune import head_rank, rank_after, tail_product
 from edge_client.trainer.base import TrainReport
+from edge_client.trainer.checkpoint import Keeping, identity_of
 from edge_client.trainer.process import TrainingProcess
 from edge_client.trainer.worker import Text, TextReport
 from protocol.adapter import (
@@ -65,9 +67,27 @@ class Learned:
     modules: str | None = None
     """The modules that were trained, as they travel; None: all."""
 
+    def pruned(self) -> dict[str, float]:
+        """Return what was cut of the rank, and the tails it was decided by; empty: nothing was."""
+        if self.rank == self.rank_trained:
+            return {}
+        return {
+            "rank_before": self.rank_trained,
+            "rank_after": self.rank,
+            "tail_before": self.tail_before,
+            "tail_after": self.tail_after,
+        }
+
 
 StepDown = Callable[[Plan], Plan]
 """Given the plan under which training was killed: return a smaller one, or raise."""
+
+
+class Pauses(Protocol):
+    """Whom a training asks between its steps."""
+
+    def steps(self) -> AbstractContextManager[None]: ...
+    def pause_after_step(self) -> bool: ...
 
 
 class Learning(Protocol):
@@ -75,7 +95,9 @@ class Learning(Protocol):
 
     text: TextReport
 
-    def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned: ...
+    def train(
+        self, held: Adapter, *, rank: int, round_number: int, attempt: int, on_step: OnStep
+    ) -> Learned: ...
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]: ...
     def train_private(
         self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
@@ -100,9 +122,13 @@ class Learner:
     what the first was at: nothing is tried twice at one size. It is ended at `limit_mib` of
     resident memory, as if the kernel had.
 
+    Each training is kept in the file `kept` every so many seconds (`kept_s`), and when it pauses:
+    asked for again, by this process or the next, it goes on from there.
+
     Raises:
         WorkerError: the training process failed, other than by being killed.
         NoPlanFits: it was killed, and there is no smaller plan.
+        TrainingPaused: `pauses` has said so.
     """
 
     def __init__(
@@ -113,29 +139,45 @@ class Learner:
         text: Text,
         plan: Plan,
         step_down: StepDown,
+        pauses: Pauses,
         *,
+        kept: Path,
+        kept_s: float,
         limit_mib: float = math.inf,
     ) -> None:
         self._job = job
         self._device = device
         self._folders, self._where = folders, text
-        self._step_down, self._limit_mib = step_down, limit_mib
+        self._step_down, self._pauses = step_down, pauses
+        self._kept, self._kept_s = kept, kept_s
+        self._limit_mib = limit_mib
         self.plan = plan
         self._process: TrainingProcess | None = None
         self.text: TextReport = self._persist(lambda: self._report)
 
-    def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned:
+    def train(
+        self, held: Adapter, *, rank: int, round_number: int, attempt: int, on_step: OnStep
+    ) -> Learned:
         """Train `rank` of the held directions for one round, or what of them the plan allows."""
-        return self._persist(lambda: self._round(held, rank, round_number, on_step))
+        return self._persist(lambda: self._round(held, rank, round_number, attempt, on_step))
 
-    def _round(self, held: Adapter, rank: int, round_number: int, on_step: OnStep) -> Learned:
+    def _round(
+        self, held: Adapter, rank: int, round_number: int, attempt: int, on_step: OnStep
+    ) -> Learned:
         held, rank = held.truncated(self.plan.held), min(rank, self.plan.rank)
         factors = trained_factors(self._job.training.factors, round_number)
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             steps = self._job.training.steps
             return self._train(
-                "fleet", received, frozen, received.rank, steps, on_step, factors=factors
+                "fleet",
+                received,
+                frozen,
+                received.rank,
+                steps,
+                on_step,
+                factors=factors,
+                place=(round_number, attempt),
             )
 
         return learn(
@@ -256,23 +298,30 @@ class Learner:
         *,
         prune: bool = True,
         factors: Trained = "both",
+        place: tuple[int, int] = (0, 0),
     ) -> tuple[Adapter, TrainReport]:
+        """Train for so many steps; `place` is the round and its attempt, where it is of one."""
         settings, rate = self._job.training, learning_rate(self._job, rank)
 
-        def progress(value: Any) -> None:
+        def progress(value: Any) -> bool:
             on_step(*value)
+            return self._pauses.pause_after_step()
 
+        what = {"job": self._job.model_dump(mode="json"), "stream": stream, "place": place}
+        identity = identity_of(self.plan, trained, frozen, what | {"steps": steps})
         self._ask("load", trained=trained, frozen=frozen)
-        answer: tuple[Adapter, TrainReport] = self._ask(
-            "train",
-            stream=stream,
-            settings=settings.model_copy(update={"steps": steps}),
-            learning_rate=rate if stream == "fleet" else rate * ALONE,
-            pruning=self._job.pruning if prune else None,
-            sampling=stream == "fleet" and LOSS_BEFORE in asked_for(self._job.rule_settings),
-            factors=factors,
-            on_progress=progress,
-        )
+        with self._pauses.steps():
+            answer: tuple[Adapter, TrainReport] = self._ask(
+                "train",
+                stream=stream,
+                settings=settings.model_copy(update={"steps": steps}),
+                learning_rate=rate if stream == "fleet" else rate * ALONE,
+                pruning=self._job.pruning if prune else None,
+                sampling=stream == "fleet" and LOSS_BEFORE in asked_for(self._job.rule_settings),
+                factors=factors,
+                keeping=Keeping(self._kept, identity, self._kept_s),
+                on_progress=progress,
+            )
         return answer
 
 

@@ -133,11 +133,25 @@ def model_hash(folder: Path) -> str:
 _HAS_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
 
 
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the model's repeated blocks, its longest ModuleList, and what it is called.
+
+    Raises:
+        ModelError: there are none.
+    """
+    from torch import nn
+
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ModelError("the model has no repeated blocks to adapt")
+    return max(lists, key=lambda pair: len(pair[1]))
+
+
 def find_targets(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the modules that carry an adapter, with the (d_out, d_in) of their weight.
 
-    They are the linear modules inside the model's repeated blocks: its longest ModuleList. That
-    leaves out embeddings and the output head. GPT-2's Conv1D stores its weight as (d_in, d_out).
+    They are the linear modules inside the model's repeated blocks. That leaves out embeddings and
+    the output head. GPT-2's Conv1D stores its weight as (d_in, d_out).
 
     Raises:
         ModelError: there are none.
@@ -145,10 +159,7 @@ def find_targets(model: nn.Module) -> dict[str, tuple[int, int]]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise ModelError("the model has no repeated blocks to adapt")
-    prefix = max(lists, key=lambda pair: len(pair[1]))[0]
+    prefix = find_blocks(model)[0]
     targets: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if name.startswith(f"{prefix}."):

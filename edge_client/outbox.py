@@ -1,17 +1,22 @@
 """What a device must not forget: finished updates until they are counted, its rank, its boots.
 
+Also what each day has cost, for the owner's policy limits that.
+
 SQLite in WAL mode with synchronous FULL: an update is here before it is published, and leaves
 only when the aggregator has said `done` or `reject`.
 """
 
 from __future__ import annotations
 
+import sqlite3
 import time
+from contextlib import closing
 from functools import partial
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
+from edge_client.errors import StorageError
 from edge_client.storage import keeping
 from protocol.database import Database
 from protocol.errors import Replayed
@@ -28,6 +33,9 @@ CREATE TABLE IF NOT EXISTS numbers (key TEXT PRIMARY KEY, value INTEGER NOT NULL
 CREATE TABLE IF NOT EXISTS own_losses (
   job TEXT PRIMARY KEY, version INTEGER NOT NULL, loss REAL NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS days (
+  day TEXT PRIMARY KEY, bytes INTEGER NOT NULL, training_s REAL NOT NULL
+) STRICT;
 """
 
 
@@ -36,6 +44,38 @@ class Pending(NamedTuple):
 
     manifest: UploadManifest
     data: bytes
+
+
+class Totals(NamedTuple):
+    """Hold what there is to say of an outbox: updates of all jobs, and what a day has cost."""
+
+    pending: int = 0
+    counted: int = 0
+    bytes: int = 0
+    training_s: float = 0.0
+
+
+def look(folder: Path, day: str) -> Totals:
+    """Read a device's outbox without touching it, also while an agent has it; or nothing.
+
+    Raises:
+        StorageError: it can't be read, or is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Totals()
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            (pending,) = db.execute("SELECT count(*) FROM updates").fetchone()
+            (counted,) = db.execute(
+                "SELECT coalesce(sum(value), 0) FROM numbers WHERE key LIKE 'counted in %'"
+            ).fetchone()
+            there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'days'").fetchone()
+            query = "SELECT bytes, training_s FROM days WHERE day = ?"
+            used = db.execute(query, (day,)).fetchone() if there else None
+    except sqlite3.Error as error:
+        raise StorageError(f"can't read {path}: {error}") from None
+    return Totals(pending, counted, *(used or (0, 0.0)))
 
 
 class Outbox:
@@ -87,10 +127,14 @@ class Outbox:
         """Return the ids of the updates that wait, oldest round first."""
         return [row[0] for row in self._db.rows("SELECT upload FROM updates ORDER BY round")]
 
-    def drop(self, upload: str) -> None:
-        """Forget an update: it has been counted, or refused for good."""
+    def drop(self, upload: str, *, counted_in: str = "") -> None:
+        """Forget an update: it has been counted in a job, or refused for good."""
         fault_point("device.outbox.dropping")
-        self._db.run("DELETE FROM updates WHERE upload = ?", upload)
+        with self._db.transaction():
+            self._db.run("DELETE FROM updates WHERE upload = ?", upload)
+            if counted_in:
+                key = f"counted in {counted_in}"
+                self._set(key, self._number(key, 0) + 1)
         fault_point("device.outbox.dropped")
 
     def refuse(self, manifest: UploadManifest) -> None:
@@ -132,6 +176,23 @@ class Outbox:
             trained = self.trained_round(now.job), self._number(f"attempt of {now.job}", 0)
             return trained < (now.number, now.attempt)
         return self.trained_round(now.job) < now.number
+
+    # -- what a day has cost -----------------------------------------------------------------------
+
+    def used(self, day: str) -> tuple[int, float]:
+        """Return the bytes that went through the network on a day, and the seconds of training."""
+        row = self._db.one("SELECT bytes, training_s FROM days WHERE day = ?", day)
+        return (row[0], row[1]) if row else (0, 0.0)
+
+    def use(self, day: str, *, bytes_more: int, training_more_s: float) -> None:
+        """Add to what a day has cost."""
+        self._db.run(
+            "INSERT INTO days VALUES (?, ?, ?) ON CONFLICT (day) DO UPDATE SET "
+            "bytes = bytes + excluded.bytes, training_s = training_s + excluded.training_s",
+            day,
+            bytes_more,
+            training_more_s,
+        )
 
     # -- what the aggregator has said, so that it can't be said again when it is old ---------------
 

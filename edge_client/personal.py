@@ -1,12 +1,37 @@
-"""What an update of a job with personal adapters brings besides its change."""
+"""A device's update, and what that of a job with personal adapters brings besides its change."""
 
 from __future__ import annotations
 
+from edge_client.holding import Holding
 from edge_client.learner import Learned, Learning
 from edge_client.trying import SPLIT, can_be_told
+from edge_client.update import make_update
 from protocol.adapter import Adapter, Factors
-from protocol.messages import Job, TrustLosses, UploadManifest, describe_file
+from protocol.messages import Job, Round, TrustLosses, UploadManifest, describe_file
 from protocol.probe import encode_probe
+
+
+def make_answer(
+    now: Round,
+    held: Holding,
+    learned: Learned,
+    learner: Learning,
+    *,
+    held_out_loss: float,
+    trust: TrustLosses | None,
+) -> tuple[UploadManifest, bytes, float | None]:
+    """Return a device's whole update for a round, and its own loss as `with_answers` does.
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+    """
+    assert held.adapter is not None, "which was trained"
+    job = held.job
+    update = make_update(job, now, held.device, learned, learner.text, held_out_loss=held_out_loss)
+    if not job.is_personal and job.probe is None:
+        return *update, None
+    full = full_adapter(held.adapter, learned)
+    return with_answers(update, learner, job, full, personal=held.personal, trust=trust)
 
 
 def full_adapter(held: Adapter, learned: Learned) -> Adapter:

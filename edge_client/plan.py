@@ -6,13 +6,14 @@ Pure: the budget and the measured constants come in, every plan there is and the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Literal
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
 from protocol.adapter import Shapes
+from protocol.layers import block_count
 from protocol.messages import Training
 
 Backend = Literal["torch", "onnx"]
@@ -31,6 +32,11 @@ HEADROOM_SHARE = 0.1
 
 Larger micro-batches than the probed ones are extrapolated; `benchmarks/memory_plan.py` measures
 how far peaks lie from predictions."""
+
+CHECKPOINTED = (0.25, 0.5, 0.75)
+"""Shares of the blocks that may be made again, beside none and all."""
+ROOM_SHARE, ROOM_MIB = 0.25, 16.0
+"""By how much of its prediction, and by how much more, a budget is above a plan with room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ class Plan:
     """Positions trained in a second, by the probes' speed."""
     needs_mib: float = 0.0
     """Predicted peak above the floor with the headroom that is kept free."""
+    checkpoint_blocks: int = 0
+    """With checkpointing, the first so many blocks are made again; 0: all."""
     backend: Backend = "torch"
     """What trains: edge_client.trainer.backend."""
     why_backend: str = field(default="", compare=False)
@@ -77,8 +85,15 @@ class Plan:
     def way(self) -> Way:
         return Way(self.dtype, self.checkpointing)
 
+    @property
+    def has_room(self) -> bool:
+        """Say whether memory that is freed may be kept for speed, which no probe has measured."""
+        return self.budget_mib >= (1 + ROOM_SHARE) * self.predicted_mib + ROOM_MIB
+
     def __str__(self) -> str:
         way = f"{self.dtype}, checkpointing" if self.checkpointing else self.dtype
+        if self.checkpointing and self.checkpoint_blocks:
+            way += f" {self.checkpoint_blocks} blocks"
         rank = f"rank {self.rank} of {self.held} held"
         if self.blocks:
             rank += f" in the last {self.blocks} block{'s' if self.blocks > 1 else ''}"
@@ -220,7 +235,7 @@ def all_plans(
     memory_scale: float = 1.0,
 ) -> list[Plan]:
     """Return every plan of one sequence length, with its predictions, whether it fits or not."""
-    found = []
+    found: list[Plan] = []
     for way, measured in calibration.activations.items():
         fixed_mib = max(0.0, measured.fixed_mib)
         above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
@@ -245,7 +260,44 @@ def all_plans(
                         backend=calibration.backend,
                     )
                 )
-    return found
+    return found + list(_partly_checkpointed(wanted, found))
+
+
+def _partly_checkpointed(wanted: Wanted, found: Sequence[Plan]) -> Iterator[Plan]:
+    """Yield what lies between plans with and without checkpointing: some blocks are made again.
+
+    A step's largest moments are lines in the number of those blocks, so their maximum is convex,
+    and the line between none and all of them is at least as much. So is the time of a token.
+    """
+    count = block_count(wanted.shapes)
+    without = {_sizes(plan): plan for plan in found if not plan.checkpointing}
+    for every in (plan for plan in found if plan.checkpointing and not plan.blocks):
+        none = without.get(_sizes(every))
+        if none is None:
+            continue
+        for blocks in sorted({round(count * part) for part in CHECKPOINTED} - {0, count}):
+            yield _between(none, every, blocks, blocks / count)
+
+
+def _between(none: Plan, every: Plan, blocks: int, share: float) -> Plan:
+    """Return the plan that makes a share of the blocks again, by those of none and of all."""
+
+    def mix(at_none: float, at_all: float) -> float:
+        return (1 - share) * at_none + share * at_all
+
+    speeds = none.predicted_tokens_s, every.predicted_tokens_s
+    return replace(
+        every,
+        checkpoint_blocks=blocks,
+        predicted_mib=mix(none.predicted_mib, every.predicted_mib),
+        budget_mib=mix(none.budget_mib, every.budget_mib),
+        needs_mib=mix(none.needs_mib, every.needs_mib),
+        predicted_tokens_s=1 / mix(*(1 / s for s in speeds)) if all(speeds) else 0.0,
+    )
+
+
+def _sizes(plan: Plan) -> tuple[object, ...]:
+    return plan.dtype, plan.rank, plan.held, plan.micro_batch
 
 
 def _adapters(wanted: Wanted) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from edge_client.backends import better, find_backends
 from edge_client.calibrate import calibrate, choose_threads
 from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, NoPlanFits
-from edge_client.learner import Learner, Learning, StepDown
+from edge_client.learner import Learner, Learning, Pauses, StepDown
 from edge_client.memory import resident_mib
 from edge_client.plan import (
     Backend,
@@ -25,6 +25,7 @@ from edge_client.plan import (
     memory_budget,
 )
 from edge_client.profile import native_bf16
+from edge_client.trainer import checkpoint
 from edge_client.trainer.worker import Text
 from protocol.layers import block_count
 from protocol.messages import Job
@@ -37,7 +38,7 @@ class Equipment(Protocol):
         """Choose how to train; `below_mib` is a predicted peak that was too much."""
         ...
 
-    def learner(self, plan: Plan, step_down: StepDown) -> Learning: ...
+    def learner(self, plan: Plan, step_down: StepDown, pauses: Pauses) -> Learning: ...
 
 
 Equip = Callable[[Settings, Job], Equipment]
@@ -72,16 +73,19 @@ class TrainingEquipment:
                 plans[backend] = error
         return better(plans, shared_rank, self._backends.missing)
 
-    def learner(self, plan: Plan, step_down: StepDown) -> Learner:
-        text = Text(self._settings.data, self._settings.seed)
+    def learner(self, plan: Plan, step_down: StepDown, pauses: Pauses) -> Learner:
+        settings = self._settings
         return Learner(
             self._job,
-            self._settings.name,
+            settings.name,
             self._backends.folders,
-            text,
+            Text(settings.data, settings.seed),
             plan,
             step_down,
-            limit_mib=self._settings.memory_cap_mib or inf,
+            pauses,
+            kept=settings.state / checkpoint.FILE,
+            kept_s=settings.checkpoint_s,
+            limit_mib=settings.memory_cap_mib or inf,
         )
 
 
@@ -206,7 +210,7 @@ def measured(
     Both dtypes are measured where there is memory for it: which is faster no list of CPU features
     says, for it depends on the model too.
     """
-    dtypes: tuple[str, ...] = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "bf16")
+    dtypes: tuple[str, ...] = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "mixed")
     if backend == "onnx":
         dtypes = ("f32",)
     threads = settings.threads or choose_threads(

@@ -48,7 +48,7 @@ class Pressure:
     """
 
     def __init__(self, needs_mib: float = 0.0) -> None:
-        self._needs_mib = needs_mib
+        self.needs_mib = needs_mib
         self._before: Reading | None = None
         self._why = ""
         self._calm_since: float | None = None
@@ -59,7 +59,7 @@ class Pressure:
         if why := reason_to_pause(before, now):
             self._why, self._calm_since = why, None
         elif self._why:
-            if not is_calm(now, self._needs_mib):
+            if not is_calm(now, self.needs_mib):
                 self._calm_since = None
             elif self._calm_since is None:
                 self._calm_since = now.at_s

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device_profiles.schema import CoreGroup
+from edge_client.arm_parts import arm_part
 from edge_client.profile_linux import read_int, read_text
 
 MOST_CORES = 4096  # as the schema allows; more than any machine has
@@ -37,42 +38,6 @@ _FEATURES = {
     "amx_tile": "amx_tile",
     "amx_int8": "amx_int8",
     "amx_bf16": "amx_bf16",
-}
-
-# Part numbers of implementer 0x41 (Arm Ltd), from the Main ID registers in Arm's manuals.
-_ARM_PARTS = {
-    0xB76: "ARM1176",
-    0xC05: "Cortex-A5",
-    0xC07: "Cortex-A7",
-    0xC08: "Cortex-A8",
-    0xC09: "Cortex-A9",
-    0xC0D: "Cortex-A12",
-    0xC0E: "Cortex-A17",
-    0xC0F: "Cortex-A15",
-    0xD03: "Cortex-A53",
-    0xD04: "Cortex-A35",
-    0xD05: "Cortex-A55",
-    0xD07: "Cortex-A57",
-    0xD08: "Cortex-A72",
-    0xD09: "Cortex-A73",
-    0xD0A: "Cortex-A75",
-    0xD0B: "Cortex-A76",
-    0xD0C: "Neoverse-N1",
-    0xD0D: "Cortex-A77",
-    0xD40: "Neoverse-V1",
-    0xD41: "Cortex-A78",
-    0xD42: "Cortex-A78AE",
-    0xD44: "Cortex-X1",
-    0xD46: "Cortex-A510",
-    0xD47: "Cortex-A710",
-    0xD48: "Cortex-X2",
-    0xD49: "Neoverse-N2",
-    0xD4D: "Cortex-A715",
-    0xD4E: "Cortex-X3",
-    0xD4F: "Neoverse-V2",
-    0xD80: "Cortex-A520",
-    0xD81: "Cortex-A720",
-    0xD82: "Cortex-X4",
 }
 
 
@@ -172,8 +137,7 @@ def _kind(processor: dict[str, str], hybrid: str | None) -> str:
     except (KeyError, ValueError):
         model = " ".join(processor.get("model name", "").split())[:120] or "unknown"
         return f"{model} {hybrid}" if hybrid else model
-    unnamed = f"part {implementer:#x}/{part:#x}"
-    return _ARM_PARTS.get(part, unnamed) if implementer == 0x41 else unnamed
+    return arm_part(implementer, part)
 
 
 def _hybrid_kinds(root: Path) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Read board, memory, heat, power and storage of a Linux device from /proc and /sys.
+"""Read board, memory, heat and power of a Linux device from /proc and /sys.
 
 Each function takes the root of the tree, so that recorded trees replay. What cannot be read or
 makes no sense is `None`: a profile never fails.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from device_profiles.schema import Memory, Power
@@ -22,6 +22,9 @@ UNLIMITED_BYTES = 2**60
 
 # What DMI tables hold where nobody filled them in.
 _PLACEHOLDERS = ("to be filled", "system product", "default string", "not applicable", "o.e.m")
+
+_CPU_ZONES = ("cpu", "soc", "x86_pkg", "bcm2835", "coretemp")
+_CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "soc_thermal")
 
 # Bits 0 to 3 of the Raspberry Pi's firmware word: under-voltage, capped, throttled, soft limit.
 _PI_THROTTLED_NOW = 0b1111
@@ -116,9 +119,18 @@ def _cgroup_paths(root: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def _cgroup_v2_limits(root: Path) -> list[int]:
-    """Return every memory.max (MiB) from this process's group up to the top."""
+    """Return every memory.max and memory.high (MiB) from this process's group up to the top.
+
+    Above memory.high nothing is killed, but all that the group does slows down.
+    """
+    top = root / "sys/fs/cgroup"
     paths = [path for controllers, path in _cgroup_paths(root) if controllers == [""]]
-    return [mib for p in paths for mib in _limits_upwards(root / "sys/fs/cgroup", p, "memory.max")]
+    return [
+        mib
+        for path in paths
+        for file_name in ("memory.max", "memory.high")
+        for mib in _limits_upwards(top, path, file_name)
+    ]
 
 
 def _cgroup_v1_limits(root: Path) -> list[int]:
@@ -144,21 +156,42 @@ def _limits_upwards(top: Path, group: str, file_name: str) -> list[int]:
 
 
 def read_temperature_c(root: Path) -> float | None:
-    """Return the hottest CPU zone in °C, or the hottest of any zone where none is the CPU's."""
+    """Return the hottest CPU zone in °C, or the hottest of any zone where none is the CPU's.
+
+    Where the kernel has no zones, as on many PCs, the sensors of the processor answer.
+    """
     of_cpu: list[float] = []
     of_all: list[float] = []
     for zone in children(root / "sys/class/thermal"):
-        value = read_int(zone / "temp") if zone.name.startswith("thermal_zone") else None
-        if value is None:
-            continue
-        celsius = value / 1000 if abs(value) >= 1000 else float(value)  # old kernels: whole °C
-        if not 0 < celsius < 150:
+        celsius = _celsius(zone / "temp") if zone.name.startswith("thermal_zone") else None
+        if celsius is None:
             continue
         of_all.append(celsius)
         kind = (read_text(zone / "type") or "").lower()
-        if any(word in kind for word in ("cpu", "soc", "x86_pkg", "bcm2835", "coretemp")):
+        if any(word in kind for word in _CPU_ZONES):
             of_cpu.append(celsius)
+    if not of_cpu:
+        of_cpu = [celsius for sensor in _sensors(root, _CPU_SENSORS) for celsius in sensor]
     return max(of_cpu or of_all, default=None)
+
+
+def _sensors(root: Path, names: Collection[str]) -> Iterator[list[float]]:
+    """Yield the temperatures (°C) of each sensor chip that has one of the names."""
+    for chip in children(root / "sys/class/hwmon"):
+        if read_text(chip / "name") in names:
+            inputs = [
+                path for path in children(chip) if re.fullmatch("temp[0-9]+_input", path.name)
+            ]
+            yield [celsius for path in inputs if (celsius := _celsius(path)) is not None]
+
+
+def _celsius(path: Path) -> float | None:
+    """Read a temperature, `None` where it can be none of a running chip."""
+    value = read_int(path)
+    if value is None:
+        return None
+    celsius = value / 1000 if abs(value) >= 1000 else float(value)  # old kernels: whole °C
+    return celsius if 0 < celsius < 150 else None
 
 
 def read_throttled(root: Path) -> bool | None:
@@ -169,13 +202,20 @@ def read_throttled(root: Path) -> bool | None:
             return bool(int(firmware, 16) & _PI_THROTTLED_NOW)
         except ValueError:
             return None
+    alarms = [
+        read_int(chip / "in0_lcrit_alarm")
+        for chip in children(root / "sys/class/hwmon")
+        if read_text(chip / "name") == "rpi_volt"  # the same firmware word, under voltage alone
+    ]
+    if any(alarms):
+        return True
     states = [
         read_int(device / "cur_state")
         for device in children(root / "sys/class/thermal")
         if device.name.startswith("cooling_device")
         and re.match(r"processor|(thermal-)?cpufreq", (read_text(device / "type") or "").lower())
     ]
-    known = [state for state in states if state is not None]
+    known = [state for state in (*states, *alarms) if state is not None]
     return any(state > 0 for state in known) if known else None
 
 

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 from edge_client.holding import Holding
-from edge_client.learner import Learning, OnStep
+from edge_client.learner import Learning
 from edge_client.storage import keep_adapter
 from edge_client.trying import SPLIT
 from protocol.adapter import Adapter
+from protocol.events import EventLog
 from protocol.messages import Job
 
 
@@ -48,12 +49,18 @@ def keep_result(
     return loss
 
 
-def train_alone(state: Path, job: Job, learner: Learning, rank: int, on_step: OnStep) -> float:
+def train_alone(state: Path, job: Job, learner: Learning, rank: int, events: EventLog) -> float:
     """Train what the whole job trains with no exchange, keep it, and return its held-out loss.
 
     Raises:
         StorageError: it can't be written.
     """
+    steps = job.training.steps * job.rounds
+    events.emit("state", state="training alone, to compare")
+
+    def on_step(step: int, loss: float) -> None:
+        events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
+
     adapter, _ = learner.train_alone(rank=rank, on_step=on_step)
     keep_adapter(adapter, state / "alone", job.base.name)
     return learner.evaluate(adapter)

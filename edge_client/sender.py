@@ -71,7 +71,7 @@ class Sender:
             self._events.emit("waiting", round=manifest.round, reason=answer.reason)
             return False
         if answer.kind == "done":
-            self._outbox.drop(answer.upload)
+            self._outbox.drop(answer.upload, counted_in=manifest.job)
         else:
             self._outbox.refuse(manifest)
             self._events.emit("rejected", round=manifest.round, reason=answer.reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from device_profiles.schema import DeviceProfile
+from device_profiles.schema import DeviceProfile, Link
 
 
 def show_profile(profile: DeviceProfile) -> None:
@@ -33,7 +33,10 @@ def _rows(profile: DeviceProfile) -> list[tuple[str, str]]:
         ("memory limit (cgroup)", _mib(memory.limit_mib) or "none"),
         ("storage free", _mib(profile.storage_free_mib)),
         ("power", f"{power.source}{_percent(power.battery_percent)}"),
-        ("temperature", f"{profile.temperature_c:.0f} °C" if profile.temperature_c else ""),
+        ("temperature", "" if profile.temperature_c is None else f"{profile.temperature_c:.0f} °C"),
+        ("throttled now", _yes(profile.throttled)),
+        ("network", _network(profile.link)),
+        ("ONNX Runtime", _providers(profile.execution_providers)),
     ]
     for accelerator in profile.accelerators:
         shared = "shares system memory" if accelerator.shares_system_memory else "own memory"
@@ -44,6 +47,27 @@ def _rows(profile: DeviceProfile) -> list[tuple[str, str]]:
 
 def _mib(value: int | None) -> str:
     return "" if value is None else f"{value} MiB"
+
+
+def _yes(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+def _providers(found: tuple[str, ...] | None) -> str:
+    if found is None:
+        return ""
+    return " ".join(name.removesuffix("ExecutionProvider") for name in found) or "not installed"
+
+
+def _network(link: Link | None) -> str:
+    if link is None:
+        return ""
+    speeds = {mbit for mbit in (link.down_mbit, link.up_mbit) if mbit is not None}
+    speed = " / ".join(f"{mbit:g}" for mbit in sorted(speeds, reverse=True))
+    kind = "" if link.kind == "unknown" else f"{link.kind}, "
+    speed = f"{speed} Mbit/s, " if speed else ""
+    metered = {True: "metered", False: "not metered", None: "metered or not is unknown"}
+    return f"{kind}{speed}{metered[link.metered]}"
 
 
 def _percent(value: float | None) -> str:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 SELDOM_S = 60.0
 KEYS_KEPT = 4096
 
 
 class EventLog:
-    """Write events to a stream: JSON Lines for programs, `name key=value …` for people."""
+    """Write events to a stream: JSON Lines for programs, `name key=value …` for people.
 
-    def __init__(self, *, as_json: bool, stream: TextIO | None = None, **always: object) -> None:
+    `also` hears each event too.
+    """
+
+    def __init__(
+        self,
+        *,
+        as_json: bool,
+        stream: TextIO | None = None,
+        also: Callable[[Mapping[str, Any]], None] | None = None,
+        **always: object,
+    ) -> None:
+        self._also = also
         self._as_json = as_json
         self._stream = stream or sys.stdout
         self._always = always
@@ -25,6 +36,8 @@ class EventLog:
     def emit(self, event: str, **fields: object) -> None:
         """Write one event; a reader that has gone away is no error."""
         record = {"event": event, "time": round(time.time(), 3), **self._always, **fields}
+        if self._also is not None:
+            self._also(record)
         if self._as_json:
             line = json.dumps(record)
         else:

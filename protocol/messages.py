@@ -244,7 +244,7 @@ class Status(Message):
     boot: Count
     """Grows with every start of the agent, so that an old will can't undo a new start."""
     state: Literal[
-        "planning", "idle", "downloading", "training", "uploading", "unfit", "stopped"
+        "planning", "idle", "waiting", "downloading", "training", "uploading", "unfit", "stopped"
     ] = "idle"
     profile: Text = ""
     rank: Count = 0

@@ -71,7 +71,7 @@ class MqttTransport:
         self._inbox = Inbox(self._state)
         self._verdicts = Verdicts()
         self._subscriptions = Subscriptions()
-        self._limits = BrokerLimits()
+        self.limits = BrokerLimits()
         self._connected = self._refused_for_good = self._abandoned = False
         self._refused = ""
         self._outages = Outages()
@@ -203,7 +203,7 @@ class MqttTransport:
         deliveries: list[Delivery] = []
         flying: deque[tuple[str, int | Delivery]] = deque()
         for topic, payload in messages:
-            if len(flying) >= self._limits.window:
+            if len(flying) >= self.limits.window:
                 deliveries.append(self._land(*flying.popleft(), timeout_s, meanwhile))
             flying.append((topic, self._send(topic, payload, retain)))
         return deliveries + [self._land(*one, timeout_s, meanwhile) for one in flying]
@@ -260,7 +260,7 @@ class MqttTransport:
                 self._connected, self._refused = True, ""
                 self._outages.made(time.monotonic())
                 set_pauses(client, refused=False)
-                self._limits = BrokerLimits(properties)
+                self.limits = BrokerLimits(properties)
             self._state.notify_all()
         if code.is_failure:
             return
@@ -333,7 +333,7 @@ class MqttTransport:
 
     def _send(self, topic: str, payload: bytes, retain: bool) -> int | Delivery:
         """Hand a message to paho; return its id, or why the broker would not take it."""
-        if too_large := self._limits.refusal(topic, payload):
+        if too_large := self.limits.refusal(topic, payload):
             return too_large
         info = self._live().publish(topic, payload, qos=QOS, retain=retain)
         self.bytes_sent += len(payload)

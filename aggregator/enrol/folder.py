@@ -35,10 +35,10 @@ from aggregator.enrol.pem_files import (
 )
 from aggregator.enrol.registry import Registry
 from aggregator.errors import FolderError
-from aggregator.mistakes import first_mistake
 from protocol.enrolment import Token
 from protocol.errors import os_words
 from protocol.files import PRIVATE, write_durably
+from protocol.mistakes import first_mistake
 from protocol.signing import SigningKey
 from protocol.tls import TlsFiles
 from protocol.topics import NAME

@@ -9,21 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_SANDBOX = """NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=strict
-ProtectHome=read-only
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectProc=invisible
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-SystemCallFilter=@system-service
-UMask=0077"""
+from protocol.systemd import SANDBOX, quoted
 
 
 def aggregator_unit(folder: Path, user: str) -> str:
     """Return tunefleet-aggregator.service; it serves job.toml in the fleet's folder."""
-    python, job, place = _quoted(sys.executable), _quoted(folder / "job.toml"), _quoted(folder)
+    python, job, place = quoted(sys.executable), quoted(folder / "job.toml"), quoted(folder)
     return f"""[Unit]
 Description=Tunefleet aggregator
 Wants=network-online.target
@@ -34,7 +25,7 @@ User={user}
 ExecStart={python} -m aggregator serve {job} --dir {place}
 Restart=on-failure
 RestartSec=10
-{_SANDBOX}
+{SANDBOX}
 ReadWritePaths={place}
 
 [Install]
@@ -44,20 +35,14 @@ WantedBy=multi-user.target
 
 def mosquitto_drop_in(folder: Path, user: str, secrets: list[Path]) -> str:
     """Return a drop-in for Debian's mosquitto.service that uses the fleet's configuration."""
-    hidden = " ".join(_quoted(f"-{path}") for path in secrets)
+    hidden = " ".join(quoted(f"-{path}") for path in secrets)
     return f"""[Service]
 User={user}
 ExecStartPre=
 ExecStart=
-ExecStart=/usr/sbin/mosquitto -c {_quoted(folder / "mosquitto.conf")}
-{_SANDBOX}
-ReadWritePaths={_quoted(folder / "broker")}
+ExecStart=/usr/sbin/mosquitto -c {quoted(folder / "mosquitto.conf")}
+{SANDBOX}
+ReadWritePaths={quoted(folder / "broker")}
 InaccessiblePaths={hidden}
 LimitNOFILE=65536
 """
-
-
-def _quoted(path: object) -> str:
-    """Return a path as systemd reads it back."""
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{text}"'

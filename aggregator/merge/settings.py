@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from aggregator.errors import BadRuleSettings
 from aggregator.merge.lowrank import Split
-from aggregator.mistakes import first_mistake
+from protocol.mistakes import first_mistake
 
 Settings = Mapping[str, object]
 NO_SETTINGS: Settings = MappingProxyType({})

@@ -251,7 +251,7 @@ def _read_parquet(file: Path) -> Iterator[Example | Problem]:
     except ImportError as error:
         raise DataError(
             f"reading {file} needs pyarrow, which is not installed; "
-            "install it with: pip install 'tunefleet[edge]'"
+            "install it with: pip install 'tunefleet[parquet]'"
         ) from error
     row = 0
     try:

@@ -7,6 +7,7 @@ factor's update takes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ CLIP_EPSILON = 1e-6
 
 
 class AdamW:
-    """Hold the moments of named arrays (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """Hold the moments of named arrays; Resumable (Loshchilov and Hutter, arXiv 1711.05101)."""
 
     def __init__(self, parameters: Mapping[str, FloatArray], *, weight_decay: float) -> None:
         self._parameters = parameters
@@ -46,6 +47,22 @@ class AdamW:
             size /= np.sqrt(correction_squares)
             size += ADAM_EPSILON
             value -= (rate / correction) * (mean / size)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = {"steps": np.array([self._steps])}
+        for name, value in self._parameters.items():
+            mean, square = self._moments[name]
+            found |= {f"factor.{name}": value, f"mean.{name}": mean, f"square.{name}": square}
+        return found
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> bool:
+        mine = self.arrays()
+        if {n: a.shape for n, a in arrays.items()} != {n: a.shape for n, a in mine.items()}:
+            return False
+        self._steps = int(arrays["steps"][0])
+        for name, value in mine.items():
+            value[...] = arrays[name]
+        return True
 
 
 def clip(gradients: Mapping[str, FloatArray], norm: float) -> None:

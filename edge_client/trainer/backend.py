@@ -14,7 +14,7 @@ from edge_client.plan import Backend
 from edge_client.trainer.base import Trainer
 
 LIBRARIES: dict[Backend, Sequence[str]] = {
-    "torch": ("torch", "transformers", "peft"),
+    "torch": ("torch", "transformers"),
     "onnx": ("onnxruntime-training-cpu", "numpy"),
 }
 """Packages on whose version it depends what a backend takes."""

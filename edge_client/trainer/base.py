@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from edge_client.data import Batch
 from edge_client.plan import Plan
@@ -29,6 +31,34 @@ class TrainReport:
     seconds: float
     sample_losses: tuple[float, float] | None = None
     """On the same rows of its training text before and after, if that was asked for."""
+
+
+class Resumable(Protocol):
+    """The state of a training between two steps, whatever computes it."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return factors, the optimiser's state, and what else the outcome follows from."""
+        ...
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Go on from what `arrays` returned; say False, and change nothing, if it does not fit."""
+        ...
+
+
+class Between(Protocol):
+    """What a training asks between its steps."""
+
+    def begin(self, state: Resumable) -> tuple[list[float], int]:
+        """Put the state of an earlier run back; return its losses and tokens so far."""
+        ...
+
+    def after_step(self, state: Resumable, losses: list[float], tokens: int) -> None:
+        """Keep the state, if it is time.
+
+        Raises:
+            TrainingPaused: do no further step now.
+        """
+        ...
 
 
 class Trainer(Protocol):
@@ -56,10 +86,12 @@ class Trainer(Protocol):
         pruning: Pruning | None,
         on_step: OnStep,
         factors: Trained = "both",
+        between: Between | None = None,
     ) -> TrainReport:
         """Run `settings.steps` optimiser steps of `settings.tokens_per_step` tokens each.
 
-        The factor that is not among `factors` stays as it was loaded.
+        The factor that is not among `factors` stays as it was loaded. `between` is asked after each
+        step but the last, and may have it begin in the middle.
         """
         ...
 

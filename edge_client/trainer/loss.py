@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 128
+"""Fewer read the head's weight too often, more hold more logits."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -20,22 +21,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        gradient = torch.empty_like(hidden)
+        counted = (labels >= 0).nonzero()[:, 0]
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(hidden) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            label = labels[part]
-            counted = label >= 0
-            target = label.clamp(min=0)[:, None]
-            logits = (hidden[part] @ weight.T).float()  # (chunk, vocabulary)
-            log_z = torch.logsumexp(logits, dim=-1)
-            picked = logits.gather(1, target)[:, 0]
-            total += ((log_z - picked) * counted).sum()
-            # d loss / d logits = softmax − one-hot, and nothing where no label counts
-            logits.sub_(log_z[:, None]).exp_()
-            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-            logits.mul_(counted[:, None])
-            gradient[part] = logits.to(weight.dtype) @ weight
+        for rows in counted.split(CHUNK_TOKENS):
+            target = labels[rows, None]
+            logits = hidden[rows] @ weight.T  # (chunk, vocabulary)
+            largest = logits.amax(-1, keepdim=True).float()
+            terms = logits.sub_(largest) if logits.dtype == torch.float32 else logits - largest
+            del logits
+            picked = terms.gather(1, target)
+            whole = terms.exp_().sum(-1, keepdim=True)
+            loss = whole.log() - picked
+            total += loss.sum()
+            if gradient is not None:
+                # d loss / d logits = softmax − one-hot, here times Σ exp(z); exact where the
+                # target's chance is nearly 1
+                terms.scatter_(1, target, torch.expm1(-loss) * whole)
+                gradient[rows] = (terms.to(weight.dtype) @ weight).div_(whole)
         ctx.save_for_backward(gradient)
         return total
 

@@ -31,7 +31,7 @@ from edge_client.ort.runtime import open_session, path_to_fetches
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty_gradient
 from edge_client.trainer.adamw import AdamW, clip
-from edge_client.trainer.base import OnStep, TrainReport, step_batches
+from edge_client.trainer.base import Between, OnStep, TrainReport, step_batches
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
@@ -84,13 +84,14 @@ class OnnxTrainer:
         pruning: Pruning | None,
         on_step: OnStep,
         factors: Trained = "both",
+        between: Between | None = None,
     ) -> TrainReport:
         started = time.monotonic()
         parameters = self._trained(factors)
         # The basis of A and B turns with every product merge: moments start anew each round.
         optimiser = AdamW(parameters, weight_decay=settings.weight_decay)
-        losses, tokens = [], 0
-        for step in range(1, settings.steps + 1):
+        losses, tokens = between.begin(optimiser) if between else ([], 0)
+        for step in range(len(losses) + 1, settings.steps + 1):
             warm = min(1.0, step / (settings.warmup_steps + 1))
             rates = {
                 name: learning_rate * warm * (settings.learning_rate_a if _is_a(name) else 1.0)
@@ -105,6 +106,8 @@ class OnnxTrainer:
             losses.append(loss)
             tokens += counted
             on_step(step, loss)
+            if between and step < settings.steps:
+                between.after_step(optimiser, losses, tokens)
         return TrainReport(
             settings.steps, tokens, float(np.mean(losses)), time.monotonic() - started
         )

@@ -6,6 +6,7 @@ rest (pickle protocol 5, PEP 574): at no time does an end hold them a second tim
 
 from __future__ import annotations
 
+import os
 import pickle
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,6 +19,15 @@ def send(connection: Connection, value: Any) -> None:
     connection.send((rest, len(buffers)))
     for buffer in buffers:
         connection.send_bytes(buffer.raw())
+
+
+def ask(connection: Connection, value: Any) -> bool:
+    """Send a value and return the answer; who asks ends if there is nobody to answer."""
+    try:
+        send(connection, value)
+        return bool(receive(connection))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(1)
 
 
 def receive(connection: Connection) -> Any:

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from edge_client.errors import WorkerError, WorkerKilled
+from edge_client.notify import alive
 from edge_client.trainer.pipe import receive, send
 from edge_client.trainer.watchdog import Watchdog
 from edge_client.trainer.worker import serve
@@ -46,10 +47,17 @@ class TrainingProcess:
         self._limit_mib = limit_mib
         self._watchdog = Watchdog(self._process.pid, limit_mib) if limit_mib < inf else None
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "it was started"
+        return self._process.pid
+
     def call(
-        self, name: str, *, on_progress: Callable[[Any], None] | None = None, **arguments: Any
+        self, name: str, *, on_progress: Callable[[Any], bool] | None = None, **arguments: Any
     ) -> Any:
         """Have the worker do something and return its answer.
+
+        `on_progress` hears how far a training is after each step, and says whether it is to pause.
 
         Raises:
             WorkerKilled: the process was killed, for its memory most likely.
@@ -62,10 +70,13 @@ class TrainingProcess:
             send(self._connection, (name, arguments))
             while True:
                 reply = receive(self._connection)
+                alive()
                 if not reply.progress:
                     break
-                if on_progress is not None:
-                    on_progress(reply.value)
+                pausing = False
+                if on_progress is not None and reply.value is not None:
+                    pausing = on_progress(reply.value)
+                send(self._connection, pausing)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(5)
             raise self._how_it_ended() from None

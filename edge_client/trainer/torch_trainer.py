@@ -1,15 +1,13 @@
-"""The torch trainer: PEFT's LoRA layers and a short loop of our own.
+"""The torch trainer: LoRA on a frozen base, and a short loop.
 
-A device holds two PEFT adapters on the frozen base: `trained`, of its own rank, and `remainder`,
-the other directions of the shared adapter, which take part in the forward pass without gradient
-or optimiser state (docs/algorithms.md, frozen remainder).
+Beside every linear module of the blocks lie two parts of an adapter: what is trained, of the
+device's own rank, and the remainder, the other directions of the shared adapter, which take part in
+the forward pass without gradient or optimiser state (docs/algorithms.md, frozen remainder).
 """
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,22 @@ import numpy as np
 import torch
 
 from edge_client.data import Batch, block_causal_mask
-from edge_client.model import find_targets, load_model
+from edge_client.model import find_blocks, find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty
-from edge_client.trainer.base import OnStep, TrainReport, step_batches
+from edge_client.trainer.base import Between, OnStep, TrainReport, step_batches
+from edge_client.trainer.blocks import checkpoint_blocks, speed_up
+from edge_client.trainer.lora import LoraLinear
 from edge_client.trainer.loss import CHUNK_TOKENS, chunked_cross_entropy, full_cross_entropy
+from edge_client.trainer.torch_state import TorchState
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 from protocol.probe import TopLogits
 
-TRAINED, REMAINDER = "trained", "remainder"
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.float32}
+"""What is computed in; "mixed" stores the blocks' frozen weights in bfloat16."""
+STORED = {**DTYPES, "mixed": torch.bfloat16}
 ADAM_BETAS = (0.9, 0.99)
 
 
@@ -37,27 +39,47 @@ class TorchTrainer:
     """Implement `edge_client.trainer.base.Trainer` on torch."""
 
     def __init__(self, model_folder: Path, *, dtype: str, threads: int) -> None:
+        self._begin(load_model(model_folder, STORED[dtype]), dtype, threads)
+
+    @classmethod
+    def of(cls, model: Any, *, dtype: str, threads: int) -> TorchTrainer:
+        """Return the trainer of a frozen model that is in memory."""
+        trainer = cls.__new__(cls)
+        trainer._begin(model, dtype, threads)
+        return trainer
+
+    def _begin(self, model: Any, dtype: str, threads: int) -> None:
         self.use_threads(threads)
-        self.model = load_model(model_folder, DTYPES[dtype])
-        self.shapes = find_targets(self.model)
+        self.model = model
+        self.shapes = find_targets(model)
         self.scale = 1.0
-        self._layers: dict[str, Any] = {}
+        self.layers = {n: LoraLinear(model.get_submodule(n)) for n in self.shapes}
+        self._dtype = DTYPES[dtype]
+        if STORED[dtype] != self._dtype:
+            self._widen()
+        speed_up(model, self.layers, self._dtype)
         self._plain_head: bool | None = None
 
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
 
+    def _widen(self) -> None:
+        """Turn all but the weights that layers widen themselves, one at a time, into float32."""
+        stored = {id(self.model.get_submodule(name).weight) for name in self.layers}
+        for parameter in self.model.parameters():
+            if id(parameter) not in stored:
+                parameter.data = parameter.data.to(self._dtype)
+
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         self.scale = trained.scale
-        self._put(TRAINED, trained, torch.float32)
-        self._put(REMAINDER, frozen, self.model.dtype)
-        parts = {TRAINED: trained, REMAINDER: frozen}
-        active = [name for name, part in parts.items() if part is not None and part.rank]
-        for layer in self._layers.values():
-            layer.set_adapter(active)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(f".{TRAINED}." in name)
-        self._checkpointing(plan.checkpointing)
+        rest = frozen or Adapter({}, 1.0)
+        for name, layer in self.layers.items():
+            layer.train(trained.layers.get(name), trained.scale)
+            layer.freeze(rest.layers.get(name), rest.scale, self._dtype)
+        blocks = find_blocks(self.model)[1]
+        checkpoint_blocks(
+            blocks, plan.checkpoint_blocks or len(blocks) if plan.checkpointing else 0
+        )
 
     def train(
         self,
@@ -68,21 +90,23 @@ class TorchTrainer:
         pruning: Pruning | None,
         on_step: OnStep,
         factors: Trained = "both",
+        between: Between | None = None,
     ) -> TrainReport:
         started = time.monotonic()
-        self._train_only(factors)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups = self._train_only(factors, settings.learning_rate_a)
+        parameters = [p for group in groups for p in group["params"]]
         # The basis of A and B turns with every product merge: moments start anew each round.
         optimizer = torch.optim.AdamW(
-            self._rated(settings.learning_rate_a),
+            groups,
             lr=learning_rate,
             betas=ADAM_BETAS,
             weight_decay=settings.weight_decay,
-            foreach=False,
+            fused=True,
         )
-        losses, tokens = [], 0
+        state = TorchState(optimizer)
+        losses, tokens = between.begin(state) if between else ([], 0)
         self.model.train()
-        for step in range(1, settings.steps + 1):
+        for step in range(len(losses) + 1, settings.steps + 1):
             warm = min(1.0, step / (settings.warmup_steps + 1))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["times"] * warm
@@ -96,18 +120,11 @@ class TorchTrainer:
             losses.append(loss)
             tokens += counted
             on_step(step, loss)
+            if between and step < settings.steps:
+                between.after_step(state, losses, tokens)
         return TrainReport(
             settings.steps, tokens, float(np.mean(losses)), time.monotonic() - started
         )
-
-    def _rated(self, times_of_a: float) -> list[dict[str, Any]]:
-        """Return what is trained in groups: A, at so many `times` the rate of B, and B."""
-        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for name, p in trained if factor in name], "times": times}
-            for factor, times in (("lora_A", times_of_a), ("lora_B", 1.0))
-        ]
-        return [group for group in groups if group["params"]]
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -135,21 +152,28 @@ class TorchTrainer:
     def adapter(self) -> Adapter:
         return Adapter(
             {
-                name: Factors(
-                    layer.lora_A[TRAINED].weight.detach().numpy().copy(),
-                    layer.lora_B[TRAINED].weight.detach().numpy().copy(),
-                )
-                if (layer := self._layers.get(name)) and TRAINED in layer.lora_A
-                else _empty(shape)
-                for name, shape in self.shapes.items()
+                name: _empty(self.shapes[name])
+                if layer.a is None or layer.b is None
+                else Factors(layer.a.detach().numpy().copy(), layer.b.detach().numpy().copy())
+                for name, layer in self.layers.items()
             },
             self.scale,
         )
 
-    def _train_only(self, factors: Trained) -> None:
-        for name, parameter in self.model.named_parameters():
-            if f".{TRAINED}." in name:
-                parameter.requires_grad_(factors == "both" or f".lora_{factors}." in name)
+    def _train_only(self, factors: Trained, times_of_a: float) -> list[dict[str, Any]]:
+        """Return what is trained in groups: A, at so many times the rate of B, and B."""
+        groups: list[dict[str, Any]] = [
+            {"params": [], "times": times_of_a},
+            {"params": [], "times": 1.0},
+        ]
+        for layer in self.layers.values():
+            for name, factor, group in zip("AB", (layer.a, layer.b), groups, strict=True):
+                if factor is not None:
+                    factor.requires_grad_(factors in (name, "both"))
+                    factor.grad = None
+                    if factor.requires_grad:
+                        group["params"].append(factor)
+        return [group for group in groups if group["params"]]
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -166,9 +190,9 @@ class TorchTrainer:
         if pruning is None or not pruning.enabled:
             return
         factors = [
-            (layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight)
-            for layer in self._layers.values()
-            if TRAINED in layer.lora_A
+            (layer.a, layer.b)
+            for layer in self.layers.values()
+            if layer.a is not None and layer.b is not None
         ]
         rank = max(a.shape[0] for a, _ in factors)
         total = penalty(factors, head_rank(rank, pruning.gamma, pruning.rank_min))
@@ -196,10 +220,15 @@ class TorchTrainer:
             yield self.model(**inputs).logits.flatten(0, 1)
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(batch.ids)  # (B, S)
+        if batch.segments.max() <= 1:
+            # Nothing to keep apart: what comes before a token is its own text, and filler, which
+            # nobody looks at, comes last. Of such a mask transformers makes the causal rule.
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return {
-            "input_ids": torch.from_numpy(batch.ids),  # (B, S)
+            "input_ids": ids,
             "position_ids": torch.from_numpy(batch.positions),
-            "attention_mask": attention_mask(batch, self.model.dtype),
+            "attention_mask": attention_mask(batch, self._dtype),
         }
 
     def _has_plain_head(self, inputs: dict[str, torch.Tensor]) -> bool:
@@ -213,56 +242,12 @@ class TorchTrainer:
 
         Some families scale or cap their logits; those take the loss on whole logits.
         """
-        few = {k: v[:1, ..., :8] for k, v in inputs.items()}
-        few["attention_mask"] = inputs["attention_mask"][:1, :, :8, :8]
+        few = {"input_ids": inputs["input_ids"][:1, :8]}
         head = self.model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             return False
         ours = self.model.base_model(**few).last_hidden_state @ head.weight.T
         return torch.allclose(ours.float(), self.model(**few).logits.float(), atol=1e-2, rtol=1e-2)
-
-    # -- the adapters on the model ---------------------------------------------------------------
-
-    def _put(self, name: str, adapter: Adapter | None, dtype: torch.dtype) -> None:
-        """Give the model a PEFT adapter with these factors, in place of the one of that name."""
-        from peft.tuners.lora import LoraLayer
-
-        for layer in self._layers.values():
-            if name in layer.lora_A:
-                layer.delete_adapter(name)
-        if adapter is None or adapter.rank == 0:
-            return
-        self._inject(name, adapter)
-        self._layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}
-        for module, factors in adapter.layers.items():
-            if factors.rank:
-                layer = self._layers[module]
-                layer.lora_A[name].weight.data = torch.tensor(factors.a, dtype=dtype)
-                layer.lora_B[name].weight.data = torch.tensor(factors.b, dtype=dtype)
-                layer.scaling[name] = adapter.scale
-
-    def _inject(self, name: str, adapter: Adapter) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        ranks = {n: f.rank for n, f in adapter.layers.items() if f.rank}
-        config = LoraConfig(
-            r=adapter.rank,
-            lora_alpha=math.ceil(adapter.scale * adapter.rank),
-            rank_pattern={f"^{n}": r for n, r in ranks.items() if r != adapter.rank},
-            target_modules=list(ranks),
-            lora_dropout=0.0,
-            init_lora_weights=False,
-        )
-        with warnings.catch_warnings():
-            # PEFT warns of a second adapter on one model; here that is the point.
-            warnings.simplefilter("ignore", UserWarning)
-            inject_adapter_in_model(config, self.model, adapter_name=name)
-
-    def _checkpointing(self, on: bool) -> None:
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype) -> torch.Tensor:

@@ -6,21 +6,25 @@ that belong to the floor and not to the model.
 
 from __future__ import annotations
 
-from functools import partial
+from itertools import repeat
 
+import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edge_client.trainer.loss import chunked_cross_entropy
+from edge_client.data import Batch
+from edge_client.plan import Plan
+from edge_client.trainer.torch_trainer import STORED, TorchTrainer
+from protocol.adapter import initial_adapter
+from protocol.messages import Training
 
 TOKENS = 256
 HIDDEN = 256
+RANK = 4
 
 
 def warm_up(dtype: str, threads: int) -> None:
-    """Run two training steps and an evaluation of a tiny Llama, with and without checkpointing."""
-    torch.set_num_threads(threads)
+    """Run a training step of a tiny Llama with and without checkpointing, and an evaluation."""
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=HIDDEN,
@@ -31,30 +35,22 @@ def warm_up(dtype: str, threads: int) -> None:
         use_cache=False,
     )
     generator_state = torch.get_rng_state()
-    model = LlamaForCausalLM(config)
-    model.to(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)  # type: ignore[call-arg]
-    model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model)
-    parameters = [p for n, p in model.named_parameters() if "lora_" in n]
-    optimizer = torch.optim.AdamW(parameters, foreach=False)
-    loss = partial(_loss, model)
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    with torch.no_grad():
-        loss()
+    model = LlamaForCausalLM(config).to(dtype=STORED[dtype])  # type: ignore[call-arg]
     torch.set_rng_state(generator_state)
-
-
-def _loss(model: LlamaForCausalLM) -> torch.Tensor:
-    ids = torch.ones(1, TOKENS, dtype=torch.long)
-    mask = torch.zeros(1, 1, TOKENS, TOKENS, dtype=model.dtype)
-    positions = torch.arange(TOKENS)[None]
-    hidden = model.model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
-    return chunked_cross_entropy(hidden[0], model.get_output_embeddings().weight, ids[0])
+    model.requires_grad_(False)
+    trainer = TorchTrainer.of(model, dtype=dtype, threads=threads)
+    ones = np.ones((1, TOKENS), np.int64)
+    segments = np.arange(1, TOKENS + 1)[None] // (TOKENS // 2) + 1
+    batch = Batch(ones, ones, np.arange(TOKENS)[None], segments)
+    settings = Training(steps=1, tokens_per_step=TOKENS, max_tokens=TOKENS)
+    for checkpointing in (False, True):
+        plan = Plan(RANK, RANK, 1, TOKENS, checkpointing, dtype, threads, 0.0, 0.0)
+        trainer.load(initial_adapter(trainer.shapes, RANK, 1.0, seed=0), None, plan)
+        trainer.train(
+            repeat(batch),
+            settings=settings,
+            learning_rate=1e-6,
+            pruning=None,
+            on_step=lambda step, loss: None,
+        )
+    trainer.evaluate([batch])

@@ -12,14 +12,15 @@ import multiprocessing
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge_client.errors import DataError
+from edge_client.errors import DataError, TrainingPaused
 from edge_client.memory import (
+    keep_freed_memory,
     make_peaks_predictable,
     offer_to_oom_killer,
     peak_mib,
@@ -31,7 +32,8 @@ from edge_client.memory import (
 from edge_client.plan import Backend, Plan
 from edge_client.trainer.backend import open_tokenizer, open_trainer, warm_up
 from edge_client.trainer.base import TrainReport
-from edge_client.trainer.pipe import receive, send
+from edge_client.trainer.checkpoint import Checkpoints, Keeping, read_kept
+from edge_client.trainer.pipe import ask, receive, send
 from edge_client.trainer.probing import NO_ADAPTER, Prober, ProbeReport, ProbeTask
 from protocol.adapter import Adapter
 from protocol.errors import TunefleetError
@@ -43,6 +45,8 @@ from protocol.probe import TopLogits
 
 if TYPE_CHECKING:
     from edge_client.trainer.base import Trainer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,10 @@ class TextReport:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the child sends: an answer, an error in words, or (`progress`) something on the way."""
+    """What the child sends: an answer, an error in words, or (`progress`) something on the way.
+
+    Progress is answered: the child waits to hear whether it is to pause.
+    """
 
     value: Any = None
     error: TunefleetError | None = None
@@ -77,8 +84,9 @@ class Reply:
 class Worker:
     """Hold the model, the rows and the trainer of the training process."""
 
-    def __init__(self, progress: Callable[[Any], None]) -> None:
+    def __init__(self, progress: Callable[[Any], bool]) -> None:
         self._progress = progress
+        """Tell the agent, and hear whether to pause."""
         self._trainer: Trainer | None = None
         self._plan: Plan | None = None
         self._tokenizer: Any = None  # kept: it is part of the floor
@@ -119,6 +127,8 @@ class Worker:
         self._plan, self._seed = plan, text.seed
         self._trainer = open_trainer(plan.backend, model, dtype=plan.dtype, threads=plan.threads)
         _settle()
+        if plan.has_room:
+            keep_freed_memory()
         reset_peak()  # of the base's file, whose pages the kernel can take back; see memory.py
         return report
 
@@ -153,29 +163,51 @@ class Worker:
         pruning: Pruning | None,
         sampling: bool = False,
         factors: Trained = "both",
+        keeping: Keeping | None = None,
     ) -> tuple[Adapter, TrainReport]:
         """Train `factors` of what is loaded, reading on where `stream` stopped; then unload it.
 
         A stream is the fleet's, or the local comparison's. With `sampling` the loss on some of the
-        training text, as much as a step takes, is measured before and after.
+        training text, as much as a step takes, is measured before and after. With `keeping` it goes
+        on from what is kept of it, and pauses when the agent says so.
+
+        Raises:
+            TrainingPaused: it has; what it had loaded is unloaded.
         """
         from edge_client.data import BatchStream
 
         trainer, plan = self._ready()
-        if stream not in self._streams:
-            self._streams[stream] = BatchStream(
-                self._rows["train"], plan.micro_batch, seed=self._seed
+        rows = self._rows["train"]
+        kept, left = read_kept(keeping, rows, plan.micro_batch) if keeping else (None, None)
+        if left is not None:
+            self._streams[stream] = left
+        elif stream not in self._streams:
+            self._streams[stream] = BatchStream(rows, plan.micro_batch, seed=self._seed)
+        batches = self._streams[stream]
+        sample = rows[: max(1, settings.tokens_per_step // plan.seq_len)]
+        before = kept.loss_before if kept else self._loss(sample) if sampling else None
+        pausing = False
+
+        def on_step(step: int, loss: float) -> None:
+            nonlocal pausing
+            pausing = self._progress((step, loss))
+
+        between = None
+        if keeping is not None:
+            between = Checkpoints(keeping, kept, batches.state, lambda: pausing, before)
+        try:
+            report = trainer.train(
+                batches,
+                settings=settings,
+                learning_rate=learning_rate,
+                pruning=pruning,
+                on_step=on_step,
+                factors=factors,
+                between=between,
             )
-        sample = self._rows["train"][: max(1, settings.tokens_per_step // plan.seq_len)]
-        before = self._loss(sample) if sampling else None
-        report = trainer.train(
-            self._streams[stream],
-            settings=settings,
-            learning_rate=learning_rate,
-            pruning=pruning,
-            on_step=lambda step, loss: self._progress((step, loss)),
-            factors=factors,
-        )
+        except TrainingPaused:
+            self._unload()
+            raise
         if before is not None:
             report = replace(report, sample_losses=(before, self._loss(sample)))
         adapter = trainer.adapter()
@@ -194,7 +226,13 @@ class Worker:
         trainer, plan = self._ready()
         # Without gradients twice the rows take less than a training step of all blocks.
         at_once = plan.micro_batch * (1 if plan.blocks else 2)
-        return trainer.evaluate(evaluation_batches(rows, at_once))
+        return trainer.evaluate(self._telling(evaluation_batches(rows, at_once)))
+
+    def _telling(self, batches: Iterator[T]) -> Iterator[T]:
+        """Let the agent hear that an evaluation goes on: it may take longer than a step."""
+        for batch in batches:
+            self._progress(None)
+            yield batch
 
     def predict(self, probe: PublicProbe, window: int) -> TopLogits:
         """Return the largest logits of what is loaded on a public text; then unload it."""
@@ -255,7 +293,7 @@ def serve(connection: Connection) -> None:
     restrain_libraries()
     make_peaks_predictable()
     threading.Thread(target=_end_with_agent, name="agent", daemon=True).start()
-    worker = Worker(lambda value: send(connection, Reply(value, progress=True)))
+    worker = Worker(lambda value: ask(connection, Reply(value, progress=True)))
     while True:
         try:
             reply = _answer(worker, receive(connection))

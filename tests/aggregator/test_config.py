@@ -11,10 +11,10 @@ from pydantic_core.core_schema import ErrorType
 
 from aggregator.config import build_job, known_settings, read_job
 from aggregator.errors import AggregatorError, ConfigError
-from aggregator.mistakes import MODEL_MISSING, RULES
 from aggregator.personal import STRATEGIES
 from aggregator.rounds import Policy
 from protocol.messages import BaseModelInfo, Job, Message, Probe
+from protocol.mistakes import MODEL_MISSING, RULES
 
 BASE = BaseModelInfo(
     name="toy", sha256="0" * 64, parameters=1000, modules={"model.layers.0.q": (8, 6)}

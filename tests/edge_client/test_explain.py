@@ -44,7 +44,7 @@ def test_the_chosen_one_leads_what_is_shown_and_what_does_not_fit_ends_it(budget
     [
         (660, "so they are cut to"),
         (676, "of the shared adapter's 64 directions can be held, and rank"),
-        (10_000, "the largest rank of the job (64) fits; of the 12 ways"),
+        (10_000, "the largest rank of the job (64) fits; of the 30 ways"),
     ],
 )
 def test_one_sentence_says_why(budget: float, said: str) -> None:

@@ -36,8 +36,8 @@ def test_loss_and_gradient_are_those_of_torch(tokens: int) -> None:
     leaf = hidden.clone().requires_grad_()
     ours = chunked_cross_entropy(leaf, weight, labels)
     ours.backward()
-    torch.testing.assert_close(ours.detach(), loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.detach(), loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         full_cross_entropy(hidden @ weight.T, labels), loss, rtol=1e-5, atol=1e-5
     )

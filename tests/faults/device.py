@@ -21,7 +21,7 @@ import edge_client.agent
 from device_profiles.schema import load_profile
 from edge_client.agent import Agent
 from edge_client.config import Settings
-from edge_client.learner import Learned, OnStep, StepDown, learn
+from edge_client.learner import Learned, OnStep, Pauses, StepDown, learn
 from edge_client.membership import identity
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
@@ -85,7 +85,9 @@ class MarkingLearner:
         self.text = TextReport(1000, 100, ())
         self.mark = 0.0
 
-    def train(self, held: Adapter, *, rank: int, round_number: int, on_step: OnStep) -> Learned:
+    def train(
+        self, held: Adapter, *, rank: int, round_number: int, attempt: int, on_step: OnStep
+    ) -> Learned:
         self._ledger.note("trained", round=round_number, digest=digest(held))
         self.mark = random.SystemRandom().choice((-1, 1)) * random.SystemRandom().uniform(
             1e-3, 3e-3
@@ -122,7 +124,7 @@ class MadeUp:
         rank = self._job.rank
         return Plan(rank, rank, 1, self._job.training.max_tokens, False, "f32", 1, 1.0, 2.0)
 
-    def learner(self, plan: Plan, step_down: StepDown) -> MarkingLearner:
+    def learner(self, plan: Plan, step_down: StepDown, pauses: Pauses) -> MarkingLearner:
         return MarkingLearner(self._job, self._device, self.ledger)
 
 

@@ -214,12 +214,25 @@ class SmallFleet:
         updates = [(e["round"], e["device"]) for one in aggregators for e in one.of("counted")]
         assert sorted(updates) == [(1, "desk"), (1, "kitchen"), (2, "desk"), (2, "kitchen")]
 
-    def device(self, name: str, *more: object, fault: str = "") -> Program:
+    def device(
+        self,
+        name: str,
+        *more: object,
+        fault: str = "",
+        on_event: Callable[[Event], None] = lambda _: None,
+    ) -> Program:
         """Start a device on the state it always has; a fault point ends it."""
         arguments = ["run", "--json", "--exit-when-done", "--name", name, "--threads", "1"]
         arguments += ["--job", "small", "--broker", self.broker]
         arguments += ["--data", self._folder / f"{name}.txt", "--state", self._folder / name]
         arguments += ["--cache", self._calibrations, "--profile", "laptop-16gb", *more]
         environment = {VARIABLE: fault} if fault else {}
-        device = Program("edge_client", arguments, self._folder, name, environment=environment)
+        device = Program(
+            "edge_client",
+            arguments,
+            self._folder,
+            name,
+            environment=environment,
+            on_event=on_event,
+        )
         return self._start(device)

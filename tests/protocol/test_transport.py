@@ -228,7 +228,7 @@ def test_a_broker_that_takes_few_messages_at_once_gets_no_more(
 ) -> None:
     with running_mosquitto(tmp_path, "max_inflight_messages 2") as address:
         one = connect(address, "one")
-        assert one._limits.window == 2
+        assert one.limits.window == 2
         assert not any(d.refused for d in one.publish_all([("t", b"x")] * 10))
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a setting of a job, in the words of somebody who wrote it."""
+"""What is wrong with a setting, in the words of somebody who wrote it."""
 
 from __future__ import annotations
 

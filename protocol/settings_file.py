@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aggregator.errors import ConfigError
+from protocol.errors import TunefleetError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,36 +19,37 @@ SHOWN = 60
 """Characters of a wrong line that are shown."""
 
 
-def read_settings(path: Path, what: str) -> dict[str, Any]:
+def read_settings(path: Path, what: str, refusal: type[TunefleetError]) -> dict[str, Any]:
     """Read a file of settings: TOML, or JSON where its name ends so; `what` it is, say "job file".
 
     Raises:
-        ConfigError: it is not there, not UTF-8, or not in its format; says in which line.
+        TunefleetError: a `refusal`: it is not there, not UTF-8, or not in its format; says in which
+            line.
     """
     named = f"the {what} {path}"
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"can't read {named}: there is no such file") from None
+        raise refusal(f"can't read {named}: there is no such file") from None
     except OSError as error:
-        raise ConfigError(f"can't read {named}: {(error.strerror or str(error)).lower()}") from None
+        raise refusal(f"can't read {named}: {(error.strerror or str(error)).lower()}") from None
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
+        raise refusal(
             f"can't read {named}: line {line} is not UTF-8 text; save it as UTF-8"
         ) from None
     in_json = path.suffix == ".json"
     try:
         fields = json.loads(text) if in_json else tomllib.loads(text)
     except RecursionError:
-        raise ConfigError(f"can't read {named}: it is nested too deeply") from None
+        raise refusal(f"can't read {named}: it is nested too deeply") from None
     except ValueError as error:
         why = _in_json(error, text) if in_json else _in_toml(error, text)
-        raise ConfigError(f"can't read {named}: {why}") from None
+        raise refusal(f"can't read {named}: {why}") from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"{named} is not an object with settings")
+        raise refusal(f"{named} is not an object with settings")
     return fields
 
 

@@ -1,0 +1,193 @@
+"""What a device needs of its own computer."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from edge_client.doctor import Check, Level, Patient
+from edge_client.errors import EdgeError
+from edge_client.join import DEFAULT_PORT
+from edge_client.outbox import look
+from edge_client.policy.decide import Used, decide
+from edge_client.policy.sensors import Sensors
+from edge_client.prepare import total_budget_mib
+from edge_client.profile import measure_profile
+from edge_client.report import read_told
+from edge_client.trust import trusted_key
+from protocol.enrolment import PATH_CA
+from protocol.errors import TransportError, TunefleetError
+from protocol.tls import TlsFiles, check_validity
+
+YEARS = (2025, 2100)
+APART = timedelta(minutes=2)
+"""By more than this two clocks show different times."""
+RENEW_BEFORE = timedelta(days=30)
+SYNCHRONIZED = Path("/run/systemd/timesync/synchronized")
+LEAST_DISK_MIB, LOW_DISK_MIB = 64, 1024
+LEAST_MEMORY_MIB, LOW_MEMORY_MIB = 380, 600
+"""torch and transformers alone take about the first; a small model fits into the second."""
+LEAST_TOKENS = 2000
+PACKAGES = ("torch", "transformers", "peft")
+TIMEOUT_S = 3.0
+BYTES_PER_MIB = 2**20
+
+
+def checks_here(patient: Patient) -> list[Check]:
+    """Look at this computer."""
+    looks: list[Callable[[Patient], Check]] = [clock, certificate, aggregator, disk, memory]
+    found = [look_at(patient) for look_at in looks]
+    return [*found, packages(), data(patient), policy(patient)]
+
+
+def clock(patient: Patient) -> Check:
+    """Compare this computer's time with the fleet's, or see whether it is kept in time."""
+    now = datetime.now(timezone.utc)
+    shown = f"{now:%Y-%m-%d %H:%M} UTC"
+    remedy = "set the clock, and keep it: sudo timedatectl set-ntp true"
+    if not YEARS[0] <= now.year < YEARS[1]:
+        return Check("clock", "fail", f"it shows {shown}", remedy)
+    theirs = _fleet_time(patient) if patient.tls else None
+    if theirs is not None:
+        apart = abs(theirs - datetime.now(timezone.utc))
+        if apart > APART:
+            return Check("clock", "fail", f"{shown}, the aggregator's is {theirs:%H:%M}", remedy)
+        return Check("clock", "ok", f"{shown}, as the aggregator's")
+    kept = ", kept in time" if SYNCHRONIZED.exists() else ""
+    return Check("clock", "ok", f"{shown}{kept}")
+
+
+def certificate(patient: Patient) -> Check:
+    """See whether the certificate for the broker is in order, and how long yet."""
+    tls = patient.tls
+    if tls is None:
+        return Check("TLS", "ok", "none: this device has not joined a fleet")
+    now = datetime.now(timezone.utc)
+    try:
+        check_validity(tls.ca, now)
+        tls.context(now)
+        own = x509.load_pem_x509_certificate(tls.certificate.read_bytes())
+    except TransportError as error:
+        return Check("TLS", "fail", str(error))
+    left, until = own.not_valid_after_utc - now, f"valid until {own.not_valid_after_utc:%Y-%m-%d}"
+    if left < RENEW_BEFORE:
+        return Check("TLS", "warn", until, "ask for a new token and join again")
+    return Check("TLS", "ok", until)
+
+
+def aggregator(patient: Patient) -> Check:
+    """See whom this device believes."""
+    try:
+        key = trusted_key(patient.state)
+    except EdgeError as error:
+        return Check("trust", "fail", str(error))
+    if key is None:
+        return Check("trust", "ok", "no aggregator yet: the first that is heard is believed")
+    return Check("trust", "ok", f"the aggregator with the key {key[:12]}…")
+
+
+def disk(patient: Patient) -> Check:
+    """See whether state and cache can be written, and how much room they have."""
+    for folder in (patient.state, patient.cache):
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not os.access(there, os.W_OK):
+            remedy = "give this user the folder, or name another (--state, --cache)"
+            return Check("disk", "fail", f"{there} can't be written to", remedy)
+        free_mib = shutil.disk_usage(there).free // BYTES_PER_MIB
+        if free_mib < LOW_DISK_MIB:
+            level: Level = "fail" if free_mib < LEAST_DISK_MIB else "warn"
+            return Check("disk", level, f"{free_mib} MiB free at {folder}", "free some space")
+    return Check("disk", "ok", f"{free_mib} MiB free")
+
+
+def memory(patient: Patient) -> Check:
+    """See what training may take."""
+    try:
+        budget_mib = total_budget_mib(measure_profile(), patient.memory_cap_mib)
+    except EdgeError as error:
+        return Check("memory", "fail", str(error))
+    plan = read_told(patient.state).get("plan")
+    last = f", the last plan was for {plan['predicted_mib']:.0f} above the floor" if plan else ""
+    found = f"training may take {budget_mib:.0f} MiB{last}"
+    remedy = "close other programs, raise --memory-cap if it is given, or use a larger device"
+    if budget_mib < LEAST_MEMORY_MIB:
+        return Check("memory", "fail", found, remedy)
+    if budget_mib < LOW_MEMORY_MIB:
+        return Check("memory", "warn", found, f"enough for small models alone; {remedy}")
+    return Check("memory", "ok", found)
+
+
+def packages() -> Check:
+    """See whether what training needs is installed."""
+    missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
+    if missing:
+        remedy = "pip install 'tunefleet[edge]'"
+        return Check("packages", "fail", f"{', '.join(missing)} missing", remedy)
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return Check("packages", "ok", ", ".join(versions))
+
+
+def data(patient: Patient) -> Check:
+    """See whether the text can be read, and how much of it there is."""
+    from edge_client.data import read_examples, tokenize
+    from edge_client.model import find_model, load_tokenizer
+
+    if not patient.data:
+        return Check("data", "warn", "not looked at", "name it with --data")
+    try:
+        reading = read_examples(patient.data)
+        model = patient.model or "base-tiny"
+        tokenizer = load_tokenizer(find_model(model))
+        tokens = sum(len(s) for s in tokenize(reading.examples, tokenizer, max_tokens=256))
+    except TunefleetError as error:
+        return Check("data", "fail", str(error))
+    except ImportError:
+        return Check("data", "ok", f"examples: {len(reading.examples)}")
+    found = f"examples: {len(reading.examples)}, tokens: {tokens} (of {model})"
+    if tokens < LEAST_TOKENS:
+        return Check("data", "warn", found, "give more text: of so little not much is learnt")
+    if reading.problems:
+        more = f", {len(reading.problems)} left out ({reading.problems[0]})"
+        return Check("data", "warn", found + more, "mend them, or let them be")
+    return Check("data", "ok", found)
+
+
+def policy(patient: Patient) -> Check:
+    """Say whether the owner lets it train and transfer at this moment."""
+    now = datetime.now()
+    try:
+        totals = look(patient.state, now.date().isoformat())
+    except EdgeError as error:
+        return Check("outbox", "fail", str(error))
+    used = Used(totals.bytes, totals.training_s)
+    decision = decide(patient.policy, Sensors().read(patient.policy), now, used)
+    reasons = [*decision.train, *decision.transfer]
+    if reasons:
+        return Check("policy", "warn", "; ".join(reason.detail for reason in reasons))
+    return Check("policy", "ok", "it may train and transfer now")
+
+
+def _fleet_time(patient: Patient) -> datetime | None:
+    """Ask the aggregator's enrolment, at its usual port, what time it is; None: no answer."""
+    tls: TlsFiles | None = patient.tls
+    if tls is None:
+        return None
+    try:
+        link = http.client.HTTPSConnection(
+            patient.broker.host, DEFAULT_PORT, timeout=TIMEOUT_S, context=tls.context()
+        )
+        link.request("GET", PATH_CA)
+        date = link.getresponse().getheader("Date", "")
+        link.close()
+        return parsedate_to_datetime(date)
+    except (OSError, http.client.HTTPException, TransportError, ValueError):
+        return None

@@ -1,0 +1,45 @@
+"""Training waits while memory is short: the device's other work comes first, the kernel last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_client.policy.decide import Reason
+from edge_client.pressure import Pressure, Reading, read_pressure
+
+LOOK_S = 1.0
+"""What the kernel says is read as often at most; it averages stalls over 10 s itself."""
+
+
+class ShortMemory:
+    """A reason not to train now, while memory runs short under `root`.
+
+    `taken_mib` says what the training process takes now. It ends when it is told to pause for this
+    reason, and goes on where there is room for the most that it has taken.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        taken_mib: Callable[[], float],
+        *,
+        read: Callable[[Path, float], Reading] = read_pressure,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._root, self._taken_mib, self._read, self._clock = root, taken_mib, read, clock
+        self._pressure = Pressure()
+        self._looked, self._why = float("-inf"), ""
+
+    def __call__(self) -> Reason | None:
+        """Return why training should wait, or None."""
+        now = self._clock()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            if not self._why:
+                self._pressure.needs_mib = max(self._pressure.needs_mib, self._taken_mib())
+            self._why = self._pressure.take(self._read(self._root, now))
+        if not self._why:
+            return None
+        return Reason("memory", f"{self._why}; until there is room", wants_memory=True)

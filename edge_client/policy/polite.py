@@ -1,0 +1,155 @@
+"""What an agent asks before it trains or transfers, and between the steps of its training."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+
+import psutil
+
+from edge_client.config import Settings
+from edge_client.errors import TrainingPaused
+from edge_client.outbox import Outbox
+from edge_client.policy.decide import FREE, Activity, Reason, decide
+from edge_client.policy.owner import Policy
+from edge_client.policy.sensors import Sensors
+from edge_client.policy.used import Usage
+from protocol.events import EventLog
+
+LOOK_S = 0.05
+"""The device's state is read as often at most."""
+STEP_ENDS_S = 10.0
+"""How long a step may take that is under way when the agent is told to stop."""
+RELEASE_S = 600.0
+"""After so long a wait the training process ends, and gives its memory back."""
+
+Also = Callable[[], Reason | None]
+"""A further reason not to train now, beside the owner's policy; None: there is none."""
+
+
+class Polite:
+    """Hold an agent to its owner's policy, and to whatever `also` says.
+
+    `stopping` says whether the agent has been told to end: training then pauses too.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        outbox: Outbox,
+        stopping: Callable[[], bool],
+        *,
+        now: Callable[[], datetime] = datetime.now,
+        also: Sequence[Also] = (),
+    ) -> None:
+        self.usage = Usage(outbox, now)
+        self.stepping = False
+        """Whether training is between its first step and its last."""
+        self._ending = False
+        self._policy, self._now = settings.policy, now
+        self._stopping, self._also = stopping, also
+        self._sensors = Sensors(settings.system_root, pids=_own_processes)
+        self._decision = FREE
+        self._looked = float("-inf")
+        self._said: frozenset[str] = frozenset()
+        self._waiting_since: float | None = None
+        _give_way(self._policy)
+
+    def against(self, activity: Activity) -> tuple[Reason, ...]:
+        """Return what speaks against doing something now; nothing: it may be done."""
+        if time.monotonic() - self._looked >= LOOK_S:
+            state = self._sensors.read(self._policy)
+            used = self.usage.today()
+            self._decision = decide(self._policy, state, self._now(), used, self._decision)
+            self._looked = time.monotonic()
+        more = [reason for ask in self._also if (reason := ask())] if activity == "train" else []
+        reasons = (*self._decision.against(activity), *more)
+        if not reasons:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+        return reasons
+
+    def is_news(self, reasons: Sequence[Reason]) -> bool:
+        """Say whether reasons are other ones than the last that this was asked about."""
+        kinds = frozenset(reason.kind for reason in reasons)
+        before, self._said = self._said, kinds
+        return kinds != before
+
+    def wants_memory(self, reasons: Sequence[Reason]) -> bool:
+        """Say whether the training process is to end while these reasons last."""
+        since = self._waiting_since
+        long = since is not None and time.monotonic() - since > RELEASE_S
+        return long or any(reason.wants_memory for reason in reasons)
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Take the block for the steps of one training."""
+        self.stepping, self._step_began = True, time.monotonic()
+        try:
+            yield
+        finally:
+            self.stepping = False
+
+    def stop_training(self) -> None:
+        """End training: at once, or after the step that it is at, if that does not take long.
+
+        For a signal's handler; the second call ends it where it is.
+        """
+        if self.stepping and not self._ending:
+            self._ending = True
+            timer = threading.Timer(STEP_ENDS_S, _end_training)
+            timer.daemon = True
+            timer.start()
+        else:
+            _end_training()
+
+    def pause_after_step(self) -> bool:
+        """Count a step that is done, and say whether to pause before the next."""
+        began, self._step_began = self._step_began, time.monotonic()
+        self.usage.note_training(self._step_began - began)
+        return self._stopping() or bool(self.against("train"))
+
+
+@contextmanager
+def noting_pauses(events: EventLog) -> Iterator[None]:
+    """End the block where its training pauses, and note that; what is done next says why."""
+    try:
+        yield
+    except TrainingPaused as paused:
+        events.emit("paused", steps=paused.steps, lost=paused.unkept)
+
+
+def _end_training() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def training_mib() -> float:
+    """Return what the agent's training processes take now, resident."""
+    total = 0
+    for child in multiprocessing.active_children():
+        with suppress(psutil.Error):
+            total += psutil.Process(child.pid).memory_info().rss
+    return total / 2**20
+
+
+def _own_processes() -> list[int]:
+    children = (child.pid for child in multiprocessing.active_children())
+    return [os.getpid(), *(pid for pid in children if pid is not None)]
+
+
+def _give_way(policy: Policy) -> None:
+    """Take the owner's priorities, which the training process inherits; none is ever raised."""
+    this = psutil.Process()
+    with suppress(psutil.Error, OSError):
+        if policy.nice > this.nice():
+            this.nice(policy.nice)
+    if policy.io == "idle" and hasattr(psutil, "IOPRIO_CLASS_IDLE"):
+        with suppress(psutil.Error, OSError):
+            this.ionice(psutil.IOPRIO_CLASS_IDLE)

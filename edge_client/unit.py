@@ -1,0 +1,89 @@
+"""A device as a service: its systemd unit, the user's own or the system's.
+
+A user's service manager may not make mount namespaces or drop capabilities, so its unit has what
+works by system call filters and cgroups alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_client.policy.owner import Policy
+from protocol.systemd import ADDRESS_FAMILIES, SANDBOX, SYSTEM_CALLS, argument, quoted
+
+NAME = "tunefleet-device.service"
+AGENT_MIB = 384
+"""What the agent takes beside its training process, with room for adapters on their way."""
+NICE, CPU_WEIGHT = 10, 20
+"""Where the owner's policy says nothing."""
+
+_EVERYWHERE = """LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM"""
+_OF_THE_SYSTEM = """AmbientCapabilities=
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RemoveIPC=yes
+KeyringMode=private"""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a unit is written from."""
+
+    arguments: Sequence[str]
+    """Of `edge-client`, with absolute paths."""
+    writes: Sequence[Path]
+    """Folders that it writes to."""
+    policy: Policy
+    memory_cap_mib: float | None
+    user: str = ""
+    """Whom a system service runs as; empty: it is a user's own."""
+
+
+def device_unit(service: Service) -> str:
+    """Return the text of the unit."""
+    system, policy = bool(service.user), service.policy
+    arguments = " ".join(argument(word) for word in service.arguments)
+    online = "Wants=network-online.target\nAfter=network-online.target\n" if system else ""
+    cap_mib = service.memory_cap_mib
+    memory = f"MemoryMax={int(cap_mib + AGENT_MIB)}M\n" if cap_mib else ""
+    if system:
+        writes = " ".join(quoted(path) for path in service.writes)
+        sandbox = f"User={service.user}\n{SANDBOX}\n{_OF_THE_SYSTEM}\nReadWritePaths={writes}"
+    else:
+        sandbox = f"NoNewPrivileges=yes\n{ADDRESS_FAMILIES}\n{SYSTEM_CALLS}\nUMask=0077"
+    return f"""[Unit]
+Description=Tunefleet device: fine-tunes on this computer's own text
+{online}
+[Service]
+Type=notify
+ExecStart={argument(sys.executable)} -m edge_client {arguments}
+Restart=on-failure
+RestartSec=30
+# Told to stop, the agent has its training process end its step and keep what it has.
+KillMode=mixed
+TimeoutStopSec=60
+# Fed by each step and batch of training, and by each turn of the agent while it waits.
+WatchdogSec=15min
+# The kernel may take the training process: the agent goes on with a smaller plan.
+OOMPolicy=continue
+{memory}Nice={policy.nice or NICE}
+IOSchedulingClass=idle
+CPUWeight={policy.cpu_weight or CPU_WEIGHT}
+{sandbox}
+{_EVERYWHERE}
+
+[Install]
+WantedBy={"multi-user.target" if system else "default.target"}
+"""

@@ -1,0 +1,112 @@
+"""A device as a systemd service: its units as systemd reads them, and what it tells systemd."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_client import notify as notifying
+from edge_client.notify import alive, notify
+from edge_client.policy.owner import Policy
+from edge_client.unit import NAME, Service, device_unit
+
+EXPOSURE = 3.0
+"""systemd's own measure, 0 to 10, of what a service could do if it were broken into."""
+
+
+def edge_client(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edge_client", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    folder = tmp_path / "my $notes of 100%"
+    folder.mkdir()
+    (folder / "a.txt").write_text("what I have written")
+    return tmp_path
+
+
+def analyze(*arguments: object) -> str:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    command = ["systemd-analyze", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    return ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["--user", "--system"])
+def test_systemd_takes_the_units(home: Path, kind: str) -> None:
+    made = edge_client(
+        "install-service", kind, "--data", home / "my $notes of 100%", "--memory-cap", 800,
+        "--exit-when-done",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    (unit,) = home.rglob(NAME)
+    assert (str(unit) in made.stdout) == (kind == "--system")
+    said = analyze("verify", "--man=no", unit)
+    assert [line for line in said.splitlines() if NAME in line] == []
+    text = unit.read_text()
+    for line in ("Type=notify", "KillMode=mixed", "OOMPolicy=continue", "MemoryMax=1184M"):
+        assert line in text.splitlines()
+    assert f'"{home}/my $$notes of 100%%"' in text
+
+
+def test_the_systems_unit_exposes_little(home: Path, tmp_path: Path) -> None:
+    service = Service(["run"], [tmp_path], Policy(), None, user="nobody")
+    (tmp_path / NAME).write_text(device_unit(service))
+    said = analyze("security", "--offline=true", "--no-pager", tmp_path / NAME)
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", said)
+    if found is None:
+        pytest.skip(f"this systemd-analyze does not read files: {said[-200:]}")
+    assert float(found[1]) <= EXPOSURE
+
+
+def test_a_users_unit_has_only_what_a_user_may() -> None:
+    service = Service(["run"], [], Policy(nice=15, cpu_weight=5), None)
+    text = device_unit(service)
+    for word in ("Protect", "Private", "User=", "CapabilityBoundingSet", "ReadWritePaths"):
+        assert word not in text
+    assert "NoNewPrivileges=yes" in text and "SystemCallFilter=@system-service" in text
+    assert "Nice=15" in text and "CPUWeight=5" in text and "MemoryMax" not in text
+
+
+def test_print_writes_nothing_and_mistakes_come_now(home: Path) -> None:
+    data = home / "my $notes of 100%"
+    printed = edge_client("install-service", "--print", "--data", data)
+    assert printed.stdout.startswith("[Unit]") and list(home.rglob(NAME)) == []
+    nowhere = edge_client("install-service", "--data", home / "nowhere")
+    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1)
+    assert "there is no file or folder" in nowhere.stderr
+    unknown = edge_client("install-service", "--data", data, "--colour", "red")
+    assert unknown.returncode == 2 and "No such option: --colour" in unknown.stderr
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_messages_to_systemd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool
+) -> None:
+    notify(READY="1")  # nobody to hear it: no matter
+    name = f"@{tmp_path}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name.replace("@", "\0"))
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        notify(READY="1", STATUS="waiting: for the night")
+        assert systemd.recv(1000) == b"READY=1\nSTATUS=waiting: for the night"
+        monkeypatch.setattr(notifying, "_last_alive", float("-inf"))
+        alive()
+        alive()  # as often as it likes: it is said now and then
+        assert systemd.recv(1000) == b"WATCHDOG=1"
+        systemd.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            systemd.recv(1000)
+    notify(READY="1")  # systemd has gone
