@@ -34,6 +34,24 @@ def test_steps_are_torchs(decay: float) -> None:
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), atol=1e-6)
 
 
+def test_it_goes_on_from_what_it_gave_as_if_it_never_stopped() -> None:
+    rates = dict.fromkeys(SHAPES, 0.01)
+    straight = random(0)
+    optimiser = AdamW(straight, weight_decay=0.1)
+    for step in range(3):
+        optimiser.step(random(step + 1), rates)
+    kept = {name: array.copy() for name, array in optimiser.arrays().items()}
+    optimiser.step(random(9), rates)
+    again = random(5)
+    other = AdamW(again, weight_decay=0.1)
+    assert other.restore(kept)
+    other.step(random(9), rates)
+    for name, value in straight.items():
+        assert np.array_equal(value, again[name])
+    cut = AdamW({"x/a": again["x/a"]}, weight_decay=0.1)
+    assert not cut.restore(kept)  # of another adapter
+
+
 @pytest.mark.parametrize("norm", [0.5, 1e3])
 def test_clipping_is_torchs(norm: float) -> None:
     ours = random(3)

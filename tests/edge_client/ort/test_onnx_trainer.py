@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edge_client.data import BatchStream, pack
+from edge_client.errors import TrainingPaused
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty, penalty_gradient, tail_product
+from edge_client.trainer.checkpoint import FILE, Checkpoints, Keeping, read_kept
 from edge_client.trainer.onnx_trainer import OnnxTrainer
 from edge_client.trainer.torch_trainer import TorchTrainer
 from protocol.adapter import Adapter
@@ -184,3 +188,33 @@ def test_the_penalty_has_the_gradient_that_torch_works_out() -> None:
     np.testing.assert_allclose(found[1], tb.grad[:, 4:], rtol=1e-5)
     assert penalty_gradient(a, np.zeros_like(b), 4) is None
     assert penalty_gradient(a, b, 6) is None
+
+
+def test_a_paused_training_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
+    _, onnx = both(llama)
+    start = random_adapter(onnx.shapes, 4)
+    rows = pack(sequences(12), LENGTH, seed=1)
+    settings = Training(steps=6, tokens_per_step=2 * LENGTH, max_tokens=LENGTH, warmup_steps=2)
+    keeping = Keeping(tmp_path / FILE, "this training", 1e9)
+    done: list[int] = []
+
+    def run(pause_after: int) -> Adapter:
+        kept, left = read_kept(keeping, rows, PLAN.micro_batch)
+        stream = left or BatchStream(rows, PLAN.micro_batch, seed=0)
+        onnx.load(start, None, PLAN)
+        onnx.train(
+            stream,
+            settings=settings,
+            learning_rate=3e-3,
+            pruning=NO_PRUNING,
+            on_step=lambda step, loss: done.append(step),
+            between=Checkpoints(keeping, kept, stream.state, lambda: done[-1] == pause_after, None),
+        )
+        return onnx.adapter()
+
+    straight = run(0)
+    with pytest.raises(TrainingPaused):
+        run(3)
+    resumed = run(0)
+    assert done == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
+    assert apart(straight, resumed) == 0
