@@ -158,8 +158,10 @@ try_commands() {
             continue
         fi
         say "edge-client $name"
-        echo ".venv/bin/edge-client $name ${1:+--broker $1}" >"$folder/$name.sh"
-        [ "$name" = plan ] && echo '.venv/bin/edge-client plan --explain' >"$folder/$name.sh"
+        case $name in
+            plan) echo '.venv/bin/edge-client plan --explain --model base-tiny' ;;
+            doctor) echo ".venv/bin/edge-client doctor --data notes/ --broker $1" ;;
+        esac >"$folder/$name.sh"
         if emulated "$folder/$name.sh"; then tried+=" $name: done;"; else tried+=" $name: FAILED;"; fi
     done
 }
