@@ -114,6 +114,20 @@ def load_plain_tokenizer(folder: Path) -> PlainTokenizer:
     )
 
 
+def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer of transformers has beside what is in its tokenizer.json."""
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        "special_tokens": {
+            name: token
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        },
+    }
+
+
 def _mark(mask: list[int], first: int | None, last: int | None) -> None:
     """Mark tokens from the first to the last; without a last one, to the end."""
     if first is not None:

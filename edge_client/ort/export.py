@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto
 from safetensors.torch import save_file
 
+from edge_client.data.plain_tokenizer import tokenizer_fields
 from edge_client.errors import ModelError
 from edge_client.model import (
     BASE_TINY,
@@ -83,20 +84,6 @@ def _plain_tokenizer(base: Path) -> Any:
             "--backend torch"
         )
     return tokenizer
-
-
-def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
-    """Return what a tokenizer of transformers has beside what is in its tokenizer.json."""
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
-        "special_tokens": {
-            name: token
-            for name, token in tokenizer.special_tokens_map.items()
-            if isinstance(token, str)
-        },
-    }
 
 
 def _head(model: Any) -> tuple[str, torch.Tensor]:

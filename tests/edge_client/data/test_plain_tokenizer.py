@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import base_tiny
 from edge_client.data.example import Completion, Example
-from edge_client.data.plain_tokenizer import PlainTokenizer
+from edge_client.data.plain_tokenizer import PlainTokenizer, tokenizer_fields
 from edge_client.data.tokenize import tokenize
 from edge_client.errors import DataError
 from edge_client.model import load_tokenizer
@@ -41,8 +41,6 @@ BLOCKS = """chat
 
 def plain(tokenizer: Any) -> PlainTokenizer:
     """Return the plain one of a transformers tokenizer, as an export describes it."""
-    from edge_client.ort.export import tokenizer_fields
-
     fields = tokenizer_fields(tokenizer)
     encoder = tokenizer.backend_tokenizer.__class__.from_str(tokenizer.backend_tokenizer.to_str())
     return PlainTokenizer(encoder, **fields)
