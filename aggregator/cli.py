@@ -229,6 +229,25 @@ def withdraw(
     typer.echo(f"job {job!r} is off {address}: {done.cleared} messages cleared{stays}")
 
 
+@app.command("export-onnx")
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="base-tiny, a model folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the artifact set; it is made.")],
+) -> None:
+    """Make what devices train a model from with ONNX Runtime, where torch is installed here."""
+    from aggregator.edge import ask_edge
+
+    said = ask_edge(
+        "export-onnx",
+        model,
+        "--out",
+        str(out),
+        otherwise="exporting needs torch, which the aggregator does without: run "
+        f"`edge-client export-onnx {model} --out {out}` on a computer that has it",
+    )
+    typer.echo(said, nl=False)
+
+
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],

@@ -19,16 +19,14 @@ and the aggregator has none; on a machine without it, give the description that 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from aggregator.edge import ask_edge
 from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
 from aggregator.merge import rules
 from aggregator.personal import STRATEGIES, Strategy, read_trust_settings, strategy_of
@@ -213,14 +211,10 @@ def describe(model: str) -> BaseModelInfo:
             raise ConfigError(
                 f"can't read the model description {model}: {first_mistake(error)}"
             ) from None
-    if importlib.util.find_spec("torch") is None:
-        raise ConfigError(
-            f"describing {model!r} needs torch, which the aggregator does without: run "
-            f"`edge-client describe {model} > model.json` on a device and give model.json"
-        )
-    command = [sys.executable, "-m", "edge_client", "describe", model]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
-        why = answer.stderr.strip().splitlines() or ["edge-client describe failed"]
-        raise ConfigError(why[-1].removeprefix("error: "))
-    return BaseModelInfo.model_validate(json.loads(answer.stdout))
+    description = ask_edge(
+        "describe",
+        model,
+        otherwise=f"describing {model!r} needs torch, which the aggregator does without: run "
+        f"`edge-client describe {model} > model.json` on a device and give model.json",
+    )
+    return BaseModelInfo.model_validate(json.loads(description))

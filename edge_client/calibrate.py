@@ -20,15 +20,15 @@ from pathlib import Path
 
 from edge_client.errors import WorkerKilled
 from edge_client.memory import FROZEN_BYTES, MIB, Probe, Way, fit
-from edge_client.plan import Calibration
+from edge_client.plan import Backend, Calibration
 from edge_client.storage import keeping
+from edge_client.trainer.backend import LIBRARIES
 from edge_client.trainer.probing import THREAD_TOKENS, ProbeReport, ProbeTask
 from edge_client.trainer.process import TrainingProcess
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
 FORMAT = 13
-BACKEND = "torch-cpu"
 ROOM_GAINED = 1.05
 """By how much the limit must have grown for what was left out to be tried again."""
 
@@ -50,6 +50,7 @@ def calibrate(
     cache: Path,
     blocks: int = 0,
     limit_mib: float = inf,
+    backend: Backend = "torch",
 ) -> Calibration:
     """Return the constants for each dtype, measured now or remembered.
 
@@ -63,10 +64,9 @@ def calibrate(
     """
 
     def one(dtype: str) -> ProbeReport:
-        task = ProbeTask(
-            model, dtype, base_mib(base, dtype), threads, seq_len, scale, blocks, limit_mib
-        )
-        name = _name(base.sha256, dtype, threads, seq_len, blocks)
+        mib = base_mib(base, dtype)
+        task = ProbeTask(model, dtype, mib, threads, seq_len, scale, blocks, limit_mib, backend)
+        name = _name(backend, base.sha256, dtype, threads, seq_len, blocks)
         return _remembered(cache / f"{name}.json", limit_mib, lambda: _measure(task))
 
     reports = {dtype: one(dtype) for dtype in dtypes}
@@ -83,6 +83,7 @@ def calibrate(
             for way, probes in ways.items()
         },
         tokens_s={way: tokens_s(probes) for way, probes in ways.items()},
+        backend=backend,
     )
 
 
@@ -109,6 +110,7 @@ def choose_threads(
     scale: float,
     cache: Path,
     limit_mib: float = inf,
+    backend: Backend = "torch",
 ) -> int:
     """Return how many threads train fastest on this device, up to `most`; measured once.
 
@@ -116,10 +118,9 @@ def choose_threads(
         WorkerError: the probe's process died.
         ModelError: the model can't be loaded.
     """
-    path = cache / f"{_name(base.sha256, dtype, most, THREAD_TOKENS, 0)}-threads.json"
-    task = ProbeTask(
-        model, dtype, base_mib(base, dtype), most, THREAD_TOKENS, scale, limit_mib=limit_mib
-    )
+    path = cache / f"{_name(backend, base.sha256, dtype, most, THREAD_TOKENS, 0)}-threads.json"
+    mib = base_mib(base, dtype)
+    task = ProbeTask(model, dtype, mib, most, THREAD_TOKENS, scale, 0, limit_mib, backend)
     with _one_at_a_time(path):
         if path.exists():
             return int(json.loads(path.read_text()))
@@ -197,9 +198,11 @@ def _from_json(text: str) -> ProbeReport:
     )
 
 
-def _name(model_hash: str, dtype: str, threads: int, seq_len: int, blocks: int) -> str:
-    libraries = [f"{name}={version(name)}" for name in ("torch", "transformers")]
-    what = [FORMAT, BACKEND, model_hash, dtype, threads, seq_len, *libraries]
+def _name(
+    backend: Backend, model_hash: str, dtype: str, threads: int, seq_len: int, blocks: int
+) -> str:
+    libraries = [f"{name}={version(name)}" for name in LIBRARIES[backend]]
+    what = [FORMAT, f"{backend}-cpu", model_hash, dtype, threads, seq_len, *libraries]
     if blocks:
         what.append(f"blocks={blocks}")
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from enum import Enum
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -11,6 +12,15 @@ from typing import Annotated
 import typer
 
 from protocol.cli import run_command
+
+
+class Backend(str, Enum):
+    """What `edge-client run` may be told to train with."""
+
+    auto = "auto"
+    torch = "torch"
+    onnx = "onnx"
+
 
 app = typer.Typer(
     help="Fine-tune a shared model on this device's own text, which never leaves it.",
@@ -58,6 +68,22 @@ def describe(
     typer.echo(describe_model(model).model_dump_json(indent=1))
 
 
+@app.command("export-onnx")
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="base-tiny, a model folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the artifact set; it is made.")],
+) -> None:
+    """Make what devices train a model from with ONNX Runtime (needs torch; they do not)."""
+    from edge_client.backends import check_export
+
+    check_export()
+    from edge_client.ort.export import export_artifact
+
+    artifact = export_artifact(model, out)
+    typer.echo(f"{artifact.name} for training with ONNX Runtime, of any rank, is in {out}")
+    typer.echo(f"copy that folder to devices, and there: edge-client run --onnx {out.name} ...")
+
+
 @app.command()
 def plan(
     job: Annotated[
@@ -87,11 +113,18 @@ def plan(
     train_blocks: Annotated[
         int, typer.Option(help="Train the last so many blocks alone, where the job lets you.")
     ] = 0,
+    backend: Annotated[
+        Backend, typer.Option(help="What to train with (auto: what fits best and is fastest).")
+    ] = Backend.auto,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Folder that `edge-client export-onnx` made.")
+    ] = None,
     explain: Annotated[bool, typer.Option(help="Show other plans, and why this one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every plan.")] = False,
 ) -> None:
     """Show how this device would train, measured here, without joining a fleet."""
     from device_profiles.schema import load_profile
+    from edge_client.backends import check_backend
     from edge_client.calibrate import cache_folder
     from edge_client.config import Settings, check_cache
     from edge_client.planned_job import planned_job
@@ -99,7 +132,7 @@ def plan(
     from edge_client.show_plan import show_plan
     from protocol.transport import BrokerAddress
 
-    _require_training()
+    check_backend(backend.value, onnx)
     given = {"max_tokens": max_tokens, "tokens_per_step": tokens_per_step}
     found = load_profile(profile) if profile else measure_profile()
     wanted, base = planned_job(job, model, {k: v for k, v in given.items() if v})
@@ -116,6 +149,8 @@ def plan(
         threads=threads,
         private_rank=private_rank,
         train_blocks=train_blocks,
+        backend=backend.value,
+        onnx=onnx,
     )
     show_plan(settings, wanted, explain=explain, as_json=as_json)
 
@@ -164,6 +199,12 @@ def run(
     train_blocks: Annotated[
         int, typer.Option(help="Train the last so many blocks alone, where the job lets you.")
     ] = 0,
+    backend: Annotated[
+        Backend, typer.Option(help="What to train with (auto: what fits best and is fastest).")
+    ] = Backend.auto,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Folder that `edge-client export-onnx` made.")
+    ] = None,
     policy: Annotated[
         Path | None,
         typer.Option(help="When and how much to train (default: policy.toml in the state folder)."),
@@ -179,6 +220,7 @@ def run(
     """Take part in a job: train on own text, publish deltas, receive what the fleet learned."""
     from device_profiles.schema import load_profile
     from edge_client.agent import Agent
+    from edge_client.backends import check_backend
     from edge_client.calibrate import cache_folder
     from edge_client.config import Settings, check_cache, check_name
     from edge_client.data.read import check_paths
@@ -195,7 +237,7 @@ def run(
     device, address, tls = identity(folder, name=name, broker=broker, default_name=_host_name())
     found = load_profile(profile) if profile else measure_profile()
     check_paths(data)  # found out later only after minutes of measuring
-    _require_training()
+    check_backend(backend.value, onnx)
     settings = Settings(
         name=device,
         broker=address,
@@ -214,6 +256,8 @@ def run(
         compare_alone=compare_alone,
         private_rank=private_rank,
         train_blocks=train_blocks,
+        backend=backend.value,
+        onnx=onnx,
         wait_for_broker=not no_wait,
         policy=find_policy(folder, policy),
         system_root=system_root,
@@ -372,7 +416,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the split, as in training.", min=0)] = 0,
 ) -> None:
     """Print held-out losses through PEFT, nats a token, as JSON: adapter (or base), data, loss."""
-    _require_training()
+    from edge_client.backends import require_torch
+
+    require_torch()
     from edge_client.evaluate import evaluate_peft
 
     adapters = ["base", *(str(path) for path in adapter or [])]
@@ -391,17 +437,6 @@ def _host_name() -> str:
     from edge_client.profile import slug
 
     return slug(platform.node() or "device")[:63].strip("-")
-
-
-def _require_training() -> None:
-    """Refuse in one line where the training packages are not installed."""
-    import importlib.util
-
-    from edge_client.errors import ConfigError
-
-    missing = [n for n in ("torch", "transformers", "peft") if not importlib.util.find_spec(n)]
-    if missing:
-        raise ConfigError(f"training needs {', '.join(missing)}: pip install 'tunefleet[edge]'")
 
 
 def main() -> None:

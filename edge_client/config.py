@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from device_profiles.schema import DeviceProfile
 from edge_client.errors import ConfigError
@@ -56,6 +57,9 @@ class Settings:
     """A training under way is kept on disk as often."""
     train_blocks: int = 0
     """Train the last so many blocks alone, where the job lets a device; 0: as many as fit."""
+    backend: Literal["auto", "torch", "onnx"] = "auto"
+    onnx: Path | None = None
+    """Folder of an artifact set of the base model (edge_client/ort); None: there is none."""
 
     def __post_init__(self) -> None:
         """Check what a person gives.

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edge_client.errors import WorkerKilled
 from edge_client.mixing import stacked
-from edge_client.plan import Plan
+from edge_client.plan import Backend, Plan
 from edge_client.prune import head_rank, rank_after, tail_product
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.checkpoint import Keeping, identity_of
@@ -135,7 +135,7 @@ class Learner:
         self,
         job: Job,
         device: str,
-        model: Path,
+        folders: Mapping[Backend, Path],
         text: Text,
         plan: Plan,
         step_down: StepDown,
@@ -147,7 +147,7 @@ class Learner:
     ) -> None:
         self._job = job
         self._device = device
-        self._model, self._where = model, text
+        self._folders, self._where = folders, text
         self._step_down, self._pauses = step_down, pauses
         self._kept, self._kept_s = kept, kept_s
         self._limit_mib = limit_mib
@@ -273,7 +273,10 @@ class Learner:
                 if self._process is None:
                     self._process = TrainingProcess(self._limit_mib)
                     self._report: TextReport = self._ask(
-                        "open", model=self._model, text=self._where, plan=self.plan
+                        "open",
+                        model=self._folders[self.plan.backend],
+                        text=self._where,
+                        plan=self.plan,
                     )
                 return work()
             except WorkerKilled:

@@ -165,21 +165,24 @@ def predict_mib(
     tokens: int,
     accumulates: bool,
     blocks: int = 0,
+    keeps: bool = False,
 ) -> float:
     """Return the predicted peak above the floor of training `tokens` positions at a time.
 
     `accumulates`: a step has several micro-batches, so gradients lie beside activations. `blocks`:
-    the last so many are trained (0: all), as they were where `activations` was measured.
+    the last so many are trained (0: all), as they were where `activations` was measured. `keeps`:
+    what a step took beside the adapters stays with the process, and is there while others load.
     """
     trained = _trained(shapes, blocks)
+    beside = activations.fixed_mib + activations.beside_mib(tokens)
     step = _step_mib(shapes, way, rank, held, tokens, accumulates=accumulates, trained=trained)
     remainder = remainder_mib(shapes, rank, held, way.dtype, trained)
     sent = parameter_count(shapes, max(rank, held)) * WEIGHT_BYTES / MIB
     placed = parameter_count(trained, rank) * WEIGHT_BYTES / MIB + remainder
     return weights_mib + max(
-        step + activations.fixed_mib + activations.beside_mib(tokens),
+        step + beside,
         lora_mib(trained, rank) + remainder,
-        sent + placed,
+        sent + placed + (beside if keeps else 0.0),
     )
 
 

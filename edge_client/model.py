@@ -208,7 +208,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"can't load the tokenizer in {folder}: {_first_line(error)}") from None
 
 

@@ -6,8 +6,9 @@ Pure: the budget and the measured constants come in, every plan there is and the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
+from typing import Literal
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Way, predict_mib
@@ -15,6 +16,7 @@ from protocol.adapter import Shapes
 from protocol.layers import block_count
 from protocol.messages import Training
 
+Backend = Literal["torch", "onnx"]
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 STEP_DOWN = 0.95
 """Of the prediction that was too much, what the next plan's may be: a hair less would be too."""
@@ -47,6 +49,7 @@ class Calibration:
     activations: dict[Way, Activations]
     tokens_s: dict[Way, float]
     """Tokens trained in a second by each way, in its probes."""
+    backend: Backend = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,9 @@ class Plan:
     """Predicted peak above the floor with the headroom that is kept free."""
     checkpoint_blocks: int = 0
     """With checkpointing, the first so many blocks are made again; 0: all."""
+    backend: Backend = "torch"
+    """What trains: edge_client.trainer.backend."""
+    why_backend: str = field(default="", compare=False)
 
     @property
     def way(self) -> Way:
@@ -91,7 +97,8 @@ class Plan:
         rank = f"rank {self.rank} of {self.held} held"
         if self.blocks:
             rank += f" in the last {self.blocks} block{'s' if self.blocks > 1 else ''}"
-        return f"{rank}, {self.micro_batch}×{self.seq_len} tokens, {way}"
+        backend = "" if self.backend == "torch" else f", {self.backend}"
+        return f"{rank}, {self.micro_batch}×{self.seq_len} tokens, {way}{backend}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -250,6 +257,7 @@ def all_plans(
                         blocks=wanted.blocks,
                         predicted_tokens_s=calibration.tokens_s[way],
                         needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
+                        backend=calibration.backend,
                     )
                 )
     return found + list(_partly_checkpointed(wanted, found))
@@ -317,6 +325,7 @@ def _predicted_mib(
             tokens=tokens,
             accumulates=tokens < wanted.training.tokens_per_step,
             blocks=wanted.blocks,
+            keeps=calibration.backend == "onnx",  # its arena
         )
         for own, whole in trained
     )

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Protocol
 
 from device_profiles.schema import DeviceProfile
+from edge_client.backends import better, find_backends
 from edge_client.calibrate import calibrate, choose_threads
 from edge_client.config import Settings, most_threads
-from edge_client.errors import ConfigError, ModelError, NoPlanFits
+from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.learner import Learner, Learning, Pauses, StepDown
 from edge_client.memory import resident_mib
-from edge_client.model import find_model, model_hash
-from edge_client.plan import Calibration, Plan, Wanted, all_plans, choose_plan, memory_budget
+from edge_client.plan import (
+    Backend,
+    Calibration,
+    Plan,
+    Wanted,
+    all_plans,
+    choose_plan,
+    memory_budget,
+)
 from edge_client.profile import native_bf16
 from edge_client.trainer import checkpoint
 from edge_client.trainer.worker import Text
@@ -45,7 +53,7 @@ class TrainingEquipment:
 
     def __init__(self, settings: Settings, job: Job) -> None:
         self._settings, self._job = settings, job
-        self._model = find_base(settings, job)
+        self._backends = find_backends(settings, job)
 
     def plan(self, *, below_mib: float = inf) -> Plan:
         """Measure what training takes on this device, and choose how to train.
@@ -54,14 +62,23 @@ class TrainingEquipment:
             NoPlanFits: the device's memory is too small for the job.
             ConfigError: its memory is unknown.
         """
-        return make_plan(self._settings, self._job, self._model, below_mib=below_mib)
+        shared_rank = wanted_of(self._settings, self._job, 0).shared_rank
+        plans: dict[Backend, Plan | NoPlanFits] = {}
+        for backend, folder in self._backends.folders.items():
+            try:
+                plans[backend] = make_plan(
+                    self._settings, self._job, folder, below_mib=below_mib, backend=backend
+                )
+            except NoPlanFits as error:
+                plans[backend] = error
+        return better(plans, shared_rank, self._backends.missing)
 
     def learner(self, plan: Plan, step_down: StepDown, pauses: Pauses) -> Learner:
         settings = self._settings
         return Learner(
             self._job,
             settings.name,
-            self._model,
+            self._backends.folders,
             Text(settings.data, settings.seed),
             plan,
             step_down,
@@ -72,25 +89,17 @@ class TrainingEquipment:
         )
 
 
-def find_base(settings: Settings, job: Job) -> Path:
-    """Return the folder of the job's base model on this device.
+def make_plan(
+    settings: Settings,
+    job: Job,
+    model: Path,
+    *,
+    below_mib: float = inf,
+    backend: Backend = "torch",
+) -> Plan:
+    """Measure what training with a backend takes on this device, and choose how to train.
 
-    Raises:
-        ModelError: it is not there, or is another model than the job's.
-    """
-    folder = find_model(settings.model or job.base.name)
-    found = model_hash(folder)
-    if found != job.base.sha256:
-        raise ModelError(
-            f"the model in {folder} is not the job's {job.base.name!r} (hash {found[:12]}…, the "
-            f"job's {job.base.sha256[:12]}…); give the right one with --model"
-        )
-    return folder
-
-
-def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = inf) -> Plan:
-    """Measure what training takes on this device, and choose how to train.
-
+    `model` is the folder of that backend's base: the model's, or for onnx the artifact set.
     `below_mib` is a predicted peak that was too much (`Outbox.ceiling_mib`). Fewer blocks than all
     are measured only where no plan of more blocks fits, or the owner wants it so.
 
@@ -101,7 +110,7 @@ def make_plan(settings: Settings, job: Job, model: Path, *, below_mib: float = i
     refused: NoPlanFits | None = None
     for blocks in block_choices(settings, job):
         try:
-            return _plan_of(settings, job, model, blocks, below_mib)
+            return _plan_of(settings, job, model, blocks, below_mib, backend)
         except NoPlanFits as error:
             refused = refused or error
     assert refused is not None, "there is a choice at least"
@@ -131,9 +140,11 @@ def block_choices(settings: Settings, job: Job) -> list[int]:
     return choices
 
 
-def _plan_of(settings: Settings, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
+def _plan_of(
+    settings: Settings, job: Job, model: Path, blocks: int, below_mib: float, backend: Backend
+) -> Plan:
     """Measure what training some blocks takes, and choose how to train them."""
-    return planning(settings, job, model, blocks).best(below_mib=below_mib)
+    return planning(settings, job, model, blocks, backend).best(below_mib=below_mib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +181,9 @@ class Planning:
         )
 
 
-def planning(settings: Settings, job: Job, model: Path, blocks: int) -> Planning:
+def planning(
+    settings: Settings, job: Job, model: Path, blocks: int, backend: Backend = "torch"
+) -> Planning:
     """Measure what training some blocks takes here, or remember it.
 
     Raises:
@@ -178,21 +191,28 @@ def planning(settings: Settings, job: Job, model: Path, blocks: int) -> Planning
         WorkerError: a probe failed.
     """
     budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
-    threads, calibration = measured(settings, job, model, blocks, budget_mib)
+    threads, calibration = measured(settings, job, model, blocks, budget_mib, backend)
     return Planning(
         wanted_of(settings, job, blocks), calibration, budget_mib, threads, settings.memory_scale
     )
 
 
 def measured(
-    settings: Settings, job: Job, model: Path, blocks: int, budget_mib: float
+    settings: Settings,
+    job: Job,
+    model: Path,
+    blocks: int,
+    budget_mib: float,
+    backend: Backend,
 ) -> tuple[int, Calibration]:
     """Return how many threads are worth it here, and the constants of the memory model.
 
     Both dtypes are measured where there is memory for it: which is faster no list of CPU features
     says, for it depends on the model too.
     """
-    dtypes = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "mixed")
+    dtypes: tuple[str, ...] = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "mixed")
+    if backend == "onnx":
+        dtypes = ("f32",)
     threads = settings.threads or choose_threads(
         model,
         job.base,
@@ -201,6 +221,7 @@ def measured(
         scale=job.scale,
         cache=settings.cache,
         limit_mib=budget_mib,
+        backend=backend,
     )
     calibration = calibrate(
         model,
@@ -212,6 +233,7 @@ def measured(
         cache=settings.cache,
         blocks=blocks,
         limit_mib=budget_mib,
+        backend=backend,
     )
     return threads, calibration
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from protocol.adapter import Adapter
 
@@ -50,6 +51,20 @@ def penalty(
         if tail_a.numel() and bool(tail_b.detach().any()) and bool(tail_a.detach().any()):
             total = total + tail_b.norm() * tail_a.norm()
     return total
+
+
+def penalty_gradient(
+    a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], head: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+    """Return the penalty's gradient in one module's tails, A[m:] and B[:, m:]; None: there is none.
+
+    Of f = ‖T_B‖·‖T_A‖ it is T_A·‖T_B‖/‖T_A‖ and T_B·‖T_A‖/‖T_B‖.
+    """
+    tail_a, tail_b = a[head:], b[:, head:]
+    norm_a, norm_b = np.linalg.norm(tail_a), np.linalg.norm(tail_b)
+    if not norm_a or not norm_b:
+        return None
+    return tail_a * (norm_b / norm_a), tail_b * (norm_a / norm_b)
 
 
 def rank_after(received: float, trained: float, rank: int, head: int) -> int:

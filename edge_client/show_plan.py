@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from device_profiles.schema import DeviceProfile
+from edge_client.backends import better, find_backends
 from edge_client.config import Settings
 from edge_client.errors import NoPlanFits
 from edge_client.explain import alternatives, on_accelerators, why
-from edge_client.plan import Plan, fits, sequence_lengths
-from edge_client.prepare import Planning, block_choices, find_base, planning
+from edge_client.plan import Backend, Plan, fits, sequence_lengths
+from edge_client.prepare import Planning, block_choices, planning, wanted_of
 from protocol.messages import Job
 
 
@@ -38,11 +40,30 @@ def show_plan(settings: Settings, job: Job, *, explain: bool, as_json: bool) -> 
 
 def _choose(settings: Settings, job: Job) -> tuple[Plan | None, Planning, NoPlanFits | None]:
     """Return the plan as an agent would make it, or why there is none."""
-    model = find_base(settings, job)
+    backends = find_backends(settings, job)
+    choices = {
+        backend: _choose_with(settings, job, folder, backend)
+        for backend, folder in backends.folders.items()
+    }
+    plans: dict[Backend, Plan | NoPlanFits] = {}
+    for backend, (plan, _, refused) in choices.items():
+        if found := plan or refused:
+            plans[backend] = found
+    try:
+        chosen = better(plans, wanted_of(settings, job, 0).shared_rank, backends.missing)
+    except NoPlanFits:
+        return next(iter(choices.values()))
+    return chosen, choices[chosen.backend][1], None
+
+
+def _choose_with(
+    settings: Settings, job: Job, model: Path, backend: Backend
+) -> tuple[Plan | None, Planning, NoPlanFits | None]:
+    """Return the plan with one backend."""
     refused: NoPlanFits | None = None
     first: Planning | None = None
     for blocks in block_choices(settings, job):
-        found = planning(settings, job, model, blocks)
+        found = planning(settings, job, model, blocks, backend)
         first = first or found
         try:
             return found.best(), found, None
@@ -100,6 +121,8 @@ def _print(
             console.print(_table(chosen, found, every))
         if chosen is not None:
             console.print(reason)
+            if chosen.why_backend:
+                console.print(f"Backend {chosen.backend}: {chosen.why_backend}.")
         for line in on_accelerators(profile.accelerators):
             console.print(line)
 

@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.simulation import Simulation
 from edge_client.data import Batch
+from edge_client.trainer.base import step_batches
 from edge_client.trainer.loss import full_cross_entropy
-from edge_client.trainer.torch_trainer import ADAM_BETAS, attention_mask, step_batches
+from edge_client.trainer.torch_trainer import ADAM_BETAS, attention_mask
 from protocol.messages import Job
 
 Weights = dict[str, torch.Tensor]

@@ -17,6 +17,7 @@ from cryptography import x509
 from edge_client.doctor import Check, Level, Patient
 from edge_client.errors import EdgeError
 from edge_client.join import DEFAULT_PORT
+from edge_client.ort.runtime import missing_training
 from edge_client.outbox import look
 from edge_client.policy.decide import Used, decide
 from edge_client.policy.sensors import Sensors
@@ -46,7 +47,7 @@ def checks_here(patient: Patient) -> list[Check]:
     """Look at this computer."""
     looks: list[Callable[[Patient], Check]] = [clock, certificate, aggregator, disk, memory]
     found = [look_at(patient) for look_at in looks]
-    return [*found, packages(), data(patient), policy(patient)]
+    return [*found, packages(), onnx(), data(patient), policy(patient)]
 
 
 def clock(patient: Patient) -> Check:
@@ -129,11 +130,24 @@ def memory(patient: Patient) -> Check:
 def packages() -> Check:
     """See whether what training needs is installed."""
     missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
+    if missing and not missing_training():
+        return Check("packages", "ok", f"{', '.join(missing)} missing; ONNX Runtime trains")
     if missing:
         remedy = "pip install 'tunefleet[edge]'"
         return Check("packages", "fail", f"{', '.join(missing)} missing", remedy)
     versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return Check("packages", "ok", ", ".join(versions))
+
+
+def onnx() -> Check:
+    """See whether ONNX Runtime can train here; a plain one over its build for training can't."""
+    why = missing_training()
+    if not why:
+        return Check("onnx", "ok", "ONNX Runtime can train, with an artifact set of the model")
+    if importlib.util.find_spec("onnxruntime"):
+        found, _, remedy = why.partition(": ")
+        return Check("onnx", "warn", found, remedy)
+    return Check("onnx", "ok", f"not used: {why}")
 
 
 def data(patient: Patient) -> Check:

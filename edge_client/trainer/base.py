@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from edge_client.data import Batch
 from edge_client.plan import Plan
-from protocol.adapter import Adapter
+from protocol.adapter import Adapter, Shapes
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 from protocol.probe import TopLogits
@@ -31,14 +33,26 @@ class TrainReport:
     """On the same rows of its training text before and after, if that was asked for."""
 
 
-class Between(Protocol):
-    """What a training asks between its steps; `optimizer` is torch's."""
+class Resumable(Protocol):
+    """The state of a training between two steps, whatever computes it."""
 
-    def begin(self, optimizer: Any) -> tuple[list[float], int]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return factors, the optimiser's state, and what else the outcome follows from."""
+        ...
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Go on from what `arrays` returned; say False, and change nothing, if it does not fit."""
+        ...
+
+
+class Between(Protocol):
+    """What a training asks between its steps."""
+
+    def begin(self, state: Resumable) -> tuple[list[float], int]:
         """Put the state of an earlier run back; return its losses and tokens so far."""
         ...
 
-    def after_step(self, optimizer: Any, losses: list[float], tokens: int) -> None:
+    def after_step(self, state: Resumable, losses: list[float], tokens: int) -> None:
         """Keep the state, if it is time.
 
         Raises:
@@ -49,6 +63,15 @@ class Between(Protocol):
 
 class Trainer(Protocol):
     """Train the `trained` part of an adapter in the context of the `frozen` part."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """Return the target modules of the base model."""
+        ...
+
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads from now on."""
+        ...
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         """Take the adapter to train (rank r) and the rest of the shared one (rank R−r)."""
@@ -83,3 +106,14 @@ class Trainer(Protocol):
     def adapter(self) -> Adapter:
         """Return the trained part as it is now."""
         ...
+
+
+def step_batches(batches: Iterator[Batch], tokens_per_step: int) -> list[Batch]:
+    """Take the micro-batches of one optimiser step: whole ones, until they hold enough tokens."""
+    taken: list[Batch] = []
+    positions = 0
+    while positions < tokens_per_step:
+        batch = next(batches)
+        positions += batch.ids.size
+        taken.append(batch)
+    return taken

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from protocol.errors import os_words
 
 if TYPE_CHECKING:
     from edge_client.data.pack import BatchStream, PackedRow, StreamState
+    from edge_client.trainer.base import Resumable
 
 FILE = "training.safetensors"
 _SIZES = ("rank", "held", "seq_len", "blocks")
@@ -83,7 +84,7 @@ def read_kept(
     from edge_client.data import BatchStream
 
     try:
-        with safe_open(keeping.path, framework="pt") as file:
+        with safe_open(keeping.path, framework="np") as file:
             kept = Kept(**json.loads(file.metadata()["training"]))
         if kept.identity == keeping.identity:
             return kept, BatchStream.from_state(rows, micro_batch, kept.stream)
@@ -119,34 +120,18 @@ class Checkpoints:
         self._stream, self._pausing, self._loss_before = stream, pausing, loss_before
         self._written = time.monotonic()
 
-    def begin(self, optimizer: Any) -> tuple[list[float], int]:
-        """Put the factors and the optimiser's state back; return the losses so far, and tokens."""
+    def begin(self, state: Resumable) -> tuple[list[float], int]:
+        """Put factors and the optimiser's state back; return the losses so far, and tokens."""
         if self._kept is None:
             return [], 0
-        import torch
-        from safetensors.torch import load_file
+        from safetensors.numpy import load_file
 
-        tensors = load_file(self._keeping.path)
-        parameters = {f"factor.{i}": p for i, p in enumerate(_parameters(optimizer))}
-        found = {name: t.shape for name, t in tensors.items() if name.startswith("factor.")}
-        if found != {name: parameter.shape for name, parameter in parameters.items()}:
-            forget(self._keeping.path.parent)  # another release wrote it, which ordered them so
+        if not state.restore(load_file(self._keeping.path)):
+            forget(self._keeping.path.parent)  # of another release or backend
             return [], 0
-        torch.set_rng_state(tensors["random"])
-        state: dict[int, dict[str, Any]] = {}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "state":
-                index_text, _, key = rest.partition(".")
-                state.setdefault(int(index_text), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
         return list(self._kept.losses), self._kept.tokens
 
-    def after_step(self, optimizer: Any, losses: list[float], tokens: int) -> None:
+    def after_step(self, state: Resumable, losses: list[float], tokens: int) -> None:
         """Keep the training if it is time, or if it pauses.
 
         Raises:
@@ -155,42 +140,32 @@ class Checkpoints:
         pausing = self._pausing()
         unkept = ""
         if pausing or time.monotonic() - self._written >= self._keeping.every_s:
-            unkept = self._keep(optimizer, losses, tokens)
+            unkept = self._keep(state, losses, tokens)
         if pausing:
             raise TrainingPaused(len(losses), unkept)
 
-    def _keep(self, optimizer: Any, losses: list[float], tokens: int) -> str:
+    def _keep(self, state: Resumable, losses: list[float], tokens: int) -> str:
         """Write, and return why that can't be done: a full disk must not end a training."""
         from safetensors import SafetensorError
 
         self._written = time.monotonic()
         try:
-            self._write(optimizer, losses, tokens)
+            self._write(state, losses, tokens)
         except (OSError, SafetensorError) as error:
             return os_words(error)
         return ""
 
-    def _write(self, optimizer: Any, losses: list[float], tokens: int) -> None:
-        import torch
-        from safetensors.torch import save_file
+    def _write(self, state: Resumable, losses: list[float], tokens: int) -> None:
+        from safetensors.numpy import save_file
 
         keeping = self._keeping
         about = Kept(keeping.identity, losses, tokens, self._stream(), self._loss_before)
-        tensors = {"random": torch.get_rng_state()}
-        for index, parameter in enumerate(_parameters(optimizer)):
-            tensors[f"factor.{index}"] = parameter.detach().contiguous()
-        for index, entries in optimizer.state_dict()["state"].items():
-            for key, tensor in entries.items():
-                tensors[f"state.{index}.{key}"] = tensor.contiguous()
         temporary = keeping.path.with_name(FILE + ".tmp")
-        save_file(tensors, temporary, metadata={"training": json.dumps(asdict(about))})
+        metadata = {"training": json.dumps(asdict(about))}
+        save_file(state.arrays(), temporary, metadata=metadata)
         _sync(temporary)
         os.replace(temporary, keeping.path)
         _sync(keeping.path.parent)
-
-
-def _parameters(optimizer: Any) -> list[Any]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _sync(path: Path) -> None:

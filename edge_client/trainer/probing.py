@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_client.memory import MIB, Probe, peak_mib, reset_peak, resident_mib, return_freed_memory
-from edge_client.plan import Plan
+from edge_client.plan import Backend, Plan
 from protocol.adapter import Adapter, initial_adapter
 from protocol.layers import block_count, last_blocks, within
 from protocol.messages import Training
 
 if TYPE_CHECKING:
-    from edge_client.trainer.torch_trainer import TorchTrainer
+    from edge_client.trainer.base import Trainer
 
 NO_ADAPTER = Adapter({}, 1.0)
 PROBE_RANK, PROBE_HELD = 8, 16
@@ -52,6 +52,7 @@ class ProbeTask:
     scale: float
     blocks: int = 0
     limit_mib: float = inf
+    backend: Backend = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class ProbeReport:
 class Prober:
     """Train a base model for a step or two in every way that the limit leaves room for."""
 
-    def __init__(self, trainer: TorchTrainer, task: ProbeTask, floor_mib: float) -> None:
+    def __init__(self, trainer: Trainer, task: ProbeTask, floor_mib: float) -> None:
         self._trainer, self._task = trainer, task
         self._floor_mib = floor_mib
 
@@ -82,9 +83,13 @@ class Prober:
         """
         start_mib = resident_mib()
         found: dict[bool, dict[int, Probe]] = {True: {}, False: {}}
+        if self._task.backend == "onnx":  # whose graph keeps what it has computed
+            del found[True]
         longest = 2 * seq_len
         for rows, length in _sizes(seq_len):
             tokens = rows * length
+            if self._task.backend == "onnx":  # a new arena: it keeps what a shorter probe took
+                self._trainer.use_threads(self._task.threads)
             # Kernels of shorter probes stay, which training at one length would not have.
             stale_mib = resident_mib() - start_mib
             for checkpointing, probes in found.items():
@@ -110,7 +115,7 @@ class Prober:
         It is by the two longest before it; after one, by the largest slope there may be. The first
         without checkpointing is judged by that with it.
         """
-        probes = found[way] or found[True]
+        probes = found[way] or found.get(True)
         if self._task.limit_mib == inf or not probes:
             return True
         *others, last = probes.values()
@@ -191,15 +196,13 @@ class Prober:
         Where others use the cores, as many threads as cores wait for each other: then fewer are
         as fast, and leave the others more.
         """
-        import torch
-
         counts = sorted({most, most - 1, most // 2, 1} - {0}, reverse=True)
         if len(counts) == 1:
             return most
         took = dict.fromkeys(counts, inf)
         for _ in range(2):  # in turn, so that a moment's load of others is not held against one
             for count in counts:
-                torch.set_num_threads(count)
+                self._trainer.use_threads(count)
                 _, seconds = self._probe(1, THREAD_TOKENS, True)
                 took[count] = min(took[count], seconds)
         return fewest_near_fastest(took)

@@ -19,10 +19,11 @@ from edge_client.data import Batch, block_causal_mask
 from edge_client.model import find_blocks, find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty
-from edge_client.trainer.base import Between, OnStep, TrainReport
+from edge_client.trainer.base import Between, OnStep, TrainReport, step_batches
 from edge_client.trainer.blocks import checkpoint_blocks, speed_up
 from edge_client.trainer.lora import LoraLinear
 from edge_client.trainer.loss import CHUNK_TOKENS, chunked_cross_entropy, full_cross_entropy
+from edge_client.trainer.torch_state import TorchState
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
@@ -48,7 +49,7 @@ class TorchTrainer:
         return trainer
 
     def _begin(self, model: Any, dtype: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        self.use_threads(threads)
         self.model = model
         self.shapes = find_targets(model)
         self.scale = 1.0
@@ -58,6 +59,9 @@ class TorchTrainer:
             self._widen()
         speed_up(model, self.layers, self._dtype)
         self._plain_head: bool | None = None
+
+    def use_threads(self, count: int) -> None:
+        torch.set_num_threads(count)
 
     def _widen(self) -> None:
         """Turn all but the weights that layers widen themselves, one at a time, into float32."""
@@ -99,7 +103,8 @@ class TorchTrainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        losses, tokens = between.begin(optimizer) if between else ([], 0)
+        state = TorchState(optimizer)
+        losses, tokens = between.begin(state) if between else ([], 0)
         self.model.train()
         for step in range(len(losses) + 1, settings.steps + 1):
             warm = min(1.0, step / (settings.warmup_steps + 1))
@@ -116,7 +121,7 @@ class TorchTrainer:
             tokens += counted
             on_step(step, loss)
             if between and step < settings.steps:
-                between.after_step(optimizer, losses, tokens)
+                between.after_step(state, losses, tokens)
         return TrainReport(
             settings.steps, tokens, float(np.mean(losses)), time.monotonic() - started
         )
@@ -243,17 +248,6 @@ class TorchTrainer:
             return False
         ours = self.model.base_model(**few).last_hidden_state @ head.weight.T
         return torch.allclose(ours.float(), self.model(**few).logits.float(), atol=1e-2, rtol=1e-2)
-
-
-def step_batches(batches: Iterator[Batch], tokens_per_step: int) -> list[Batch]:
-    """Take the micro-batches of one optimiser step: whole ones, until they hold enough tokens."""
-    taken: list[Batch] = []
-    positions = 0
-    while positions < tokens_per_step:
-        batch = next(batches)
-        positions += batch.ids.size
-        taken.append(batch)
-    return taken
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype) -> torch.Tensor:

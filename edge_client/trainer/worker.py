@@ -1,4 +1,4 @@
-"""The training process: the only one that loads torch, and the one the OOM killer would take.
+"""The training process: the only one that loads a backend, and the one the OOM killer would take.
 
 It is a child of the agent and answers one request at a time over a pipe. What a device's memory
 plan is about happens here: the floor is measured when libraries, tokenizer and data are in and a
@@ -29,7 +29,8 @@ from edge_client.memory import (
     restrain_libraries,
     return_freed_memory,
 )
-from edge_client.plan import Plan
+from edge_client.plan import Backend, Plan
+from edge_client.trainer.backend import open_tokenizer, open_trainer, warm_up
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.checkpoint import Checkpoints, Keeping, read_kept
 from edge_client.trainer.pipe import ask, receive, send
@@ -43,7 +44,7 @@ from protocol.metrics import token_histogram
 from protocol.probe import TopLogits
 
 if TYPE_CHECKING:
-    from edge_client.trainer.torch_trainer import TorchTrainer
+    from edge_client.trainer.base import Trainer
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ class Worker:
     def __init__(self, progress: Callable[[Any], bool]) -> None:
         self._progress = progress
         """Tell the agent, and hear whether to pause."""
-        self._trainer: TorchTrainer | None = None
+        self._trainer: Trainer | None = None
         self._plan: Plan | None = None
         self._tokenizer: Any = None  # kept: it is part of the floor
         self._rows: dict[str, list[Any]] = {}
@@ -109,27 +110,22 @@ class Worker:
 
     def _prober(self, task: ProbeTask) -> tuple[Prober | None, float]:
         """Return what probes, None where the base alone is too large, and its weights in MiB."""
-        from edge_client.model import load_tokenizer
-        from edge_client.trainer.torch_trainer import TorchTrainer
-
-        self._tokenizer = load_tokenizer(task.model)
-        self._find_floor(task.dtype, task.threads)
+        backend = task.backend
+        self._tokenizer = open_tokenizer(backend, task.model)
+        self._find_floor(backend, task.dtype, task.threads)
         if self._floor + task.base_mib > task.limit_mib:
             return None, task.base_mib
-        self._trainer = TorchTrainer(task.model, dtype=task.dtype, threads=task.threads)
+        self._trainer = open_trainer(backend, task.model, dtype=task.dtype, threads=task.threads)
         prober = Prober(self._trainer, task, self._floor)
         return prober, prober.warm() - self._floor
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
-        """Read the text, then load the base model as the plan says."""
-        from edge_client.model import load_tokenizer
-        from edge_client.trainer.torch_trainer import TorchTrainer
-
-        self._tokenizer = load_tokenizer(model)
+        """Read the text, then load the base model, a folder of the plan's backend."""
+        self._tokenizer = open_tokenizer(plan.backend, model)
         report = self._read(self._tokenizer, text, plan.seq_len)
-        self._find_floor(plan.dtype, plan.threads)
+        self._find_floor(plan.backend, plan.dtype, plan.threads)
         self._plan, self._seed = plan, text.seed
-        self._trainer = TorchTrainer(model, dtype=plan.dtype, threads=plan.threads)
+        self._trainer = open_trainer(plan.backend, model, dtype=plan.dtype, threads=plan.threads)
         _settle()
         if plan.has_room:
             keep_freed_memory()
@@ -261,16 +257,14 @@ class Worker:
         """Return the floor, and the peak above it since the base model was loaded, in MiB."""
         return self._floor, peak_mib() - self._floor
 
-    def _ready(self) -> tuple[TorchTrainer, Plan]:
+    def _ready(self) -> tuple[Trainer, Plan]:
         if self._trainer is None or self._plan is None:
             raise RuntimeError("open comes first")
         return self._trainer, self._plan
 
-    def _find_floor(self, dtype: str, threads: int) -> None:
-        """Train a tiny model once, so that code and pools of the libraries are in, and measure."""
-        from edge_client.trainer.warm_up import warm_up
-
-        warm_up(dtype, threads)
+    def _find_floor(self, backend: Backend, dtype: str, threads: int) -> None:
+        """Have the libraries load their code and start their pools, and measure."""
+        warm_up(backend, dtype, threads)
         gc.collect()
         gc.freeze()  # a million objects of the libraries, which no collection need walk again
         _settle()

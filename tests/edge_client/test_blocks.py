@@ -59,7 +59,9 @@ def test_fewer_blocks_are_trained_only_where_no_plan_of_all_fits(
 ) -> None:
     tried: list[int] = []
 
-    def plan_of(settings: Any, job: Job, model: Path, blocks: int, below_mib: float) -> Plan:
+    def plan_of(
+        settings: Any, job: Job, model: Path, blocks: int, below_mib: float, backend: str
+    ) -> Plan:
         tried.append(blocks)
         if blocks != fits:
             raise NoPlanFits(f"{blocks} do not fit")

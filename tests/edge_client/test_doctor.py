@@ -62,7 +62,7 @@ def test_the_command_on_a_device_that_is_well_but_for_its_policy(
     found = {check["name"]: check for check in json.loads(ended.stdout)}
     assert ended.returncode == 0
     assert list(found) == [
-        "clock", "TLS", "trust", "disk", "memory", "packages", "data", "policy",
+        "clock", "TLS", "trust", "disk", "memory", "packages", "onnx", "data", "policy",
         "broker", "rights", "limits",
     ]  # fmt: skip
     assert "outside the owner's hours" in found["policy"]["found"]

@@ -1,0 +1,186 @@
+"""Which backends a device can learn a job with: what is installed, and which files it has.
+
+torch needs the base model's folder, onnx an artifact set of the same base (edge_client/ort). Where
+the owner leaves the choice (`auto`), whatever can't be used is left out, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from math import inf
+from pathlib import Path
+
+from edge_client.config import Settings
+from edge_client.errors import ConfigError, EdgeError, ModelError, NoPlanFits
+from edge_client.model import find_model, model_hash
+from edge_client.ort.artifact import check_artifact
+from edge_client.ort.runtime import missing_training
+from edge_client.plan import Backend, Plan, preference
+from protocol.messages import Job
+
+TORCH_PACKAGES = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """Folders of what a device can train with, and why it can't with the others."""
+
+    folders: dict[Backend, Path]
+    missing: dict[Backend, str]
+
+
+def check_backend(backend: str, onnx: Path | None) -> None:
+    """Refuse settings with which nothing could be trained, before a job is there.
+
+    Raises:
+        ConfigError: says what is missing, and what to do.
+    """
+    reasons = {"torch": missing_torch(), "onnx": _missing_onnx(onnx)}
+    wanted = [backend] if backend != "auto" else list(reasons)
+    if all(reasons[name] for name in wanted):
+        # The owner who gives no artifact set is told of torch alone.
+        told = wanted if onnx or backend != "auto" else ["torch"]
+        raise ConfigError("; ".join(reasons[name] for name in told))
+
+
+def require_torch() -> None:
+    """Refuse where the packages for torch are not installed.
+
+    Raises:
+        ConfigError: says which are missing.
+    """
+    if why := missing_torch():
+        raise ConfigError(why)
+
+
+def check_export() -> None:
+    """Refuse where an artifact set can't be made.
+
+    Raises:
+        ConfigError: says what is missing, and what to do.
+    """
+    missing = [name for name in (*TORCH_PACKAGES, "onnx") if not find_spec(name)]
+    if missing:
+        raise ConfigError(f"exporting needs {', '.join(missing)}: pip install 'tunefleet[export]'")
+    if why := missing_training():
+        raise ConfigError(f"exporting needs ONNX Runtime's build for training: {why}")
+
+
+def find_backends(settings: Settings, job: Job) -> Backends:
+    """Return what this device can learn a job with: one backend at least.
+
+    Raises:
+        ConfigError: the backend that the owner wants can't be used.
+        ModelError: the base model is not there, or is another one than the job's.
+    """
+    finders: dict[Backend, Callable[[], Path]] = {
+        "torch": lambda: _torch_folder(settings, job),
+        "onnx": lambda: _onnx_folder(settings, job),
+    }
+    folders: dict[Backend, Path] = {}
+    refused: dict[Backend, EdgeError] = {}
+    for name, find in finders.items():
+        if settings.backend in ("auto", name):
+            try:
+                folders[name] = find()
+            except (ConfigError, ModelError) as error:
+                refused[name] = error
+    if not folders:
+        # An artifact set that was given and is no good says more than that torch is not there.
+        raise refused["onnx" if settings.onnx and "onnx" in refused else next(iter(refused))]
+    return Backends(folders, {name: str(error) for name, error in refused.items()})
+
+
+def better(
+    plans: Mapping[Backend, Plan | NoPlanFits], shared_rank: int, missing: Mapping[Backend, str]
+) -> Plan:
+    """Return the best plan of all backends, with why it is that backend's.
+
+    More blocks come first, then whole sequences, then `preference`: at equal rank the faster one.
+    `missing` are the backends that can't be used, and why.
+
+    Raises:
+        NoPlanFits: no backend has one; what the first says.
+    """
+    found = [plan for plan in plans.values() if isinstance(plan, Plan)]
+    if not found:
+        raise next(error for error in plans.values() if isinstance(error, NoPlanFits))
+    best = max(found, key=lambda p: (*_extent(p), *preference(p, shared_rank)))
+    return replace(best, why_backend=_why(best, plans, missing))
+
+
+def _why(
+    best: Plan, plans: Mapping[Backend, Plan | NoPlanFits], missing: Mapping[Backend, str]
+) -> str:
+    """Say of each other backend why it was not taken."""
+    reasons = list(missing.values())
+    for name, plan in plans.items():
+        if isinstance(plan, NoPlanFits):
+            reasons.append(f"{name} does not fit: {plan}")
+        elif name == best.backend:
+            continue
+        elif (_size(plan)) == _size(best):
+            reasons.append(
+                f"at the same rank {name} trains {plan.predicted_tokens_s:.0f} tokens/s, "
+                f"{best.backend} {best.predicted_tokens_s:.0f}"
+            )
+        else:
+            reasons.append(f"what fits with {name} is smaller: {plan}")
+    return "; ".join(reasons)
+
+
+def _extent(plan: Plan) -> tuple[float, int]:
+    return plan.blocks or inf, plan.seq_len
+
+
+def _size(plan: Plan) -> tuple[float, ...]:
+    return (*_extent(plan), plan.rank, plan.held)
+
+
+def missing_torch() -> str:
+    """Return why this Python can't train with torch; empty: it can."""
+    missing = [name for name in TORCH_PACKAGES if not find_spec(name)]
+    if not missing:
+        return ""
+    return f"training with torch needs {', '.join(missing)}: pip install 'tunefleet[edge]'"
+
+
+def _missing_onnx(folder: Path | None) -> str:
+    if why := missing_training():
+        return f"--backend onnx: {why}"
+    if folder is None:
+        return (
+            "--backend onnx needs the model's artifact set: make it with `edge-client export-onnx "
+            "MODEL --out DIR` on a computer with torch, copy it here and give --onnx DIR"
+        )
+    return ""
+
+
+def _torch_folder(settings: Settings, job: Job) -> Path:
+    """Return the folder of the job's base model on this device."""
+    require_torch()
+    folder = find_model(settings.model or job.base.name)
+    found = model_hash(folder)
+    if found != job.base.sha256:
+        raise ModelError(
+            f"the model in {folder} is not the job's {job.base.name!r} (hash {found[:12]}…, the "
+            f"job's {job.base.sha256[:12]}…); give the right one with --model"
+        )
+    return folder
+
+
+def _onnx_folder(settings: Settings, job: Job) -> Path:
+    """Return the folder of an artifact set of the job's base model."""
+    if why := _missing_onnx(settings.onnx):
+        raise ConfigError(why)
+    assert settings.onnx is not None, "that would be missing"
+    artifact = check_artifact(settings.onnx)
+    if artifact.base_sha256 != job.base.sha256 or artifact.modules != dict(job.base.modules):
+        raise ModelError(
+            f"the artifact set in {settings.onnx} is of {artifact.name!r} (hash "
+            f"{artifact.base_sha256[:12]}…), not of the job's {job.base.name!r} (hash "
+            f"{job.base.sha256[:12]}…); export that one, and give it with --onnx"
+        )
+    return settings.onnx

@@ -1,0 +1,117 @@
+"""Make an artifact set of a base model, on a computer with torch (edge-client export-onnx)."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto
+from safetensors.torch import save_file
+
+from edge_client.data.plain_tokenizer import tokenizer_fields
+from edge_client.errors import ModelError
+from edge_client.model import (
+    BASE_TINY,
+    find_model,
+    find_targets,
+    load_model,
+    load_tokenizer,
+    model_hash,
+)
+from edge_client.ort.artifact import (
+    FACTORS,
+    FILES,
+    GRAPH,
+    MANIFEST,
+    TOKENIZER,
+    TRAINED,
+    WEIGHTS,
+    Artifact,
+    factor_name,
+    file_hash,
+    weight_entries,
+)
+from edge_client.ort.forward import OPSET, trace_forward
+from edge_client.ort.gradient import build_training_graph
+
+LIBRARIES = ("tunefleet", "torch", "transformers", "onnx", "onnxruntime-training-cpu")
+
+
+def export_artifact(name: str, folder: Path) -> Artifact:
+    """Write the artifact set of a model into a folder, which is made.
+
+    Raises:
+        ModelError: the model can't be found, loaded or exported.
+        OSError: the folder can't be written.
+    """
+    base = find_model(name)
+    tokenizer = _plain_tokenizer(base)
+    model = load_model(base, torch.float32)
+    targets = find_targets(model)
+    head, head_weight = _head(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # until all is there
+    graph, values = trace_forward(model, targets)
+    values.setdefault(head, head_weight)
+    trained = [factor_name(TRAINED, n, f) for n in targets for f in FACTORS]
+    training = build_training_graph(graph, trained, head, head_weight.shape[1])
+    save_file({n: v.contiguous() for n, v in values.items()}, folder / WEIGHTS)
+    _point_to_weights(training, folder / WEIGHTS)
+    (folder / GRAPH).write_bytes(training.SerializeToString())
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    artifact = Artifact(
+        name=BASE_TINY if name == BASE_TINY else base.name,
+        base_sha256=model_hash(base),
+        modules=targets,
+        head=head,
+        **tokenizer_fields(tokenizer),
+        opset=OPSET,
+        versions={library: version(library) for library in LIBRARIES},
+        files={file: file_hash(folder / file) for file in FILES},
+    )
+    (folder / MANIFEST).write_text(artifact.model_dump_json(indent=1))
+    return artifact
+
+
+def _plain_tokenizer(base: Path) -> Any:
+    tokenizer = load_tokenizer(base)
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer in {base} has no form for the tokenizers library; train with "
+            "--backend torch"
+        )
+    return tokenizer
+
+
+def _head(model: Any) -> tuple[str, torch.Tensor]:
+    """Return the output head's weight and a name for it: the embedding's where they are one."""
+    weight = model.get_output_embeddings().weight
+    named = model.base_model.named_parameters()
+    tied = [name for name, value in named if value.data_ptr() == weight.data_ptr()]
+    prefix = f"{model.base_model_prefix}."
+    return (prefix + tied[0] if tied else "head.weight"), weight.detach()
+
+
+def _point_to_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Turn the inputs that a file of weights holds into constants that lie there.
+
+    ONNX Runtime maps the file, so weights take the memory that is touched, and once.
+    """
+    entries = weight_entries(path)
+    inputs = [value for value in model.graph.input if value.name not in entries]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    kinds = {"F32": TensorProto.FLOAT, "BOOL": TensorProto.BOOL, "I64": TensorProto.INT64}
+    for name, (entry, offset, length) in entries.items():
+        tensor = TensorProto(
+            name=name,
+            data_type=kinds[entry["dtype"]],
+            dims=entry["shape"],
+            data_location=TensorProto.EXTERNAL,
+        )
+        for key, value in {"location": path.name, "offset": offset, "length": length}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        model.graph.initializer.append(tensor)
