@@ -17,6 +17,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
+from typing import Any, TypeVar
 
 from edge_client.errors import WorkerKilled
 from edge_client.memory import FROZEN_BYTES, MIB, Probe, Way, fit
@@ -28,6 +29,7 @@ from edge_client.trainer.process import TrainingProcess
 from protocol.files import write_durably
 from protocol.messages import BaseModelInfo
 
+T = TypeVar("T")
 FORMAT = 13
 ROOM_GAINED = 1.05
 """By how much the limit must have grown for what was left out to be tried again."""
@@ -122,10 +124,16 @@ def choose_threads(
     mib = base_mib(base, dtype)
     task = ProbeTask(model, dtype, mib, most, THREAD_TOKENS, scale, 0, limit_mib, backend)
     with _one_at_a_time(path):
-        if path.exists():
-            return int(json.loads(path.read_text()))
-        with TrainingProcess() as process:
-            threads: int = process.call("choose_threads", task=task)
+        kept = _read(path, int)
+        if kept is not None:
+            return kept
+        try:
+            with TrainingProcess(limit_mib) as process:
+                threads: int | None = process.call("choose_threads", task=task)
+        except WorkerKilled:
+            threads = None
+        if threads is None:  # there was no memory for it: there may be another time
+            return most
         _keep(path, threads)
         return threads
 
@@ -145,10 +153,9 @@ def _remembered(path: Path, limit_mib: float, measure: Callable[[], ProbeReport]
     What was measured with less memory than now is measured again where something was left out.
     """
     with _one_at_a_time(path):
-        if path.exists():
-            found = _from_json(path.read_text())
-            if found.complete or limit_mib <= found.limit_mib * ROOM_GAINED:
-                return found
+        found = _read(path, _from_fields)
+        if found and (found.complete or limit_mib <= found.limit_mib * ROOM_GAINED):
+            return found
         report = measure()
         _keep(path, _to_json(report))
         return report
@@ -184,8 +191,15 @@ def _to_json(report: ProbeReport) -> dict[str, object]:
     }
 
 
-def _from_json(text: str) -> ProbeReport:
-    fields = json.loads(text)
+def _read(path: Path, as_what: Callable[[Any], T]) -> T | None:
+    """Return what a file remembers; None where there is none, or a damaged one."""
+    try:
+        return as_what(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _from_fields(fields: Any) -> ProbeReport:
     ways: dict[bool, list[Probe]] = {}
     for probe in fields["probes"]:
         ways.setdefault(probe.pop("checkpointing"), []).append(Probe(**probe))

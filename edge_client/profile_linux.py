@@ -33,6 +33,8 @@ _PI_THROTTLED_NOW = 0b1111
 def read_text(path: Path) -> str | None:
     """Return a file's text without NULs and outer blanks, `None` where it cannot be read."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         with path.open("rb") as file:
             raw = file.read(READ_LIMIT_BYTES)
     except OSError:

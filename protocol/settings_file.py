@@ -34,7 +34,7 @@ def read_settings(path: Path, what: str, refusal: type[TunefleetError]) -> dict[
     except OSError as error:
         raise refusal(f"can't read {named}: {(error.strerror or str(error)).lower()}") from None
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # some editors begin with a byte-order mark
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise refusal(

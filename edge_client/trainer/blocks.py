@@ -104,8 +104,10 @@ def _norm(module: Any, parts: Mapping[str, LoraLinear]) -> Forward:
 
 @torch.no_grad()
 def _norm_trial(module: Any, forward: Forward, dtype: torch.dtype) -> bool:
-    x = _random(1, TRIED_TOKENS, module.weight.shape[0]).to(dtype)
-    return _agree(module.forward(x), forward(x))
+    x = _random(1, TRIED_TOKENS, module.weight.shape[0])
+    # Of small numbers the epsilon shows.
+    tried = (x.to(dtype), (1e-3 * x).to(dtype))
+    return all(_agree(module.forward(some), forward(some)) for some in tried)
 
 
 # -- gated feed-forward ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 NO_ADAPTER = Adapter({}, 1.0)
 PROBE_RANK, PROBE_HELD = 8, 16
 PROBE_STEPS = 2
-"""The second has Adam's moments from the first, and is the one that is timed."""
+"""The second has Adam's moments from the first, and is timed."""
+BRIEF_S, AGAIN = 1.0, 5
+"""A step that takes less is done so many times again, and the fastest counts."""
 SHORTEST_PROBE = 64
 """Tokens of the first probe; no fewer than a chunk of logits has."""
 LIMIT_SHARE = 0.97
@@ -139,7 +142,7 @@ class Prober:
         return 2 * mib / max(2, block_count(shapes)) if checkpointing else mib
 
     def _probe(self, rows: int, length: int, checkpointing: bool) -> tuple[float, float]:
-        """Do a round of two steps, as a device does; return their peak and the second's time."""
+        """Do a round of two steps, as a device does; return their peak and a step's time."""
         from edge_client.data import BatchStream, evaluation_batches
 
         plan = Plan(
@@ -162,17 +165,23 @@ class Prober:
         reset_peak()  # of loading, which is counted: it would hide the step's own
         tokens = rows * length
         marks: list[float] = []
-        self._trainer.train(
-            BatchStream(text, rows, seed=0),
-            settings=Training(steps=PROBE_STEPS, tokens_per_step=tokens, max_tokens=length),
-            learning_rate=1e-6,
-            pruning=None,
-            on_step=lambda step, loss: marks.append(time.monotonic()),
-        )
+
+        def train(steps: int) -> None:
+            self._trainer.train(
+                BatchStream(text, rows, seed=0),
+                settings=Training(steps=steps, tokens_per_step=tokens, max_tokens=length),
+                learning_rate=1e-6,
+                pruning=None,
+                on_step=lambda step, loss: marks.append(time.monotonic()),
+            )
+
+        train(PROBE_STEPS)
         peak = peak_mib()
+        if marks[-1] - marks[-2] < BRIEF_S:  # what others do meanwhile shows in a brief step
+            train(AGAIN)
         self._trainer.load(NO_ADAPTER, None, plan)
         _settle()
-        return peak, marks[-1] - marks[-2]
+        return peak, min(after - before for before, after in pairwise(marks))
 
     def _load(self, plan: Plan, rank: int | None) -> None:
         """Load an adapter that is gone afterwards, as one that came over the pipe is."""

@@ -15,7 +15,7 @@ from edge_client.errors import WorkerError, WorkerKilled
 from edge_client.notify import alive
 from edge_client.trainer.pipe import receive, send
 from edge_client.trainer.watchdog import Watchdog
-from edge_client.trainer.worker import serve
+from edge_client.trainer.worker import OUT_OF_MEMORY, serve
 
 _ending = False
 """Whether this process is to end, and its training with it."""
@@ -87,6 +87,8 @@ class TrainingProcess:
             raise self._how_it_ended() from None
         if reply.error is not None:
             raise reply.error
+        if reply.crash == OUT_OF_MEMORY:
+            raise WorkerKilled(f"the training process got no more memory in {name}")
         if reply.crash:
             raise WorkerError(f"the training process failed in {name}: {reply.crash}")
         return reply.value

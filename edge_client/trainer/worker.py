@@ -68,6 +68,10 @@ class TextReport:
     """Training tokens in each bucket of `protocol.metrics`."""
 
 
+OUT_OF_MEMORY = "out of memory"
+"""The crash of a request for which the system gave no memory, without killing the process."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What the child sends: an answer, an error in words, or (`progress`) something on the way.
@@ -103,10 +107,10 @@ class Worker:
         probes, complete = prober.ways(task.seq_len)
         return ProbeReport(self._floor, weights_mib, probes, task.limit_mib, complete)
 
-    def choose_threads(self, task: ProbeTask) -> int:
-        """Return how many threads train fastest here, up to the task's."""
+    def choose_threads(self, task: ProbeTask) -> int | None:
+        """Return how many threads train fastest here, up to the task's; None: no memory to try."""
         prober, _ = self._prober(task)
-        return task.threads if prober is None else prober.threads(task.threads)
+        return None if prober is None else prober.threads(task.threads)
 
     def _prober(self, task: ProbeTask) -> tuple[Prober | None, float]:
         """Return what probes, None where the base alone is too large, and its weights in MiB."""
@@ -319,6 +323,8 @@ def _answer(worker: Worker, request: tuple[str, dict[str, Any]]) -> Reply:
     except TunefleetError as error:
         return Reply(error=error)
     except Exception as error:  # the top of a process: the parent says it in one line
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return Reply(crash=OUT_OF_MEMORY)
         # The rest stays on this device: what the parent says goes to the broker too.
         traceback.print_exc()
         return Reply(crash=type(error).__name__)

@@ -27,6 +27,7 @@ import base_tiny
 from edge_client.data import Batch
 from edge_client.model import load_model
 from edge_client.plan import Plan
+from edge_client.trainer.blocks import _norm, _norm_trial
 from edge_client.trainer.torch_trainer import DTYPES, TorchTrainer, attention_mask
 from protocol.adapter import Adapter
 from protocol.factors import Trained
@@ -314,3 +315,18 @@ def test_only_the_first_blocks_are_made_again(tmp_path: Path) -> None:
         assert distance(ours, gradients) < 1e-6
         kept.append(sum(stored.values()))
     assert kept[0] > kept[1] > kept[2]
+
+
+def test_a_norm_with_another_epsilon_is_left_as_it_is() -> None:
+    class ToyRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.epsilon = torch.nn.Parameter(torch.ones(16)), 1e-4
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
+
+    toy = ToyRMSNorm()
+    assert not _norm_trial(toy, _norm(toy, {}), torch.float32)
+    toy.variance_epsilon = toy.epsilon
+    assert _norm_trial(toy, _norm(toy, {}), torch.float32)

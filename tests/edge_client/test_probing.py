@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 
+import base_tiny
 import edge_client.trainer.probing as probing
-from edge_client.calibrate import _from_json, _remembered, _to_json, tokens_s
+from edge_client.calibrate import _from_fields, _remembered, _to_json, choose_threads, tokens_s
 from edge_client.memory import Probe, Way, fit, predict_mib
 from edge_client.trainer.probing import (
     PROBE_HELD,
@@ -20,6 +22,8 @@ from edge_client.trainer.probing import (
     ProbeTask,
     fewest_near_fastest,
 )
+from edge_client.trainer.worker import OUT_OF_MEMORY, _answer
+from protocol.messages import BaseModelInfo
 
 FLOOR, WEIGHTS, FIXED = 400.0, 100.0, 20.0
 SLOPE = {True: 0.1, False: 0.5}
@@ -139,11 +143,35 @@ def test_what_a_low_limit_left_out_is_measured_when_there_is_more_memory(tmp_pat
 
 
 def test_a_report_is_read_as_it_was_written() -> None:
-    import json
-
     probes = (Probe(64, 8, 16, 3.0, 4.0), Probe(256, 8, 16, 5.0, 6.0))
     report = ProbeReport(1.0, 2.0, {True: probes, False: probes[:1]}, inf, complete=True)
-    assert _from_json(json.dumps(_to_json(report))) == report
+    assert _from_fields(json.loads(json.dumps(_to_json(report)))) == report
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"probes": [{"checkpointing": 1}]}', "7"])
+def test_what_is_damaged_is_measured_again(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(damage)
+    report = ProbeReport(1.0, 2.0, {}, inf, complete=True)
+    assert _remembered(path, 500.0, lambda: report) == report
+    assert _from_fields(json.loads(path.read_text())) == report
+
+
+def test_threads_that_there_was_no_memory_to_try_are_not_remembered(tmp_path: Path) -> None:
+    base = BaseModelInfo(name="base-tiny", sha256="0" * 64, parameters=1, modules=SHAPES)
+    found = choose_threads(
+        base_tiny.PATH, base, dtype="f32", most=7, scale=2.0, cache=tmp_path, limit_mib=100.0
+    )
+    assert found == 7
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_no_memory_without_a_kill_is_told_as_a_kill_is() -> None:
+    def refused(**_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    worker = cast("Any", SimpleNamespace(train=refused))
+    assert _answer(worker, ("train", {})).crash == OUT_OF_MEMORY
 
 
 def test_what_checkpointed_tokens_keep_counts_beyond_the_probes() -> None:

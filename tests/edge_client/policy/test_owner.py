@@ -110,3 +110,9 @@ def test_what_a_day_has_cost_outlives_a_restart(tmp_path: Path) -> None:
 def test_settings_have_a_policy_that_allows_all() -> None:
     fields = Settings.__dataclass_fields__
     assert fields["policy"].default_factory is Policy  # type: ignore[misc]
+
+
+def test_a_byte_order_mark_is_not_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_bytes("\ufeffbattery_above = 40\n".encode())
+    assert read_policy(path).battery_above == 40
