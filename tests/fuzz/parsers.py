@@ -192,7 +192,7 @@ def as_pem(der: bytes) -> str:
 def _job_files(folder: Path) -> list[Parser]:
     def parse(path: Path, data: bytes) -> None:
         path.write_bytes(data)
-        with patch("aggregator.config.importlib.util.find_spec", return_value=None):
+        with patch("aggregator.edge.importlib.util.find_spec", return_value=None):
             job, policy = read_job(path)
         type(job).model_validate_json(job.model_dump_json())
         assert 0 < policy.fraction <= 1
