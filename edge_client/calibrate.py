@@ -86,6 +86,7 @@ def calibrate(
         },
         tokens_s={way: tokens_s(probes) for way, probes in ways.items()},
         backend=backend,
+        counted_mib={dtype: base_mib(base, dtype) for dtype in dtypes},
     )
 
 

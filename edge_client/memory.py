@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from protocol.adapter import Shapes, module_rank, parameter_count
 from protocol.layers import block_count, last_blocks
 
@@ -74,6 +76,8 @@ class Activations:
     """The longest micro-batch that was probed."""
     kept_mib: float = 0.0
     """What a token keeps at least where it is kept; see `kept_mib`."""
+    probed: tuple[tuple[int, float], ...] = ()
+    """Tokens and MiB, `fixed_mib` included, of each probe, ascending."""
 
     def beside_mib(self, tokens: int) -> float:
         """Return what `tokens` at a time take beside `fixed_mib`.
@@ -81,7 +85,11 @@ class Activations:
         A step has several moments that may be its largest, each of them a line in the tokens, so
         their maximum is convex. The line is that of the two longest probes. Beyond them it may be
         steeper, where what tokens keep has not been the largest yet: by checkpointing little.
+        Between two probes such a maximum is at most the chord.
         """
+        if self.probed and tokens <= self.probed_tokens:
+            at, mib = [t for t, _ in self.probed], [m for _, m in self.probed]
+            return float(np.interp(tokens, at, mib)) - self.fixed_mib
         beyond = max(0, tokens - self.probed_tokens) * max(0.0, self.kept_mib - self.token_mib)
         return max(tokens * self.token_mib + beyond, self.least_mib - self.fixed_mib)
 
@@ -136,7 +144,8 @@ def fit(
     slope = max(0.0, (rest(long) - rest(short)) / (long.tokens - short.tokens))
     kept = kept_mib(_trained(shapes, blocks), way)
     fixed = rest(long) - slope * long.tokens
-    return Activations(fixed, slope, rest(ordered[0]), long.tokens, kept)
+    probed = tuple((probe.tokens, rest(probe)) for probe in ordered)
+    return Activations(fixed, slope, rest(ordered[0]), long.tokens, kept, probed)
 
 
 def kept_mib(shapes: Shapes, way: Way) -> float:

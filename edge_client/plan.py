@@ -5,7 +5,7 @@ Pure: the budget and the measured constants come in, every plan there is and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Literal
@@ -50,6 +50,12 @@ class Calibration:
     tokens_s: dict[Way, float]
     """Tokens trained in a second by each way, in its probes."""
     backend: Backend = "torch"
+    counted_mib: Mapping[str, float] = field(default_factory=dict)
+    """dtype → the base's numbers alone: what `weights_mib` has beyond them is not the model's."""
+
+    def beside_weights_mib(self, dtype: str) -> float:
+        """Return what kernels and the like take of `weights_mib`, which depends on no model."""
+        return max(0.0, self.weights_mib[dtype] - self.counted_mib.get(dtype, inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +243,7 @@ def all_plans(
     """Return every plan of one sequence length, with its predictions, whether it fits or not."""
     found: list[Plan] = []
     for way, measured in calibration.activations.items():
-        fixed_mib = max(0.0, measured.fixed_mib)
+        fixed_mib = max(0.0, measured.fixed_mib) + calibration.beside_weights_mib(way.dtype)
         above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
         for rank, held in _adapters(wanted):
             for micro_batch in micro_batches(wanted.training, seq_len):
@@ -256,7 +262,7 @@ def all_plans(
                         budget_mib=above_mib,
                         blocks=wanted.blocks,
                         predicted_tokens_s=calibration.tokens_s[way],
-                        needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
+                        needs_mib=mib + headroom_mib(mib, fixed_mib),
                         backend=calibration.backend,
                     )
                 )

@@ -144,7 +144,8 @@ def _plan_of(
     settings: Settings, job: Job, model: Path, blocks: int, below_mib: float, backend: Backend
 ) -> Plan:
     """Measure what training some blocks takes, and choose how to train them."""
-    return planning(settings, job, model, blocks, backend).best(below_mib=below_mib)
+    found = planning(settings, job, model, blocks, backend, below_mib=below_mib)
+    return found.best(below_mib=below_mib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,19 +183,40 @@ class Planning:
 
 
 def planning(
-    settings: Settings, job: Job, model: Path, blocks: int, backend: Backend = "torch"
+    settings: Settings,
+    job: Job,
+    model: Path,
+    blocks: int,
+    backend: Backend = "torch",
+    *,
+    below_mib: float = inf,
 ) -> Planning:
     """Measure what training some blocks takes here, or remember it.
+
+    Computing in bf16 takes least memory of all: where the CPU has none, and it is slow, it is
+    measured only if nothing else fits (below `below_mib`).
 
     Raises:
         ConfigError: the device's memory is unknown.
         WorkerError: a probe failed.
     """
     budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
-    threads, calibration = measured(settings, job, model, blocks, budget_mib, backend)
-    return Planning(
-        wanted_of(settings, job, blocks), calibration, budget_mib, threads, settings.memory_scale
-    )
+
+    def with_dtypes(dtypes: tuple[str, ...]) -> Planning:
+        threads, constants = measured(settings, job, model, blocks, budget_mib, backend, dtypes)
+        wanted = wanted_of(settings, job, blocks)
+        return Planning(wanted, constants, budget_mib, threads, settings.memory_scale)
+
+    if backend == "onnx":
+        return with_dtypes(("f32",))
+    if native_bf16(settings.profile):
+        return with_dtypes(("bf16", "f32"))
+    found = with_dtypes(("f32", "mixed"))
+    try:
+        found.best(below_mib=below_mib)
+    except NoPlanFits:
+        return with_dtypes(("f32", "mixed", "bf16"))
+    return found
 
 
 def measured(
@@ -204,15 +226,13 @@ def measured(
     blocks: int,
     budget_mib: float,
     backend: Backend,
+    dtypes: tuple[str, ...],
 ) -> tuple[int, Calibration]:
     """Return how many threads are worth it here, and the constants of the memory model.
 
-    Both dtypes are measured where there is memory for it: which is faster no list of CPU features
-    says, for it depends on the model too.
+    Every dtype is measured that there is memory for: which is faster no list of CPU features says,
+    for it depends on the model too.
     """
-    dtypes: tuple[str, ...] = ("bf16", "f32") if native_bf16(settings.profile) else ("f32", "mixed")
-    if backend == "onnx":
-        dtypes = ("f32",)
     threads = settings.threads or choose_threads(
         model,
         job.base,
