@@ -80,8 +80,11 @@ def test_a_long_wait_gives_memory_back(owner: Owner, monkeypatch: pytest.MonkeyP
     owner.now = NOON.replace(hour=14)
     reasons = owner.polite.against("train")
     assert reasons and not owner.polite.wants_memory(reasons)
+    assert owner.polite.against("transfer") == (), "which goes on, and ends no wait to train"
     monkeypatch.setattr(asking, "RELEASE_S", -1.0)
     assert owner.polite.wants_memory(reasons)
+    owner.now = NOON
+    assert not owner.polite.wants_memory(owner.polite.against("train"))
 
 
 def test_what_is_news(owner: Owner) -> None:
