@@ -45,6 +45,7 @@ class Polite:
         settings: Settings,
         outbox: Outbox,
         stopping: Callable[[], bool],
+        events: EventLog,
         *,
         now: Callable[[], datetime] = datetime.now,
         also: Sequence[Also] = (),
@@ -54,7 +55,7 @@ class Polite:
         """Whether training is between its first step and its last."""
         self._ending = False
         self._policy, self._now = settings.policy, now
-        self._stopping, self._also = stopping, also
+        self._stopping, self._events, self._also = stopping, events, also
         self._sensors = Sensors(settings.system_root, pids=_own_processes)
         self._decision = FREE
         self._looked = float("-inf")
@@ -116,6 +117,10 @@ class Polite:
         began, self._step_began = self._step_began, time.monotonic()
         self.usage.note_training(self._step_began - began)
         return self._stopping() or bool(self.against("train"))
+
+    def note_unkept(self, why: str) -> None:
+        """Note that a training can't be written down: a kill would lose it."""
+        self._events.emit("unkept", why=why)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ tiny model has been trained once, before the base model is loaded.
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import threading
@@ -18,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge_client.errors import DataError, TrainingPaused
+from edge_client.errors import DataError, TrainingDiverged, TrainingPaused
 from edge_client.memory import (
     keep_freed_memory,
     make_peaks_predictable,
@@ -32,7 +33,7 @@ from edge_client.memory import (
 from edge_client.plan import Backend, Plan
 from edge_client.trainer.backend import open_tokenizer, open_trainer, warm_up
 from edge_client.trainer.base import TrainReport
-from edge_client.trainer.checkpoint import Checkpoints, Keeping, read_kept
+from edge_client.trainer.checkpoint import Checkpoints, Keeping, forget, read_kept
 from edge_client.trainer.pipe import ask, receive, send
 from edge_client.trainer.probing import NO_ADAPTER, Prober, ProbeReport, ProbeTask
 from protocol.adapter import Adapter
@@ -173,6 +174,7 @@ class Worker:
 
         Raises:
             TrainingPaused: it has; what it had loaded is unloaded.
+            TrainingDiverged: its loss is not finite; nothing of it is kept.
         """
         from edge_client.data import BatchStream
 
@@ -190,11 +192,15 @@ class Worker:
 
         def on_step(step: int, loss: float) -> None:
             nonlocal pausing
+            if not math.isfinite(loss):
+                raise TrainingDiverged(_diverged(f"in step {step}", loss, learning_rate))
             pausing = self._progress((step, loss))
 
         between = None
         if keeping is not None:
-            between = Checkpoints(keeping, kept, batches.state, lambda: pausing, before)
+            between = Checkpoints(
+                keeping, kept, batches.state, lambda: pausing, before, self._progress
+            )
         try:
             report = trainer.train(
                 batches,
@@ -205,11 +211,16 @@ class Worker:
                 factors=factors,
                 between=between,
             )
-        except TrainingPaused:
+            if before is not None:
+                after = self._loss(sample)
+                if not math.isfinite(after):
+                    raise TrainingDiverged(_diverged("by its end", after, learning_rate))
+                report = replace(report, sample_losses=(before, after))
+        except (TrainingPaused, TrainingDiverged) as error:
+            if keeping is not None and isinstance(error, TrainingDiverged):
+                forget(keeping.path.parent)
             self._unload()
             raise
-        if before is not None:
-            report = replace(report, sample_losses=(before, self._loss(sample)))
         adapter = trainer.adapter()
         self._unload()
         return adapter, report
@@ -269,6 +280,13 @@ class Worker:
         gc.freeze()  # a million objects of the libraries, which no collection need walk again
         _settle()
         self._floor = resident_mib()
+
+
+def _diverged(when: str, loss: float, learning_rate: float) -> str:
+    return (
+        f"training diverged {when}: its loss is {loss}; a learning rate of {learning_rate:g} is "
+        "too high for this device's text"
+    )
 
 
 def _settle() -> None:
