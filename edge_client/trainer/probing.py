@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -72,8 +73,15 @@ class ProbeReport:
 class Prober:
     """Train a base model for a step or two in every way that the limit leaves room for."""
 
-    def __init__(self, trainer: Trainer, task: ProbeTask, floor_mib: float) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        task: ProbeTask,
+        floor_mib: float,
+        progress: Callable[[], object] = lambda: None,
+    ) -> None:
         self._trainer, self._task = trainer, task
+        self._progress = progress
         self._floor_mib = floor_mib
 
     def ways(self, seq_len: int) -> tuple[dict[bool, tuple[Probe, ...]], bool]:
@@ -158,18 +166,26 @@ class Prober:
         _settle()
         self._load(plan, None)
         self._trainer.evaluate(evaluation_batches(text, rows))
+        self._progress()
         self._load(plan, PROBE_RANK)
         reset_peak()  # of loading, which is counted: it would hide the step's own
         tokens = rows * length
         marks: list[float] = []
+
+        def on_step(step: int, loss: float) -> None:
+            if step < PROBE_STEPS:  # before the mark: the next step's time has none of it
+                self._progress()
+            marks.append(time.monotonic())
+
         self._trainer.train(
             BatchStream(text, rows, seed=0),
             settings=Training(steps=PROBE_STEPS, tokens_per_step=tokens, max_tokens=length),
             learning_rate=1e-6,
             pruning=None,
-            on_step=lambda step, loss: marks.append(time.monotonic()),
+            on_step=on_step,
         )
         peak = peak_mib()
+        self._progress()
         self._trainer.load(NO_ADAPTER, None, plan)
         _settle()
         return peak, marks[-1] - marks[-2]

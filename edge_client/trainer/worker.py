@@ -113,18 +113,23 @@ class Worker:
         """Return what probes, None where the base alone is too large, and its weights in MiB."""
         backend = task.backend
         self._tokenizer = open_tokenizer(backend, task.model)
+        self._go_on()
         self._find_floor(backend, task.dtype, task.threads)
+        self._go_on()
         if self._floor + task.base_mib > task.limit_mib:
             return None, task.base_mib
         self._trainer = open_trainer(backend, task.model, dtype=task.dtype, threads=task.threads)
-        prober = Prober(self._trainer, task, self._floor)
+        self._go_on()
+        prober = Prober(self._trainer, task, self._floor, self._go_on)
         return prober, prober.warm() - self._floor
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
         """Read the text, then load the base model, a folder of the plan's backend."""
         self._tokenizer = open_tokenizer(plan.backend, model)
+        self._go_on()
         report = self._read(self._tokenizer, text, plan.seq_len)
         self._find_floor(plan.backend, plan.dtype, plan.threads)
+        self._go_on()
         self._plan, self._seed = plan, text.seed
         self._trainer = open_trainer(plan.backend, model, dtype=plan.dtype, threads=plan.threads)
         _settle()
@@ -136,10 +141,11 @@ class Worker:
     def _read(self, tokenizer: Any, text: Text, seq_len: int) -> TextReport:
         from edge_client.data import pack, read_examples, split_examples, tokenize
 
-        reading = read_examples(text.paths)
+        reading = read_examples(text.paths, self._go_on)
         splits = split_examples(reading.examples, seed=text.seed, problems=reading.problems)
         for name in ("train", "trust", "held_out"):
-            sequences = tokenize(getattr(splits, name), tokenizer, max_tokens=seq_len)
+            examples = getattr(splits, name)
+            sequences = tokenize(examples, tokenizer, max_tokens=seq_len, progress=self._go_on)
             self._rows[name] = pack(sequences, seq_len, seed=text.seed)
         return TextReport(
             _tokens(self._rows["train"]),
@@ -244,6 +250,10 @@ class Worker:
         for batch in batches:
             self._progress(None)
             yield batch
+
+    def _go_on(self) -> None:
+        """Let the agent hear that measuring or reading goes on: either may take long."""
+        self._progress(None)
 
     def predict(self, probe: PublicProbe, window: int) -> TopLogits:
         """Return the largest logits of what is loaded on a public text; then unload it."""
