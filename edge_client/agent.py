@@ -61,7 +61,7 @@ class Agent:
         self._done = False
         self._waiting = Waiting(events)
         short = ShortMemory(settings.system_root, training_mib)
-        self._polite = Polite(settings, self._outbox, self._is_stopping, also=[short])
+        self._polite = Polite(settings, self._outbox, self._is_stopping, events, also=[short])
         self._link: MqttTransport | None = None
         self._standing: Standing | None = None
         self._job_name = ""

@@ -21,7 +21,7 @@ from edge_client.mixing import stacked
 from edge_client.plan import Backend, Plan
 from edge_client.prune import head_rank, rank_after, tail_product
 from edge_client.trainer.base import TrainReport
-from edge_client.trainer.checkpoint import Keeping, identity_of
+from edge_client.trainer.checkpoint import Keeping, NotKept, identity_of
 from edge_client.trainer.process import TrainingProcess
 from edge_client.trainer.worker import Text, TextReport
 from protocol.adapter import (
@@ -88,6 +88,7 @@ class Pauses(Protocol):
 
     def steps(self) -> AbstractContextManager[None]: ...
     def pause_after_step(self) -> bool: ...
+    def note_unkept(self, why: str) -> None: ...
 
 
 class Learning(Protocol):
@@ -129,6 +130,7 @@ class Learner:
         WorkerError: the training process failed, other than by being killed.
         NoPlanFits: it was killed, and there is no smaller plan.
         TrainingPaused: `pauses` has said so.
+        TrainingDiverged: its loss is not finite.
     """
 
     def __init__(
@@ -304,6 +306,9 @@ class Learner:
         settings, rate = self._job.training, learning_rate(self._job, rank)
 
         def progress(value: Any) -> bool:
+            if isinstance(value, NotKept):
+                self._pauses.note_unkept(value.why)
+                return False
             on_step(*value)
             return self._pauses.pause_after_step()
 

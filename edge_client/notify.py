@@ -1,6 +1,7 @@
 """Tell systemd how a service is: ready, what it is at, alive (sd_notify(3)).
 
-Only progress says that it is alive: a turn of the agent's loop, a step or a batch of its training.
+Only progress says that it is alive: a turn of the agent's loop, a step or batch of its training,
+a step of measuring, a file that is read.
 One that hangs is ended and started again by its unit's WatchdogSec.
 """
 

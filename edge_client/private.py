@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.errors import StorageError
+from edge_client.errors import StorageError, TrainingDiverged
 from edge_client.learner import Learning
 from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.storage import keep_adapter, keeping
@@ -86,16 +86,18 @@ class Private:
         def on_step(step: int, loss: float) -> None:
             self._events.emit("private", step=before + step, steps=self._steps, loss=round(loss, 4))
 
-        trained, report = learner.train_private(
-            self._adapter,
-            shared,
-            steps=min(self._part_steps, self._steps - before),
-            on_step=on_step,
-        )
-        fine = _is_finite(trained)
+        steps = min(self._part_steps, self._steps - before)
+        loss = math.nan
+        try:
+            trained, report = learner.train_private(
+                self._adapter, shared, steps=steps, on_step=on_step
+            )
+            fine, loss = _is_finite(trained), report.loss
+        except TrainingDiverged:
+            fine = False
         self._keep(trained if fine else self._adapter, self._done + 1)
         self._events.emit(
-            "private-kept", part=self._done, loss=report.loss, steps=report.steps, diverged=not fine
+            "private-kept", part=self._done, loss=loss, steps=steps, diverged=not fine
         )
 
     def mix(self, learner: Learning, shared: Adapter) -> Mixed:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
+from edge_client.errors import TrainingDiverged
 from edge_client.holding import Holding
 from edge_client.learner import Learning
 from edge_client.storage import keep_adapter
@@ -52,6 +54,8 @@ def keep_result(
 def train_alone(state: Path, job: Job, learner: Learning, rank: int, events: EventLog) -> float:
     """Train what the whole job trains with no exchange, keep it, and return its held-out loss.
 
+    Where that diverges there is nothing to keep, and the loss is NaN: the job's result stands.
+
     Raises:
         StorageError: it can't be written.
     """
@@ -61,6 +65,11 @@ def train_alone(state: Path, job: Job, learner: Learning, rank: int, events: Eve
     def on_step(step: int, loss: float) -> None:
         events.emit("alone", step=step, steps=steps, loss=round(loss, 4))
 
-    adapter, _ = learner.train_alone(rank=rank, on_step=on_step)
+    try:
+        adapter, _ = learner.train_alone(rank=rank, on_step=on_step)
+    except TrainingDiverged as error:
+        events.emit("alone-diverged", detail=str(error))
+        shutil.rmtree(state / "alone", ignore_errors=True)  # an earlier job's
+        return math.nan
     keep_adapter(adapter, state / "alone", job.base.name)
     return learner.evaluate(adapter)

@@ -41,11 +41,11 @@ class Reading:
     problems: list[Problem]
 
 
-def read_examples(paths: Sequence[Path]) -> Reading:
+def read_examples(paths: Sequence[Path], progress: Callable[[], object] = lambda: None) -> Reading:
     """Read the files named, and those in the folders named, each once.
 
     A folder is read with its subfolders, in the order of the names; hidden files, and files of a
-    kind that isn't read, are passed over in it.
+    kind that isn't read, are passed over in it. `progress` is called after each file.
 
     Raises:
         DataError: a path is missing or unreadable, a file named is of a kind that isn't read,
@@ -61,6 +61,7 @@ def read_examples(paths: Sequence[Path]) -> Reading:
                     reading.problems.append(found)
         except OSError as error:
             raise _unreadable(file, error) from error
+        progress()
     if not reading.examples:
         raise DataError(_nothing_in(paths, reading.problems))
     return reading

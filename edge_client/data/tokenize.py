@@ -61,7 +61,10 @@ Encoded = tuple[list[int], Sequence[bool | int]]
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: Tokenizer, max_tokens: int
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[TokenSequence]:
     """Encode the examples, cut into sequences of at most `max_tokens` tokens, in their order.
 
@@ -69,6 +72,7 @@ def tokenize(
     token, not the prompt; of messages the assistant's where the chat template marks them with
     {% generation %}, otherwise all. Where a text is cut, the last label of one sequence is the
     first token of the next, so no target is lost. Sequences with no target are left out.
+    `progress` is called after each batch of examples.
 
     Raises:
         DataError: there are messages but the model has no chat template, or its template refuses
@@ -89,6 +93,7 @@ def tokenize(
             encoded = encode([examples[i] for i in some], tokenizer)
             for index, (ids, learnt) in zip(some, encoded, strict=True):
                 sequences[index] = list(_cut(ids, learnt, max_tokens))
+            progress()
     in_order = [sequence for i in range(len(examples)) for sequence in sequences[i]]
     if examples and not in_order:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
@@ -44,6 +45,7 @@ class Polite:
         settings: Settings,
         outbox: Outbox,
         stopping: Callable[[], bool],
+        events: EventLog,
         *,
         now: Callable[[], datetime] = datetime.now,
         also: Sequence[Also] = (),
@@ -53,12 +55,12 @@ class Polite:
         """Whether training is between its first step and its last."""
         self._ending = False
         self._policy, self._now = settings.policy, now
-        self._stopping, self._also = stopping, also
+        self._stopping, self._events, self._also = stopping, events, also
         self._sensors = Sensors(settings.system_root, pids=_own_processes)
         self._decision = FREE
         self._looked = float("-inf")
         self._said: frozenset[str] = frozenset()
-        self._waiting_since: float | None = None
+        self._waiting_since: dict[Activity, float] = {}
         _give_way(self._policy)
 
     def against(self, activity: Activity) -> tuple[Reason, ...]:
@@ -71,9 +73,9 @@ class Polite:
         more = [reason for ask in self._also if (reason := ask())] if activity == "train" else []
         reasons = (*self._decision.against(activity), *more)
         if not reasons:
-            self._waiting_since = None
-        elif self._waiting_since is None:
-            self._waiting_since = time.monotonic()
+            self._waiting_since.pop(activity, None)
+        else:
+            self._waiting_since.setdefault(activity, time.monotonic())
         return reasons
 
     def is_news(self, reasons: Sequence[Reason]) -> bool:
@@ -84,8 +86,8 @@ class Polite:
 
     def wants_memory(self, reasons: Sequence[Reason]) -> bool:
         """Say whether the training process is to end while these reasons last."""
-        since = self._waiting_since
-        long = since is not None and time.monotonic() - since > RELEASE_S
+        first = min(self._waiting_since.values(), default=math.inf)
+        long = time.monotonic() - first > RELEASE_S
         return long or any(reason.wants_memory for reason in reasons)
 
     @contextmanager
@@ -115,6 +117,10 @@ class Polite:
         began, self._step_began = self._step_began, time.monotonic()
         self.usage.note_training(self._step_began - began)
         return self._stopping() or bool(self.against("train"))
+
+    def note_unkept(self, why: str) -> None:
+        """Note that a training can't be written down: a kill would lose it."""
+        self._events.emit("unkept", why=why)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Between(Protocol):
 
         Raises:
             TrainingPaused: do no further step now.
+            TrainingDiverged: the state is not finite.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 What is kept: the factors that are trained, the optimiser's state, losses so far, where in the text
 it stands, and the state of the random numbers. A file is of one training alone, by its identity:
-that of another job, round, attempt, plan, text or adapter is taken away.
+that of another job, round, attempt, plan, text or adapter is taken away. So is one that is not what
+was written, by its hash; and what is not finite is never written.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_client.errors import DataError, TrainingPaused
+from edge_client.errors import DataError, TrainingDiverged, TrainingPaused
 from edge_client.plan import Plan
 from protocol.adapter import Adapter
 from protocol.errors import os_words
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from edge_client.trainer.base import Resumable
 
 FILE = "training.safetensors"
+_TEMPORARY = FILE + ".tmp"
 _SIZES = ("rank", "held", "seq_len", "blocks")
 """Of a plan, what is trained; how it is computed a start with other memory free may choose anew."""
 
@@ -52,6 +55,13 @@ class Kept:
     stream: StreamState
     loss_before: float | None
     """On a sample of the text, if that was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotKept:
+    """Told on the way: a training goes on, but a kill would lose it."""
+
+    why: str
 
 
 def identity_of(
@@ -85,8 +95,12 @@ def read_kept(
 
     try:
         with safe_open(keeping.path, framework="np") as file:
-            kept = Kept(**json.loads(file.metadata()["training"]))
-        if kept.identity == keeping.identity:
+            metadata = file.metadata()
+            kept = Kept(**json.loads(metadata["training"]))
+            mine = kept.identity == keeping.identity
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            whole = mine and _hash(metadata["training"], tensors) == metadata["sha256"]
+        if whole:
             return kept, BatchStream.from_state(rows, micro_batch, kept.stream)
     except FileNotFoundError:
         return None, None
@@ -98,14 +112,15 @@ def read_kept(
 
 def forget(folder: Path) -> None:
     """Take away what is kept in a state folder: that training is over."""
-    (folder / FILE).unlink(missing_ok=True)
+    for name in (FILE, _TEMPORARY):
+        (folder / name).unlink(missing_ok=True)
 
 
 class Checkpoints:
     """Stand between the steps of one training: begin where it was left, keep it, pause it.
 
     `kept` is what `read_kept` has found; `stream` says where the text stands; `pausing` whether to
-    pause now.
+    pause now. `tell` hears, once, that the training can't be kept.
     """
 
     def __init__(
@@ -115,9 +130,11 @@ class Checkpoints:
         stream: Callable[[], StreamState],
         pausing: Callable[[], bool],
         loss_before: float | None,
+        tell: Callable[[NotKept], object],
     ) -> None:
         self._keeping, self._kept = keeping, kept
         self._stream, self._pausing, self._loss_before = stream, pausing, loss_before
+        self._tell, self._told = tell, False
         self._written = time.monotonic()
 
     def begin(self, state: Resumable) -> tuple[list[float], int]:
@@ -136,6 +153,7 @@ class Checkpoints:
 
         Raises:
             TrainingPaused: it goes on from here when it is asked for again.
+            TrainingDiverged: there is nothing to keep.
         """
         pausing = self._pausing()
         unkept = ""
@@ -143,6 +161,9 @@ class Checkpoints:
             unkept = self._keep(state, losses, tokens)
         if pausing:
             raise TrainingPaused(len(losses), unkept)
+        if unkept and not self._told:
+            self._told = True
+            self._tell(NotKept(unkept))
 
     def _keep(self, state: Resumable, losses: list[float], tokens: int) -> str:
         """Write, and return why that can't be done: a full disk must not end a training."""
@@ -160,12 +181,25 @@ class Checkpoints:
 
         keeping = self._keeping
         about = Kept(keeping.identity, losses, tokens, self._stream(), self._loss_before)
-        temporary = keeping.path.with_name(FILE + ".tmp")
-        metadata = {"training": json.dumps(asdict(about))}
-        save_file(state.arrays(), temporary, metadata=metadata)
+        temporary = keeping.path.with_name(_TEMPORARY)
+        arrays = state.arrays()
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise TrainingDiverged(f"training diverged in step {len(losses)}")
+        training = json.dumps(asdict(about))
+        metadata = {"training": training, "sha256": _hash(training, arrays.items())}
+        save_file(arrays, temporary, metadata=metadata)
         _sync(temporary)
         os.replace(temporary, keeping.path)
         _sync(keeping.path.parent)
+
+
+def _hash(training: str, tensors: Iterable[tuple[str, NDArray[Any]]]) -> str:
+    """Return a hash of all that a file says: tensors, in any order, and what is beside them."""
+    each = {}
+    for name, tensor in tensors:
+        content = hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest()
+        each[name] = [str(tensor.dtype), list(tensor.shape), content]
+    return hashlib.sha256(json.dumps([training, each], sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

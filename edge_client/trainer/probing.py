@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -75,8 +76,15 @@ class ProbeReport:
 class Prober:
     """Train a base model for a step or two in every way that the limit leaves room for."""
 
-    def __init__(self, trainer: Trainer, task: ProbeTask, floor_mib: float) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        task: ProbeTask,
+        floor_mib: float,
+        progress: Callable[[], object] = lambda: None,
+    ) -> None:
         self._trainer, self._task = trainer, task
+        self._progress = progress
         self._floor_mib = floor_mib
 
     def ways(self, seq_len: int) -> tuple[dict[bool, tuple[Probe, ...]], bool]:
@@ -161,10 +169,16 @@ class Prober:
         _settle()
         self._load(plan, None)
         self._trainer.evaluate(evaluation_batches(text, rows))
+        self._progress()
         self._load(plan, PROBE_RANK)
         reset_peak()  # of loading, which is counted: it would hide the step's own
         tokens = rows * length
         marks: list[float] = []
+
+        def on_step(step: int, loss: float) -> None:
+            if step < PROBE_STEPS:  # before the mark: the next step's time has none of it
+                self._progress()
+            marks.append(time.monotonic())
 
         def train(steps: int) -> None:
             self._trainer.train(
@@ -172,13 +186,14 @@ class Prober:
                 settings=Training(steps=steps, tokens_per_step=tokens, max_tokens=length),
                 learning_rate=1e-6,
                 pruning=None,
-                on_step=lambda step, loss: marks.append(time.monotonic()),
+                on_step=on_step,
             )
 
         train(PROBE_STEPS)
         peak = peak_mib()
         if marks[-1] - marks[-2] < BRIEF_S:  # what others do meanwhile shows in a brief step
             train(AGAIN)
+        self._progress()
         self._trainer.load(NO_ADAPTER, None, plan)
         _settle()
         return peak, min(after - before for before, after in pairwise(marks))

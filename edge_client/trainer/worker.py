@@ -8,6 +8,7 @@ tiny model has been trained once, before the base model is loaded.
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import threading
@@ -18,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge_client.errors import DataError, TrainingPaused
+from edge_client.errors import DataError, TrainingDiverged, TrainingPaused
 from edge_client.memory import (
     keep_freed_memory,
     make_peaks_predictable,
@@ -32,7 +33,7 @@ from edge_client.memory import (
 from edge_client.plan import Backend, Plan
 from edge_client.trainer.backend import open_tokenizer, open_trainer, warm_up
 from edge_client.trainer.base import TrainReport
-from edge_client.trainer.checkpoint import Checkpoints, Keeping, read_kept
+from edge_client.trainer.checkpoint import Checkpoints, Keeping, forget, read_kept
 from edge_client.trainer.pipe import ask, receive, send
 from edge_client.trainer.probing import NO_ADAPTER, Prober, ProbeReport, ProbeTask
 from protocol.adapter import Adapter
@@ -116,18 +117,23 @@ class Worker:
         """Return what probes, None where the base alone is too large, and its weights in MiB."""
         backend = task.backend
         self._tokenizer = open_tokenizer(backend, task.model)
+        self._go_on()
         self._find_floor(backend, task.dtype, task.threads)
+        self._go_on()
         if self._floor + task.base_mib > task.limit_mib:
             return None, task.base_mib
         self._trainer = open_trainer(backend, task.model, dtype=task.dtype, threads=task.threads)
-        prober = Prober(self._trainer, task, self._floor)
+        self._go_on()
+        prober = Prober(self._trainer, task, self._floor, self._go_on)
         return prober, prober.warm() - self._floor
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
         """Read the text, then load the base model, a folder of the plan's backend."""
         self._tokenizer = open_tokenizer(plan.backend, model)
+        self._go_on()
         report = self._read(self._tokenizer, text, plan.seq_len)
         self._find_floor(plan.backend, plan.dtype, plan.threads)
+        self._go_on()
         self._plan, self._seed = plan, text.seed
         self._trainer = open_trainer(plan.backend, model, dtype=plan.dtype, threads=plan.threads)
         _settle()
@@ -139,10 +145,11 @@ class Worker:
     def _read(self, tokenizer: Any, text: Text, seq_len: int) -> TextReport:
         from edge_client.data import pack, read_examples, split_examples, tokenize
 
-        reading = read_examples(text.paths)
+        reading = read_examples(text.paths, self._go_on)
         splits = split_examples(reading.examples, seed=text.seed, problems=reading.problems)
         for name in ("train", "trust", "held_out"):
-            sequences = tokenize(getattr(splits, name), tokenizer, max_tokens=seq_len)
+            examples = getattr(splits, name)
+            sequences = tokenize(examples, tokenizer, max_tokens=seq_len, progress=self._go_on)
             self._rows[name] = pack(sequences, seq_len, seed=text.seed)
         return TextReport(
             _tokens(self._rows["train"]),
@@ -177,6 +184,7 @@ class Worker:
 
         Raises:
             TrainingPaused: it has; what it had loaded is unloaded.
+            TrainingDiverged: its loss is not finite; nothing of it is kept.
         """
         from edge_client.data import BatchStream
 
@@ -194,11 +202,15 @@ class Worker:
 
         def on_step(step: int, loss: float) -> None:
             nonlocal pausing
+            if not math.isfinite(loss):
+                raise TrainingDiverged(_diverged(f"in step {step}", loss, learning_rate))
             pausing = self._progress((step, loss))
 
         between = None
         if keeping is not None:
-            between = Checkpoints(keeping, kept, batches.state, lambda: pausing, before)
+            between = Checkpoints(
+                keeping, kept, batches.state, lambda: pausing, before, self._progress
+            )
         try:
             report = trainer.train(
                 batches,
@@ -209,11 +221,16 @@ class Worker:
                 factors=factors,
                 between=between,
             )
-        except TrainingPaused:
+            if before is not None:
+                after = self._loss(sample)
+                if not math.isfinite(after):
+                    raise TrainingDiverged(_diverged("by its end", after, learning_rate))
+                report = replace(report, sample_losses=(before, after))
+        except (TrainingPaused, TrainingDiverged) as error:
+            if keeping is not None and isinstance(error, TrainingDiverged):
+                forget(keeping.path.parent)
             self._unload()
             raise
-        if before is not None:
-            report = replace(report, sample_losses=(before, self._loss(sample)))
         adapter = trainer.adapter()
         self._unload()
         return adapter, report
@@ -237,6 +254,10 @@ class Worker:
         for batch in batches:
             self._progress(None)
             yield batch
+
+    def _go_on(self) -> None:
+        """Let the agent hear that measuring or reading goes on: either may take long."""
+        self._progress(None)
 
     def predict(self, probe: PublicProbe, window: int) -> TopLogits:
         """Return the largest logits of what is loaded on a public text; then unload it."""
@@ -273,6 +294,13 @@ class Worker:
         gc.freeze()  # a million objects of the libraries, which no collection need walk again
         _settle()
         self._floor = resident_mib()
+
+
+def _diverged(when: str, loss: float, learning_rate: float) -> str:
+    return (
+        f"training diverged {when}: its loss is {loss}; a learning rate of {learning_rate:g} is "
+        "too high for this device's text"
+    )
 
 
 def _settle() -> None:

@@ -15,13 +15,14 @@ import pytest
 from safetensors import safe_open
 
 import base_tiny
-from edge_client.errors import TrainingPaused, WorkerKilled
+from edge_client.data.pack import StreamState
+from edge_client.errors import TrainingDiverged, TrainingPaused, WorkerKilled
 from edge_client.plan import Plan
 from edge_client.trainer.base import TrainReport
-from edge_client.trainer.checkpoint import FILE, Keeping, identity_of
+from edge_client.trainer.checkpoint import FILE, Checkpoints, Keeping, NotKept, forget, identity_of
 from edge_client.trainer.process import TrainingProcess
 from edge_client.trainer.worker import Text
-from protocol.adapter import Adapter, initial_adapter
+from protocol.adapter import Adapter, Factors, initial_adapter
 from protocol.messages import Pruning, Training
 
 PLAN = Plan(4, 8, 1, 64, False, "f32", 1, 10.0, 100.0)
@@ -159,6 +160,9 @@ def test_what_is_kept_of_another_training_is_taken_away(
         keeping.path.write_bytes(keeping.path.read_bytes()[:-1000])
         begins_anew(process, keeping)
         pause(process)
+        _damage(keeping.path)
+        begins_anew(process, keeping)
+        pause(process)
         begins_anew(process, keeping, (adapters[0].truncated(2), adapters[1]))  # other shapes
         # A full disk pauses all the same.
         nowhere = replace(keeping, path=tmp_path / "there is no such folder" / FILE)
@@ -169,6 +173,75 @@ def test_what_is_kept_of_another_training_is_taken_away(
     text.write_text(text.read_text() + "\n\none page more, " * 40)
     with opened(text) as process:
         begins_anew(process, keeping)
+
+
+def _damage(path: Path) -> None:
+    """Write over the middle of a file, as a bad card does: its header is still right."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 1000] = b"\xff" * 1000
+    path.write_bytes(data)
+
+
+def test_a_training_that_diverges_ends_there_and_leaves_nothing(
+    tmp_path: Path, text: Path, adapters: tuple[Adapter, Adapter]
+) -> None:
+    keeping = Keeping(tmp_path / FILE, "mine", every_s=0.0)
+    losses: dict[int, float] = {}
+    broken = Adapter(
+        {n: Factors(f.a, np.full_like(f.b, np.nan)) for n, f in adapters[0].layers.items()},
+        adapters[0].scale,
+    )
+    with opened(text) as process:
+        with pytest.raises(TrainingPaused):
+            train(process, adapters, keeping, {}, lambda step: step == 2)
+        assert keeping.path.exists()
+        keeping = replace(keeping, identity="broken")
+        with pytest.raises(TrainingDiverged, match=r"in step 1: its loss is nan; .*0\.002"):
+            train(process, (broken, adapters[1]), keeping, losses)
+        assert not losses and not list(tmp_path.glob(f"{FILE}*"))
+        losses, _, _ = train(process, adapters, keeping, {})
+        assert losses.keys() == set(range(1, STEPS + 1)), "the process goes on"
+
+
+class _Made:
+    """A training's state, made up."""
+
+    def __init__(self, *numbers: float) -> None:
+        self._numbers = np.array(numbers, np.float32)
+
+    def arrays(self) -> dict[str, Any]:
+        return {"factor.0": self._numbers, "steps": np.array(1)}
+
+    def restore(self, arrays: Any) -> bool:
+        return True
+
+
+def test_what_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    keeping = Keeping(tmp_path / FILE, "mine", every_s=0.0)
+    between = Checkpoints(keeping, None, _nowhere, lambda: True, None, lambda _: None)
+    with pytest.raises(TrainingDiverged, match="step 2"):
+        between.after_step(_Made(1.0, np.inf), [4.0, 5.0], 10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_kept_is_said_once(tmp_path: Path) -> None:
+    told: list[NotKept] = []
+    keeping = Keeping(tmp_path / "gone" / FILE, "mine", every_s=0.0)
+    between = Checkpoints(keeping, None, _nowhere, lambda: False, None, told.append)
+    for _ in range(3):
+        between.after_step(_Made(1.0), [4.0], 10)
+    assert len(told) == 1 and "o such file" in told[0].why
+
+
+def test_what_a_cut_left_half_written_goes_too(tmp_path: Path) -> None:
+    (tmp_path / f"{FILE}.tmp").write_bytes(b"half")
+    forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def _nowhere() -> StreamState:
+    return StreamState(seed=0, drawn_rows=0, fingerprint=0)
 
 
 def test_identity_is_of_all_that_the_outcome_follows_from(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from edge_client.errors import StorageError
+from edge_client.errors import StorageError, TrainingDiverged
 from edge_client.learner import OnStep
 from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.private import Private
+from edge_client.result import train_alone
 from edge_client.trainer.base import TrainReport
 from protocol.adapter import Adapter, Factors, initial_adapter
 from protocol.events import EventLog
@@ -140,6 +142,33 @@ def test_what_has_diverged_is_not_taken(tmp_path: Path) -> None:
     assert numbers(private) == numbers(made(tmp_path)) == before
     (kept,) = (tmp_path / "private-kept").iterdir()
     assert kept.name == "notes.r3.part2.safetensors"
+
+
+def test_what_diverges_on_the_way_is_a_part_without_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, learning = made(tmp_path), Learning()
+
+    def diverge(*_: object, **__: object) -> None:
+        raise TrainingDiverged("training diverged in step 3")
+
+    monkeypatch.setattr(learning, "train_private", diverge)
+    private.train(learning, drawn(SHARED_RANK, 1))
+    (kept,) = (tmp_path / "private-kept").iterdir()
+    assert kept.name == "notes.r3.part1.safetensors" and numbers(private) == 0
+
+
+def test_a_training_alone_that_diverges_leaves_the_result(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+
+    class Diverges:
+        def train_alone(self, **_: object) -> None:
+            raise TrainingDiverged("training diverged in step 3")
+
+    said = io.StringIO()
+    events = EventLog(as_json=True, stream=said)
+    assert math.isnan(train_alone(tmp_path, JOB, cast("Any", Diverges()), 4, events))
+    assert "alone-diverged" in said.getvalue() and not (tmp_path / "alone").exists()
 
 
 def test_a_damaged_file_is_said_in_one_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from edge_client.data import BatchStream, pack
 from edge_client.errors import TrainingPaused
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty, penalty_gradient, tail_product
-from edge_client.trainer.checkpoint import FILE, Checkpoints, Keeping, read_kept
+from edge_client.trainer.checkpoint import FILE, Checkpoints, Keeping, NotKept, read_kept
 from edge_client.trainer.onnx_trainer import OnnxTrainer
 from edge_client.trainer.torch_trainer import TorchTrainer
 from protocol.adapter import Adapter
@@ -197,6 +197,7 @@ def test_a_paused_training_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
     settings = Training(steps=6, tokens_per_step=2 * LENGTH, max_tokens=LENGTH, warmup_steps=2)
     keeping = Keeping(tmp_path / FILE, "this training", 1e9)
     done: list[int] = []
+    told: list[NotKept] = []
 
     def run(pause_after: int) -> Adapter:
         kept, left = read_kept(keeping, rows, PLAN.micro_batch)
@@ -208,7 +209,9 @@ def test_a_paused_training_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
             learning_rate=3e-3,
             pruning=NO_PRUNING,
             on_step=lambda step, loss: done.append(step),
-            between=Checkpoints(keeping, kept, stream.state, lambda: done[-1] == pause_after, None),
+            between=Checkpoints(
+                keeping, kept, stream.state, lambda: done[-1] == pause_after, None, told.append
+            ),
         )
         return onnx.adapter()
 
@@ -218,3 +221,4 @@ def test_a_paused_training_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
     resumed = run(0)
     assert done == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
     assert apart(straight, resumed) == 0
+    assert not told

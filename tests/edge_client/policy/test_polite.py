@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from edge_client.policy import polite as asking
 from edge_client.policy.decide import Reason
 from edge_client.policy.owner import Policy
 from edge_client.policy.polite import Polite
+from protocol.events import EventLog
 from protocol.transport import BrokerAddress
 
 NOON = datetime(2026, 3, 2, 12, 0)
@@ -24,6 +27,7 @@ class Owner:
 
     def __init__(self, folder: Path, policy: Policy) -> None:
         self.now, self.stopping = NOON, False
+        self.said = StringIO()
         self.more: Reason | None = None
         settings = Settings(
             name="phone", broker=BrokerAddress("127.0.0.1", 1), data=(), state=folder,
@@ -34,6 +38,7 @@ class Owner:
             settings,
             self.outbox,
             lambda: self.stopping,
+            EventLog(as_json=True, stream=self.said),
             now=lambda: self.now,
             also=[lambda: self.more],
         )
@@ -80,8 +85,17 @@ def test_a_long_wait_gives_memory_back(owner: Owner, monkeypatch: pytest.MonkeyP
     owner.now = NOON.replace(hour=14)
     reasons = owner.polite.against("train")
     assert reasons and not owner.polite.wants_memory(reasons)
+    assert owner.polite.against("transfer") == (), "which goes on, and ends no wait to train"
     monkeypatch.setattr(asking, "RELEASE_S", -1.0)
     assert owner.polite.wants_memory(reasons)
+    owner.now = NOON
+    assert not owner.polite.wants_memory(owner.polite.against("train"))
+
+
+def test_what_cannot_be_kept_is_an_event(owner: Owner) -> None:
+    owner.polite.note_unkept("No space left on device")
+    event = json.loads(owner.said.getvalue())
+    assert (event["event"], event["why"]) == ("unkept", "No space left on device")
 
 
 def test_what_is_news(owner: Owner) -> None:
