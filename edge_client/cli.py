@@ -218,54 +218,19 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Take part in a job: train on own text, publish deltas, receive what the fleet learned."""
-    from device_profiles.schema import load_profile
     from edge_client.agent import Agent
-    from edge_client.backends import check_backend
-    from edge_client.calibrate import cache_folder
-    from edge_client.config import Settings, check_cache, check_name
-    from edge_client.data.read import check_paths
-    from edge_client.membership import identity, state_folder
+    from edge_client.config import check_cache
     from edge_client.notify import notify
-    from edge_client.policy.owner import find_policy
-    from edge_client.profile import measure_profile
+    from edge_client.options import read_options
     from edge_client.report import Report
     from protocol.events import EventLog
     from protocol.files import lock_folder
 
-    check_name(name or _host_name())
-    folder = state or state_folder(name, _host_name())
-    device, address, tls = identity(folder, name=name, broker=broker, default_name=_host_name())
-    found = load_profile(profile) if profile else measure_profile()
-    check_paths(data)  # found out later only after minutes of measuring
-    check_backend(backend.value, onnx)
-    settings = Settings(
-        name=device,
-        broker=address,
-        tls=tls,
-        data=tuple(data),
-        state=folder,
-        cache=check_cache(cache or cache_folder()),
-        profile=found,
-        job=job,
-        model=model,
-        memory_cap_mib=memory_cap_mib,
-        memory_scale=memory_scale,
-        threads=threads,
-        seed=seed,
-        exit_when_done=exit_when_done,
-        compare_alone=compare_alone,
-        private_rank=private_rank,
-        train_blocks=train_blocks,
-        backend=backend.value,
-        onnx=onnx,
-        wait_for_broker=not no_wait,
-        policy=find_policy(folder, policy),
-        system_root=system_root,
-        checkpoint_s=checkpoint_every,
-    )
+    settings = read_options(locals(), _host_name())
+    check_cache(settings.cache)
     with lock_folder(settings.state, "edge-client"):
-        report = Report(settings.state, device)
-        events = EventLog(as_json=as_json, also=report.take, device=device)
+        report = Report(settings.state, settings.name)
+        events = EventLog(as_json=as_json, also=report.take, device=settings.name)
         notify(READY="1")
         while Agent(settings, events).run():
             pass  # that job is finished: wait for another
@@ -288,17 +253,20 @@ def install_service(
     from typer.main import get_command
 
     from edge_client.install import install, make_service
+    from edge_client.options import read_options
     from edge_client.unit import device_unit
 
     command = get_command(app).commands["run"]  # type: ignore[attr-defined]
     with command.make_context("edge-client run", context.args, parent=Context(command)) as parsed:
-        given = {
-            name: value
-            for name, value in parsed.params.items()
+        given = [
+            name
+            for name in parsed.params
             if parsed.get_parameter_source(name).name == "COMMANDLINE"
-        }
+        ]
     options = {parameter.name: parameter.opts[0] for parameter in command.params}
-    service, folder = make_service(given, options, _host_name(), system=system)
+    settings = read_options(parsed.params, _host_name())
+    values = {name: parsed.params[name] for name in given}
+    service, folder = make_service(settings, values, options, system=system)
     if print_only:
         typer.echo(device_unit(service), nl=False)
         return

@@ -5,16 +5,16 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from edge_client.calibrate import cache_folder
-from edge_client.config import check_cache, check_name
-from edge_client.data.read import check_paths
+from edge_client.backends import missing_torch
+from edge_client.config import Settings, check_cache
 from edge_client.errors import StorageError
-from edge_client.membership import identity, state_folder
-from edge_client.policy.owner import find_policy, policy_file
+from edge_client.model import find_model
+from edge_client.policy.owner import policy_file
 from edge_client.unit import NAME, Service, device_unit
 from protocol.files import PRIVATE_UMASK
 
@@ -22,31 +22,28 @@ _NEVER = ("help", "as_json")
 """Options that a service does not take over."""
 
 
-def make_service(given: Mapping[str, Any], options: Mapping[str, str], host_name: str, *,
-                 system: bool) -> tuple[Service, Path]:  # fmt: skip
-    """Return the service of a device that is run with such options, and its state folder.
+def make_service(
+    settings: Settings, given: Mapping[str, Any], options: Mapping[str, str], *, system: bool
+) -> tuple[Service, Path]:
+    """Return the service of a device that is run with such settings, and its state folder.
 
     `given` has the values that are not `run`'s defaults, by the parameters' names, and `options`
-    what each is called. They are checked as `run` does, for the owner is here now.
+    what each is called. A model that is named is looked for, for the owner is here now.
 
     Raises:
-        TunefleetError: one of them can't be.
+        ModelError: the model is not there, nor to be had.
     """
-    name = given.get("name", "")
-    check_name(name or host_name)
-    state = (given.get("state") or state_folder(name, host_name)).absolute()
-    cache = (given.get("cache") or cache_folder()).absolute()
-    identity(state, name=name, broker=given.get("broker", ""), default_name=host_name)
-    check_paths(given["data"])
-    policy = find_policy(state, given.get("policy"))
-    found = given.get("policy") or policy_file(state)
-    values = {**given, "state": state, "cache": cache, **({"policy": found} if found else {})}
+    if settings.model and settings.backend != "onnx" and not missing_torch():
+        find_model(settings.model)
+    state, cache = settings.state.absolute(), settings.cache.absolute()
+    policy = given.get("policy") or policy_file(state)
+    values = {**given, "state": state, "cache": cache, **({"policy": policy} if policy else {})}
     models = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").absolute()
     return Service(
         arguments=["run", *_arguments(values, options)],
         writes=(state, cache, models),
-        policy=policy,
-        memory_cap_mib=given.get("memory_cap_mib"),
+        policy=settings.policy,
+        memory_cap_mib=settings.memory_cap_mib,
         user=getpass.getuser() if system else "",
     ), state
 
@@ -103,6 +100,8 @@ def _arguments(values: Mapping[str, Any], options: Mapping[str, str]) -> list[st
         for one in value if isinstance(value, list | tuple) else [value]:
             if name == "model" and Path(one).exists():
                 one = Path(one)
+            if isinstance(one, Enum):
+                one = one.value
             if one is True:
                 words.append(options[name])
             else:

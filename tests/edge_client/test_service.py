@@ -90,6 +90,35 @@ def test_print_writes_nothing_and_mistakes_come_now(home: Path) -> None:
     assert unknown.returncode == 2 and "No such option: --colour" in unknown.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--memory-cap", "-3", "--memory-cap must be from 1"),
+        ("--memory-cap", "0", "--memory-cap must be from 1"),
+        ("--checkpoint-every", "-4", "--checkpoint-every must be"),
+        ("--private-rank", "99999", "--private-rank must be"),
+        ("--threads", "99999", "--threads must be"),
+        ("--job", "BAD NAME", "--job must be a name"),
+        ("--profile", "nope", "nope"),
+        ("--model", "nonexist/none", "'nonexist/none'"),
+    ],
+)
+def test_what_run_refuses_makes_no_unit(
+    home: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = home / "my $notes of 100%"
+    refused = edge_client("install-service", "--data", data, option, value)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert said in refused.stderr and list(home.rglob(NAME)) == []
+
+
+def test_a_backend_is_written_as_it_is_given(home: Path) -> None:
+    data = home / "my $notes of 100%"
+    printed = edge_client("install-service", "--print", "--data", data, "--backend", "torch")
+    assert '"--backend" "torch"' in printed.stdout
+
+
 @pytest.mark.parametrize("abstract", [False, True])
 def test_messages_to_systemd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool
