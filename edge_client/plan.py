@@ -262,7 +262,7 @@ def all_plans(
                         budget_mib=above_mib,
                         blocks=wanted.blocks,
                         predicted_tokens_s=calibration.tokens_s[way],
-                        needs_mib=mib + headroom_mib(mib, fixed_mib),
+                        needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
                         backend=calibration.backend,
                     )
                 )
