@@ -64,8 +64,9 @@ class Remembering:
         shape = self._view.shapes[module]
         rank = module_rank(shape, self._settings.memory_rank or self._view.rank)
         seed = module_seed(self._view.seed, module)
-        best = truncate(terms, shape, rank, scale=self._view.previous.scale, seed=seed).factors
-        return Factors(best.a.astype(np.float32), best.b.astype(np.float32))
+        scale = self._view.previous.scale
+        best = truncate(terms, shape, rank, scale=scale, seed=seed, dtype=np.float32).factors
+        return Factors(*(np.ascontiguousarray(x, np.float32) for x in (best.a, best.b)))
 
 
 def _term(factors: Factors, weight: float) -> Term:

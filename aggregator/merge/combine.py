@@ -95,12 +95,18 @@ def factor_average(layer: LayerUpdates) -> Combined:
 
 
 def product(layer: LayerUpdates) -> Combined:
-    """Average the products: the best rank-R approximation of ΣpΔW.
+    """Average the products: the best rank-R approximation of ΣpΔW, in float32 where that will do.
 
     Source: FlexLoRA, arXiv 2402.11505.
     """
     return truncate(
-        layer.terms, layer.shape, layer.rank, scale=layer.scale, split=layer.split, seed=layer.seed
+        layer.terms,
+        layer.shape,
+        layer.rank,
+        scale=layer.scale,
+        split=layer.split,
+        seed=layer.seed,
+        dtype=np.float32,
     )
 
 

@@ -9,14 +9,15 @@ factors themselves do. Sums too wide for a Gram's eigenvectors go to `subspace`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from aggregator.merge.subspace import block_width, leading
-from aggregator.merge.sums import PART, Array, Dense, Float64Array, Stack, Term, hold, size
+from aggregator.merge.sums import PART, Array, Dense, Float64Array, Stack, Term, half, hold, size
 from protocol.adapter import Adapter, Factors
 
 Split = Literal["left", "balanced"]
@@ -31,7 +32,7 @@ ROUNDING = 2.0**-24
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """Hold one module's result: factors in float64, and what became of the sum they stand for.
+    """Hold one module's result: factors, in float32 or float64, and what became of their sum.
 
     `norm` is ‖ΣΔW‖_F of the weighted sum and `residual` ‖ΣΔW - result‖_F, both in the units of
     ΔW. `singular_values` (r,) are the result's, in descending order; a factor average has none.
@@ -98,61 +99,110 @@ def stacked(terms: Sequence[Term], scale: float) -> Factors:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """Hold the leading directions of a sum: A = Vᵀ and B·diag(`lengths`) = UΣ, and two norms.
+
+    `norm` is ‖sum‖_F, `residual` what the directions lack of it. B alone may lie in a type that has
+    not the range of UΣ; `lengths` (r,) are near Σ then.
+    """
+
+    factors: Factors
+    lengths: Float64Array
+    norm: float
+    residual: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Hold V = Aᵀ · `vectors` (N, r) of a weighted stack, and all its σ², descending.
+
+    `weights` (N,) are those of its directions.
+    """
+
+    vectors: Float64Array
+    squares: Float64Array
+    weights: Float64Array
+
+
+@dataclass(frozen=True, slots=True)
 class StackBasis:
     """Hold a stack of N terms' directions made ready for any weighting of them.
 
-    The stack bears no weights, they are `weights` (N,), for its type may be too short for them.
-    `stack.a` = diag(`lengths`) · `coordinates` (N, m) · Q with Q (m, d_in) of orthonormal rows, and
-    Q = `back`ᵀ · `stack.a` (N, m); `gram_b` = BᵀB (N, N). Rows count at length 1: so what is
-    dependent among them does not hang on how a device split its product between its two factors.
+    A = diag(`lengths`) · `coordinates` (N, m) · Q with Q (m, d_in) of orthonormal rows, and
+    Q = `back`ᵀ · A (N, m); `gram_b` = BᵀB (N, N). None of them bears the terms' `weights` (N,).
+    Rows count at length 1: so what is dependent among them does not hang on how a device split
+    its product between its two factors.
     """
 
-    stack: Stack
     weights: Float64Array
     lengths: Float64Array
     coordinates: Float64Array
     back: Float64Array
     gram_b: Float64Array
 
-    def leading(self, weights: Float64Array, rank: int) -> tuple[Factors, float, float]:
-        """Return the best rank-`rank` factors of B·diag(weights)·A, ‖sum‖_F and the residual.
+    def leading(self, weights: Float64Array, rank: int) -> Found:
+        """Return the leading directions of B·diag(weights)·A, `weights` (N,).
 
-        `weights` (N,). The right singular vectors V are the eigenvectors of the sum's Gram in
-        the coordinates of Q; the factors are A = Vᵀ and B = (the sum)·V.
+        The right singular vectors V are the eigenvectors of the sum's Gram in the coordinates of Q.
         """
-        a, b = self.stack.a, self.stack.b
         weights = weights * self.weights
         right = (weights * self.lengths)[:, None] * self.coordinates  # (N, m)
         values, vectors = _eigh_descending(right.T @ self.gram_b @ right)
-        vectors = self.back @ vectors[:, :rank]  # (N, ≤ rank)
-        v = _orthonormal(np.concatenate([a[:, p].T @ vectors for p in _parts(a.shape[1])]))
-        along = np.zeros_like(vectors)
-        for p in _parts(a.shape[1]):
-            along += a[:, p] @ v[p]
-        along *= weights[:, None]
-        u = np.concatenate([b[:, p].T @ along for p in _parts(b.shape[1])])  # (d_out, ≤ rank)
-        return Factors(v.T, u), *_norm_and_residual(values, rank)
+        return Found(self.back @ vectors[:, :rank], values, weights)
 
 
-def stack_basis(terms: Sequence[Term], shape: tuple[int, int]) -> StackBasis:
+def made(found: Found, terms: Sequence[Term], dtype: npt.DTypeLike = np.float64) -> Best:
+    """Make factors of what was found of a stack: A = Vᵀ and B = (the sum)·V.
+
+    A and B of the terms are read one after the other, and the result takes the place of each where
+    it has its type. What rounding left of VᵀV − 1 is taken off by (VᵀV)^−½, which moves V least.
+    """
+    rank = found.vectors.shape[1]
+    a = half(terms, "a")
+    v = a[:rank] if a.dtype == dtype else np.empty((rank, a.shape[1]), dtype)
+    square, along = np.zeros((rank, rank)), np.zeros_like(found.vectors)
+    for part, exact in _exact(a):
+        own = found.vectors.T @ exact  # (r, columns)
+        square += own @ own.T
+        along += exact @ own.T  # A·V (N, r)
+        v[:, part] = own
+    v = v.copy() if v.base is a else v
+    del a, exact
+    values, turn = np.linalg.eigh(square)
+    root = (turn / np.sqrt(np.maximum(values, 1e-6))) @ turn.T
+    for part in _parts(v.shape[1]):
+        v[:, part] = root @ v[:, part]
+    lengths = np.sqrt(np.maximum(found.squares[:rank], 1e-16 * found.squares.max(initial=0.0)))
+    lengths[lengths == 0] = 1.0
+    along = found.weights[:, None] * (along @ (root / lengths))
+    b = half(terms, "b")
+    u = b[:rank] if b.dtype == dtype else np.empty((rank, b.shape[1]), dtype)
+    for part, exact in _exact(b):
+        u[:, part] = along.T @ exact
+    del b, exact
+    u = np.ascontiguousarray(u.T)  # (d_out, r)
+    return Best(Factors(v, u), lengths, *_norm_and_residual(found.squares, rank))
+
+
+def stack_basis(terms: Sequence[Term]) -> StackBasis:
     """Prepare a stack of rank N: one Gram a factor and one eigendecomposition, O(N²(d + N)).
 
     Grams and their eigendecompositions took 0.6 of the time of two Householder QRs and an SVD
-    (N = 176, 2048 x 2048, one core), and their result differed by 1e-14 of its norm. The stack
-    stays in the type of its factors; a part of it at a time is brought to float64.
+    (N = 176, 2048 x 2048, one core), and their result differed by 1e-14 of its norm. A and B
+    are read one after the other, in their own type; a part at a time is brought to float64.
     """
-    types = {x.dtype for term in terms if (f := term.read()) for x in (f.a, f.b)}
-    plain = [Term(term.source, np.ones(term.rank)) for term in terms]
-    stack = Stack(plain, shape, np.result_type(*types))
     weights = np.concatenate([term.weights for term in terms])
-    gram_a = _gram(stack.a)
+    gram_a, gram_b = _gram(half(terms, "a")), _gram(half(terms, "b"))
     lengths = np.sqrt(np.diag(gram_a))  # (N,)
     unit = np.where(lengths > 0, lengths, 1.0)
-    values, vectors = _eigh_descending(gram_a / np.outer(unit, unit))
+    gram_a /= unit
+    gram_a /= unit[:, None]
+    values, vectors = _eigh_descending(gram_a)
+    del gram_a
     kept = values > 1e-14 * max(values.max(initial=0.0), 1e-300)
     root, vectors = np.sqrt(values[kept]), vectors[:, kept]
     back = vectors / root / unit[:, None]
-    return StackBasis(stack, weights, lengths, vectors * root, back, _gram(stack.b))
+    return StackBasis(weights, lengths, vectors * root, back, gram_b)
 
 
 # ---- truncation ---------------------------------------------------------------------------
@@ -166,23 +216,21 @@ def truncate(
     scale: float,
     split: Split = "balanced",
     seed: int = 0,
+    dtype: npt.DTypeLike = np.float64,
 ) -> Combined:
     """Return the best rank-`rank` approximation of a weighted sum (Eckart and Young, 1936).
 
     The square of its error is Σσ² of what is cut. The (d_out, d_in) product is formed only where it
     is smaller than the stack of the terms' factors. Where a Gram is small all its eigenvectors are
     taken; where it is not the leading ones are found by passes over the sum, and checked. If the
-    passes do not find them, all are taken. See `split_factors` for the form of the result.
+    passes do not find them, all are taken. See `split_factors` for the form of the result;
+    `dtype` is its type at least, which decides how much memory it takes, not how it is computed.
     """
     terms = [kept for term in terms if (kept := _without_zeros(term)).rank]
     if not terms:
-        return split_factors(_empty(shape), 0.0, 0.0, rank, scale, split, seed)
-    best = _by_passes(terms, shape, rank, seed) or _by_gram(terms, shape, rank)
-    return split_factors(*best, rank, scale, split, seed)
-
-
-Best = tuple[Factors, float, float]
-"""A = Vᵀ and B = UΣ of the leading directions, ‖sum‖_F, and ‖sum − BA‖_F."""
+        return split_factors(Best(_empty(shape), np.zeros(0), 0.0, 0.0), rank, scale, split, seed)
+    best = _by_passes(terms, shape, rank, seed) or _by_gram(terms, shape, rank, dtype)
+    return split_factors(best, rank, scale, split, seed)
 
 
 def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: int) -> Best | None:
@@ -206,14 +254,18 @@ def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: i
     if held.wide:
         v = _orthonormal(found.forth)  # (d_in, r)
         factors = Factors(v.T, found.v @ (found.forth.T @ v))
-    return factors, found.norm, float(np.sqrt(found.lost))
+    return Best(factors, np.ones(factors.rank), found.norm, float(np.sqrt(found.lost)))
 
 
-def _by_gram(terms: Sequence[Term], shape: tuple[int, int], rank: int) -> Best:
+def _by_gram(
+    terms: Sequence[Term], shape: tuple[int, int], rank: int, dtype: npt.DTypeLike
+) -> Best:
     """Return the leading directions from all eigenvectors of the smaller Gram, in float64."""
     if sum(term.rank for term in terms) <= min(shape):
-        basis = stack_basis(terms, shape)
-        return basis.leading(np.ones(len(basis.lengths)), rank)
+        basis = stack_basis(terms)
+        found = basis.leading(np.ones(len(basis.lengths)), rank)
+        del basis
+        return made(found, terms, dtype)
     total = Dense(terms, shape, np.float64).total
     if shape[1] <= shape[0]:
         values, vectors = _eigh_descending(total.T @ total)
@@ -221,35 +273,32 @@ def _by_gram(terms: Sequence[Term], shape: tuple[int, int], rank: int) -> Best:
     else:
         values, vectors = _eigh_descending(total @ total.T)
         v = _orthonormal(total.T @ vectors[:, :rank])  # (d_in, r)
-    return Factors(v.T, total @ v), *_norm_and_residual(values, rank)
+    return Best(Factors(v.T, total @ v), np.ones(v.shape[1]), *_norm_and_residual(values, rank))
 
 
-def split_factors(
-    leading: Factors,
-    total_norm: float,
-    residual: float,
-    rank: int,
-    scale: float,
-    split: Split,
-    seed: int,
-) -> Combined:
-    """Return UΣVᵀ, given as A = Vᵀ and B = UΣ, as the factors of an adapter of `rank` and `scale`.
+def split_factors(best: Best, rank: int, scale: float, split: Split, seed: int) -> Combined:
+    """Return UΣVᵀ as the factors of an adapter of `rank` and `scale`; `best` is used up by it.
 
     `left`: B = UΣ/s, A = Vᵀ. `balanced`: √(Σ/s) on both sides. The entry of largest magnitude in
     each row of A is positive, so that a result does not hang on the sign an eigenvector happens
     to have. Directions at or below `NULL` of the largest singular value, and those
     missing up to `rank`, are `revived`.
     """
-    values = np.linalg.norm(leading.b, axis=0)  # (≤ rank,), for rows of A are orthonormal
+    a, b, lengths = best.factors.a, best.factors.b, best.lengths
+    values = np.sqrt(np.einsum("ij,ij->j", b, b, dtype=np.float64)) * lengths  # A is orthonormal
     live = values > NULL * values.max(initial=0.0)
-    values, v, b = values[live], leading.a[live], leading.b[:, live] / scale
-    signs = np.where(v[np.arange(len(v)), np.abs(v).argmax(axis=1)] < 0, -1.0, 1.0)
+    if not live.all():
+        a, b, lengths, values = a[live], b[:, live], lengths[live], values[live]
+    signs = np.array([-1.0 if row[np.abs(row).argmax()] < 0 else 1.0 for row in a])
     right = np.sqrt(values / scale) if split == "balanced" else np.ones(len(values))
-    missing = rank - len(values)
-    a = np.concatenate([v * (signs * right)[:, None], np.zeros((missing, v.shape[1]))])
-    b = np.concatenate([b * (signs / right), np.zeros((b.shape[0], missing))], axis=1)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # who needs it finite looks
+        a *= (signs * right)[:, None]
+        b *= lengths * signs / (scale * right)
+    if missing := rank - len(values):
+        a = np.concatenate([a, np.zeros((missing, a.shape[1]), a.dtype)])
+        b = np.concatenate([b, np.zeros((b.shape[0], missing), b.dtype)], axis=1)
     padded = np.concatenate([values, np.zeros(missing)])
-    return Combined(revived(Factors(a, b), seed), padded, total_norm, residual)
+    return Combined(revived(Factors(a, b), seed), padded, best.norm, best.residual)
 
 
 def revived(factors: Factors, seed: int) -> Factors:
@@ -299,14 +348,19 @@ def _orthonormal(columns: Array) -> Array:
 def _gram(rows: Array) -> Float64Array:
     """Return the Gram (N, N) of rows (N, d), in float64."""
     total = np.zeros((len(rows), len(rows)))
-    for part in _parts(rows.shape[1]):
-        exact = rows[:, part].astype(np.float64, copy=False)
+    for _, exact in _exact(rows):
         total += exact @ exact.T
     return total
 
 
+def _exact(rows: Array) -> Iterator[tuple[slice, Float64Array]]:
+    """Yield rows (N, d) in float64, a part of their columns at a time, and which these are."""
+    for part in _parts(rows.shape[1]):
+        yield part, rows[:, part].astype(np.float64, copy=False)
+
+
 def _parts(count: int) -> list[slice]:
-    return [slice(at, at + 8 * PART) for at in range(0, count, 8 * PART)]
+    return [slice(at, at + 2 * PART) for at in range(0, count, 2 * PART)]
 
 
 def _without_zeros(term: Term) -> Term:

@@ -158,23 +158,29 @@ def check(view: RoundView) -> None:
             raise MergeError(f"it counts {update.examples} examples", device=update.device)
         if update.staleness < 0:
             raise MergeError(f"it is {update.staleness} versions behind", device=update.device)
-        _check_adapter(view, update.adapter, update.device)
-        _check_directions(view, update)
+        _check_directions(view, update, _check_adapter(view, update.adapter, update.device))
 
 
-def _check_adapter(view: RoundView, adapter: Adapter, device: str | None) -> None:
-    """Check names, shapes and values; `device` is None for what is the aggregator's own."""
+def _check_adapter(view: RoundView, adapter: Adapter, device: str | None) -> dict[str, int]:
+    """Check names, shapes and values; `device` is None for what is the aggregator's own.
+
+    Each module's rank is returned, for to look it up may be to read a file.
+    """
     if not (np.isfinite(adapter.scale) and adapter.scale > 0):
         raise MergeError(f"the scale {adapter.scale} is not a positive number", device=device)
     if strange := set(adapter.layers) ^ set(view.shapes):
         raise MergeError("the job and the adapter differ in it", device=device, module=min(strange))
+    ranks = {}
     for module, (d_out, d_in) in view.shapes.items():
-        a, b = adapter.layers[module].a, adapter.layers[module].b
+        factors = adapter.layers[module]
+        a, b = factors.a, factors.b
         if a.ndim != 2 or a.shape[1] != d_in or b.shape != (d_out, a.shape[0]):
             why = f"A {a.shape} and B {b.shape} are not (r, {d_in}) and ({d_out}, r)"
             raise MergeError(why, device=device, module=module)
         if not (_finite(a) and _finite(b)):
             raise MergeError("it has NaN or infinite values", device=device, module=module)
+        ranks[module] = factors.rank
+    return ranks
 
 
 def _finite(values: FloatArray) -> bool:
@@ -183,11 +189,11 @@ def _finite(values: FloatArray) -> bool:
         return bool(np.isfinite(np.vdot(values, values)) or np.isfinite(values).all())
 
 
-def _check_directions(view: RoundView, update: Update) -> None:
+def _check_directions(view: RoundView, update: Update, ranks: Mapping[str, int]) -> None:
     """Check that every row of A has one direction of the shared adapter, in ascending order."""
     for module, shape in view.shapes.items():
         at = update.directions.get(module)
-        rank, held = update.adapter.layers[module].rank, module_rank(shape, view.rank)
+        rank, held = ranks[module], module_rank(shape, view.rank)
         if (
             at is None
             or at.shape != (rank,)

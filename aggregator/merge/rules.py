@@ -72,6 +72,7 @@ class Rule:
             remembering.add(module, layer.terms, layers[module])
             norms.append(combined.norm)
             residuals.append(combined.residual)
+            del combined  # it may be in float64
         weights: dict[str, float] = {}
         for update, part in zip(view.updates, votes.shares * votes.counted, strict=True):
             weights[update.device] = weights.get(update.device, 0.0) + float(part)  # it came twice
@@ -198,7 +199,7 @@ def as_float32(factors: Factors, module: str) -> Factors:
         MergeError: a value is too large for it.
     """
     with np.errstate(over="ignore"):
-        a, b = factors.a.astype(np.float32), factors.b.astype(np.float32)
+        a, b = (np.ascontiguousarray(x, np.float32) for x in (factors.a, factors.b))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise MergeError("the merged values are too large for float32", module=module)
     return Factors(a, b)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aggregator.merge.sums import Array, Float64Array, Held
+from aggregator.merge.sums import PART, Array, Float64Array, Held
 
 ENOUGH = 5e-6
 """Relative errors at which passes end: half of what float32 results are held to."""
@@ -34,10 +34,9 @@ DEGREE, UNSETTLED = 16, 4
 
 @dataclass(frozen=True, slots=True)
 class Ritz:
-    """Hold the best of a block: V (n, b) orthonormal, G·V (m, b), M·V (n, b), θ (b,) descending."""
+    """Hold the best of a block: V (n, b) orthonormal, M·V (n, b), θ (b,) descending."""
 
     v: Array
-    forth: Array
     back: Array
     values: Float64Array
 
@@ -78,12 +77,14 @@ def leading(held: Held, rank: int, seed: int) -> Leading | None:
         for _ in range(TURNS):
             if not np.isfinite(v).all() or not v.any():
                 return None
-            ritz = _ritz(held, _orthonormal(v))
+            v = _orthonormal(v)
+            ritz, forth = _ritz(held, v)
             off = _off(ritz, rank, whole)
             rough = ritz.v.dtype == np.float32
             if not rough and off <= 1:
                 v = ritz.v[:, :rank]
-                return Leading(v, ritz.forth[:, :rank], held.lost(v))
+                return Leading(v, forth[:, :rank], held.lost(v))
+            del forth
             slow = off > before / 4
             if slow and not rough:
                 return None
@@ -96,13 +97,14 @@ def leading(held: Held, rank: int, seed: int) -> Leading | None:
     return None
 
 
-def _ritz(held: Held, v: Array) -> Ritz:
-    """Return the best vectors of the span of orthonormal columns (n, b)."""
+def _ritz(held: Held, v: Array) -> tuple[Ritz, Array]:
+    """Return the best of the span of orthonormal columns (n, b), in their place, and G·V (m, b)."""
     forth, back = held.passed(v)
     values, turn = np.linalg.eigh((forth.T @ forth).astype(np.float64))
     order = turn[:, ::-1].astype(v.dtype)
-    forth, back = forth @ order, back @ order
-    return Ritz(v @ order, forth, back, np.maximum(values[::-1], 0.0))
+    for columns in (v, forth, back):
+        _turn(columns, order)
+    return Ritz(v, back, np.maximum(values[::-1], 0.0)), forth
 
 
 def _off(ritz: Ritz, rank: int, whole: float) -> float:
@@ -112,8 +114,10 @@ def _off(ritz: Ritz, rank: int, whole: float) -> float:
     ℓ is the Ritz value in the middle of the spare ones.
     """
     values = ritz.values
-    off = (ritz.back - ritz.v * values.astype(ritz.v.dtype)).astype(np.float64, copy=False)
-    across = off.T @ off  # (b, b)
+    across = np.zeros((len(values), len(values)))
+    for part in _parts(len(ritz.v)):
+        off = ritz.back[part] - ritz.v[part] * values
+        across += off.T @ off
     lost = max(whole / 2 - values[:rank].sum(), values[rank:].sum())
     allowed = 2 * ENOUGH * lost + 1e-13 * whole
     middle, last = values[(rank + len(values)) // 2], values[rank - 1]
@@ -134,6 +138,8 @@ def _off(ritz: Ritz, rank: int, whole: float) -> float:
 def _filtered(held: Held, ritz: Ritz, rank: int, off: float) -> tuple[Array, bool]:
     """Return p(M)·V for a Chebyshev polynomial, and whether it is of the degree that is needed.
 
+    It is made in the place of V and M·V.
+
     On [0, θ_b] p is small. Its degree is limited by what rounding, in the directions that grow
     most, leaves of those that grow least; and as long as θ_r moves still, so does θ_b, and no
     degree that they tell is believed.
@@ -150,22 +156,44 @@ def _filtered(held: Held, ritz: Ritz, rank: int, off: float) -> tuple[Array, boo
         np.clip(np.ceil(wanted), 1, max(1, min(bearable, DEGREE if settled else UNSETTLED)))
     )
     start = 1 / (float(values[0]) / half - 1)
-    older, newer, ratio = v, (ritz.back / half - v) * start, start
+    older, newer, ratio = v, ritz.back, start
+    _combine(newer, start / half, v, -start)
     for _ in range(degree - 1):
         after = 1 / (2 / start - ratio)
-        grown = held.passed(newer)[1] / half - newer
-        older, newer, ratio = newer, grown * (2 * after) - older * (ratio * after), after
+        _combine(older, -ratio * after, held.passed(newer)[1], 2 * after / half)
+        _combine(older, 1.0, newer, -2 * after)
+        older, newer, ratio = newer, older, after
     return newer, bool(degree >= wanted and settled)
 
 
+def _combine(x: Array, p: float, y: Array, q: float) -> None:
+    """Make x (n, b) into p·x + q·y."""
+    for part in _parts(len(x)):
+        x[part] *= p
+        x[part] += y[part] * q
+
+
+def _turn(columns: Array, by: Array) -> None:
+    """Make columns (n, b) into columns·by."""
+    for part in _parts(len(columns)):
+        columns[part] = columns[part] @ by
+
+
+def _parts(size: int) -> list[slice]:
+    return [slice(at, at + 2 * PART) for at in range(0, size, 2 * PART)]
+
+
 def _orthonormal(columns: Array) -> Array:
-    """Return an orthonormal basis of the span of columns (n, b), by Cholesky-QR, or by QR."""
+    """Return an orthonormal basis of the span of columns (n, b), by Cholesky-QR, or by QR.
+
+    The first is made in the place of the columns.
+    """
     for _ in range(1 if columns.dtype == np.float32 else 2):
-        lengths = np.linalg.norm(columns, axis=0)
-        columns = columns / np.where(lengths > 0, lengths, 1)
+        lengths = np.sqrt(np.einsum("ij,ij->j", columns, columns))
+        columns /= np.where(lengths > 0, lengths, 1)
         try:
             root = np.linalg.cholesky((columns.T @ columns).astype(np.float64))
         except np.linalg.LinAlgError:
             return np.linalg.qr(columns)[0]
-        columns = columns @ np.linalg.inv(root).T.astype(columns.dtype)
+        _turn(columns, np.linalg.inv(root).T.astype(columns.dtype))
     return columns

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,8 @@ from protocol.adapter import Factors
 Float64Array = npt.NDArray[np.float64]
 Array = npt.NDArray[np.floating]
 
-PART = 128
-"""Rows that are brought to float64, or columns that are gathered, at a time."""
+PART, EXACT = 128, 64
+"""Rows that are summed, or columns that are gathered, at a time, and rows brought to float64."""
 
 
 Source = Factors | Callable[[], Factors]
@@ -79,15 +79,8 @@ class Stack(Held):
         self._left, self._right = (self.a, self.b) if self.wide else (self.b, self.a)
 
     def passed(self, v: Array) -> tuple[Array, Array]:
-        forth, back = np.zeros((self.m, v.shape[1]), v.dtype), np.zeros_like(v)
-        parts = [*self._parts(v.dtype)]
-        for part in parts:
-            left, right = (_as(x[part], v.dtype) for x in (self._left, self._right))
-            forth += left.T @ (right @ v)
-        for part in parts:
-            left, right = (_as(x[part], v.dtype) for x in (self._left, self._right))
-            back += right.T @ (left @ forth)
-        return forth, back
+        forth = self._across(self._left, self._right, v)
+        return forth, self._across(self._right, self._left, forth)
 
     def lost(self, v: Array) -> float:
         """See `Held.lost`: ‖leftᵀ·P‖² = tr((left·leftᵀ)(P·Pᵀ)), with P = right − right·v·vᵀ."""
@@ -102,10 +95,17 @@ class Stack(Held):
             squared += 2 * _inner(left @ self._left[rest].T, right @ self._right[rest].T)
         return max(squared, 0.0)
 
-    def _parts(self, dtype: npt.DTypeLike) -> Iterator[slice]:
-        """Cut the stack as little as can be: copies in another type are of one part."""
-        size = len(self._left)
-        return _parts(size) if dtype != self._left.dtype else iter([slice(0, size)])
+    def _across(self, to: Array, of: Array, v: Array) -> Array:
+        """Return toᵀ·of·v. In another type than the stack's a part of it at a time is copied."""
+        if v.dtype == self.dtype:
+            return np.asarray(to.T @ (of @ v))
+        inner = np.empty((len(of), v.shape[1]), v.dtype)
+        for part in _parts(len(of), EXACT):
+            inner[part] = of[part].astype(v.dtype) @ v
+        result = np.empty((to.shape[1], v.shape[1]), v.dtype)
+        for part in _parts(len(result), EXACT):
+            result[part] = to[:, part].astype(v.dtype).T @ inner
+        return result
 
 
 class Dense(Held):
@@ -129,10 +129,11 @@ class Dense(Held):
             forth = g @ v
             return forth, g.T @ forth
         forth, back = np.zeros((self.m, v.shape[1]), v.dtype), np.zeros_like(v)
-        for part in _parts(self.m):
+        for part in _parts(self.m, EXACT):
             rows = g[part].astype(v.dtype)
             forth[part] = rows @ v
-            back += rows.T @ forth[part]
+            for some in _parts(self.n, 4 * PART):
+                back[some] += rows[:, some].T @ forth[part]
         return forth, back
 
     def lost(self, v: Array) -> float:
@@ -148,6 +149,22 @@ def hold(terms: Sequence[Term], shape: tuple[int, int], dtype: npt.DTypeLike) ->
     """Hold a sum of products (d_out, d_in) in the form that takes less memory."""
     stacked = sum(term.rank for term in terms) * sum(shape)
     return (Stack if stacked < shape[0] * shape[1] else Dense)(terms, shape, dtype)
+
+
+def half(terms: Sequence[Term], side: Literal["a", "b"]) -> Array:
+    """Return A (N, d_in), or Bᵀ (N, d_out), of all terms, without weights, in their widest type."""
+    rank, at = sum(term.rank for term in terms), 0
+    rows: Array = np.empty((0, 0), np.float32)
+    for term in terms:
+        factors = term.read()
+        own = factors.a if side == "a" else factors.b.T
+        if at == 0:
+            rows = np.empty((rank, own.shape[1]), np.result_type(rows, own))
+        elif np.result_type(rows, own) != rows.dtype:
+            rows = rows.astype(own.dtype)
+        rows[at : (at := at + term.rank)] = own
+        del factors, own  # or two devices' would be in memory at a time
+    return rows
 
 
 def norm_of(terms: Sequence[Term], shape: tuple[int, int]) -> float:
@@ -193,12 +210,8 @@ def _gathered(
             filled = 0
 
 
-def _parts(size: int) -> Iterator[slice]:
-    return (slice(at, min(at + PART, size)) for at in range(0, size, PART))
-
-
-def _as(x: Array, dtype: npt.DTypeLike) -> Array:
-    return x.astype(dtype, copy=False)
+def _parts(size: int, length: int = PART) -> Iterator[slice]:
+    return (slice(at, min(at + length, size)) for at in range(0, size, length))
 
 
 def _inner(one: Array, other: Array) -> float:

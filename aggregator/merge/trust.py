@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from aggregator.errors import BadRuleSettings, MergeError
-from aggregator.merge.lowrank import Split, module_seed, split_factors, stack_basis
+from aggregator.merge.lowrank import Split, made, module_seed, split_factors, stack_basis
 from aggregator.merge.round_view import RoundView, check
 from aggregator.merge.rules import as_float32
 from aggregator.merge.sums import Float64Array, Term
@@ -126,11 +126,10 @@ def _personal_layer(
     terms = [
         Term(f, np.full(f.rank, u.adapter.scale)) for f, u in zip(layers, view.updates, strict=True)
     ]
-    basis = stack_basis(terms, view.shapes[module])
+    basis = stack_basis(terms)
     rank, scale = view.previous.layers[module].rank, view.previous.scale
     seed = module_seed(view.seed, module)
     ranks = [f.rank for f in layers]
-    return [
-        split_factors(*basis.leading(np.repeat(row, ranks), rank), rank, scale, split, seed).factors
-        for row in rows
-    ]
+    found = (basis.leading(np.repeat(row, ranks), rank) for row in rows)
+    best = (made(one, terms, np.float32) for one in found)
+    return [split_factors(one, rank, scale, split, seed).factors for one in best]
