@@ -45,7 +45,8 @@ class Case:
 
     @property
     def output_bytes(self) -> int:
-        return 4 * RANK * max(sum(shape) for shape in self.shapes.values())
+        """Bytes of the merged adapter, all modules', in float32."""
+        return 4 * RANK * sum(sum(shape) for shape in self.shapes.values())
 
     def __str__(self) -> str:
         (d_out, d_in), modules = next(iter(self.shapes.values())), len(self.shapes)

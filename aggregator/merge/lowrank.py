@@ -167,7 +167,7 @@ def made(found: Found, terms: Sequence[Term], dtype: npt.DTypeLike = np.float64)
         along += exact @ own.T  # A·V (N, r)
         v[:, part] = own
     v = v.copy() if v.base is a else v
-    del a, exact
+    del a, own, exact
     values, turn = np.linalg.eigh(square)
     root = (turn / np.sqrt(np.maximum(values, 1e-6))) @ turn.T
     for part in _parts(v.shape[1]):

@@ -83,6 +83,7 @@ def leading(held: Held, rank: int, seed: int) -> Leading | None:
             rough = ritz.v.dtype == np.float32
             if not rough and off <= 1:
                 v = ritz.v[:, :rank]
+                del ritz
                 return Leading(v, forth[:, :rank], held.lost(v))
             del forth
             slow = off > before / 4

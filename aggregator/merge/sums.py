@@ -139,8 +139,9 @@ class Dense(Held):
     def lost(self, v: Array) -> float:
         g = self.total.T if self.wide else self.total
         v, squared = v.astype(g.dtype), 0.0
-        for part in _parts(self.m):
-            rest = g[part] - (g[part] @ v) @ v.T
+        for part in _parts(self.m, EXACT):
+            rest = (g[part] @ v) @ v.T
+            rest -= g[part]
             squared += _inner(rest, rest)
         return squared
 
@@ -195,10 +196,10 @@ def _gathered(
 ) -> Iterator[tuple[Array, Array]]:
     """Yield stacks A (N, d_in), B·diag(weights) (d_out, N) of a few terms at a time.
 
-    They lie in the same memory each time, a quarter of what all of them would take at most.
+    They lie in the same memory each time, a sixth of what all of them would take at most.
     """
     ranks = [term.rank for term in terms]
-    width = max(min(4 * PART, sum(ranks) // 4), *ranks, 1)
+    width = max(min(4 * PART, sum(ranks) // 6), *ranks, 1)
     a, b = np.empty((width, shape[1]), dtype), np.empty((shape[0], width), dtype)
     filled = 0
     for i, term in enumerate(terms):
