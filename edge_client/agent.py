@@ -19,6 +19,7 @@ from edge_client.holding import Holding
 from edge_client.learner import Learning
 from edge_client.notify import alive
 from edge_client.outbox import Outbox
+from edge_client.own_changes import OwnChanges
 from edge_client.personal import make_answer
 from edge_client.plan import Plan
 from edge_client.policy.decide import Activity
@@ -73,6 +74,7 @@ class Agent:
         self._rank_start = 0
         self._learner: Learning | None = None
         self._private: Private | None = None
+        self._own: OwnChanges | None = None
         self._adapters: Adapters | None = None
         self._base_loss = float("nan")
         self._evaluated: tuple[Source | None, float] = None, self._base_loss
@@ -144,6 +146,7 @@ class Agent:
             self._private = Private(
                 job, self._settings.name, rank, self._settings.state, self._events
             )
+        self._own = OwnChanges(job, self._settings.state)
         self._adapters = Adapters(
             self._settings,
             job,
@@ -305,6 +308,8 @@ class Agent:
         manifest, data, own_loss = make_answer(
             now, held, learned, learner, held_out_loss=loss, trust=trust
         )
+        if self._own is not None and job.is_personal:
+            self._own.note(now.number, adapter, learned)
         self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss)
         checkpoint.forget(self._settings.state)
         self._say("uploading")
@@ -314,8 +319,9 @@ class Agent:
     def _finish(self, learner: Learning, held: Holding) -> None:
         """Keep the result, report, compare if asked, and end or wait for another job."""
         assert held.adapter is not None and self._plan is not None
+        assert self._own is not None
         state, own = self._settings.state, held.personal
-        settle(learner, held)
+        share = settle(learner, held, self._own)
         loss = {"base": self._base_loss}
         loss |= keep_result(state, held.job, learner, held.adapter, held.common)
         if self._settings.compare_alone:
@@ -329,6 +335,7 @@ class Agent:
             adapter=str(state / "adapter"),
             kept=str(held.source),
             personal=own,
+            own_share=share,
             loss=loss,
             **({"private": mixed.as_dict()} if mixed else {}),
             rank_start=self._rank_start,

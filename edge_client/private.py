@@ -11,23 +11,19 @@ many steps in as many parts that came to the same loss, and it delays rounds.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edge_client.errors import StorageError, TrainingDiverged
+from edge_client.errors import TrainingDiverged
+from edge_client.kept import KeptAdapter
 from edge_client.learner import Learning
 from edge_client.mixing import WEIGHTS, first_private, stacked
-from edge_client.storage import keep_adapter, keeping
-from protocol.adapter import Adapter, module_rank
-from protocol.bands import read_adapter, to_tensors
-from protocol.errors import BadTensors
+from edge_client.storage import keep_adapter
+from protocol.adapter import Adapter
 from protocol.events import EventLog
-from protocol.files import PRIVATE, write_durably
 from protocol.messages import Job, Round
-from protocol.tensors import encode
 
 KEPT = "private-kept"
 PART_STEPS = 50
@@ -64,13 +60,17 @@ class Private:
     """
 
     def __init__(self, job: Job, device: str, rank: int, state: Path, events: EventLog) -> None:
-        self._job, self._rank, self._state, self._events = job, rank, state, events
-        self._folder = state / KEPT
+        self._job, self._state, self._events = job, state, events
+        self._kept = KeptAdapter(
+            job, rank, state, folder=KEPT, what="the private adapter", counts="part"
+        )
         self._steps = job.training.steps * job.rounds
         self._part_steps = max(PART_STEPS, job.training.steps)
-        self._done = max(self._kept(), default=0)
+        self._done = self._kept.newest() or 0
         """Parts that it has been trained for."""
-        self._adapter = self._read(self._done) if self._done else first_private(job, device, rank)
+        self._adapter = (
+            self._kept.read(self._done) if self._done else first_private(job, device, rank)
+        )
 
     def is_due(self, now: Round) -> bool:
         """Say whether the job is finished, and steps of its training are left."""
@@ -120,38 +120,9 @@ class Private:
         keep_adapter(whole, mixed.mixed, self._job.base.name)
         return mixed
 
-    # -- on disk ---------------------------------------------------------------------------------
-
-    def _file(self, done: int) -> Path:
-        return self._folder / f"{self._job.job}.r{self._rank}.part{done}.safetensors"
-
-    def _kept(self) -> list[int]:
-        """Return after how many parts there are files: of one, or of two after a kill."""
-        pattern = re.escape(self._file(0).name).replace("part0", r"part(\d+)")
-        names = (path.name for path in self._folder.glob("*.safetensors"))
-        return [int(found[1]) for name in names if (found := re.fullmatch(pattern, name))]
-
     def _keep(self, adapter: Adapter, done: int) -> None:
-        older = self._kept()
-        with keeping("the private adapter", self._state):
-            data = encode(to_tensors(adapter), "f32")
-            write_durably(self._file(done), data, mode=PRIVATE)
-            for one in older:
-                self._file(one).unlink()
+        self._kept.keep(done, adapter)
         self._adapter, self._done = adapter, done
-
-    def _read(self, done: int) -> Adapter:
-        job, path = self._job, self._file(done)
-        shapes = job.base.modules
-        ranks = {name: module_rank(shape, self._rank) for name, shape in shapes.items()}
-        try:
-            with keeping("the private adapter", self._state):
-                return read_adapter(path.read_bytes(), shapes, ranks, job.scale, "f32")
-        except BadTensors as error:
-            raise StorageError(
-                f"the private adapter in {path} is damaged ({error}); bring it back from a backup, "
-                "or take the file away to begin a new one"
-            ) from None
 
 
 def _is_finite(adapter: Adapter) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_client.errors import TrainingDiverged
 from edge_client.holding import Holding
 from edge_client.learner import Learning
+from edge_client.own_changes import OwnChanges, best_share
 from edge_client.storage import keep_adapter
 from edge_client.trying import SPLIT
 from protocol.adapter import Adapter
@@ -16,18 +17,32 @@ from protocol.events import EventLog
 from protocol.messages import Job
 
 
-def settle(learner: Learning, held: Holding) -> None:
-    """Let a device with an adapter of its own end with what does best on its trust split.
+def settle(learner: Learning, held: Holding, own: OwnChanges) -> float:
+    """Let a device of a job with personal adapters end with what does best on its trust split.
 
-    That is its own, the same at a sharper temperature, or the common one.
+    That is its own, the same at a sharper temperature, or the common one; and then with so much
+    more of its own changes as helps, which is returned.
+
+    Raises:
+        StorageError: what was kept of its own changes can't be read.
     """
-    if held.common is None or held.source is None or held.adapter is None or held.heading is None:
-        return
-    best = learner.evaluate(held.adapter, SPLIT)
-    if held.sharper is not None and (loss := learner.evaluate(held.sharper, SPLIT)) < best:
-        held.adapter, best = held.sharper, loss
-    if learner.evaluate(held.common, SPLIT) < best:
-        held.adapter, held.source = held.common, held.common_of(held.heading.version)
+    if not held.job.is_personal or held.adapter is None or held.heading is None:
+        return 0.0
+    if held.common is not None:
+        best = learner.evaluate(held.adapter, SPLIT)
+        if held.sharper is not None and (loss := learner.evaluate(held.sharper, SPLIT)) < best:
+            held.adapter, best = held.sharper, loss
+        if learner.evaluate(held.common, SPLIT) < best:
+            held.adapter, held.source = held.common, held.common_of(held.heading.version)
+    total = own.total()
+    if total is None:
+        return 0.0
+    chosen, share = best_share(
+        lambda adapter: learner.evaluate(adapter, SPLIT), held.adapter, total, held.job
+    )
+    if share:
+        held.adapter, held.common = chosen, held.common or held.adapter
+    return share
 
 
 def keep_result(

@@ -114,7 +114,7 @@ emulated() {
     env -i HOME=/root LANG=C.UTF-8 TERM=dumb PATH=/usr/sbin:/usr/bin:/sbin:/bin \
         DEBIAN_FRONTEND=noninteractive PIP_ONLY_BINARY=:all: PIP_PROGRESS_BAR=off \
         PYTHONUNBUFFERED=1 $(host_settings) \
-        nice -n 15 chroot "$root" /bin/bash -c 'cd && cd tunefleet && set -ex && . /dev/stdin' <"$1"
+        nice -n ${NICE:-15} chroot "$root" /bin/bash -c 'cd && cd tunefleet && set -ex && . /dev/stdin' <"$1"
 }
 
 # NAME=VALUE of the host's settings for pip, proxies and certificates (no blanks in them).

@@ -151,7 +151,7 @@ def _personal(arm: Arm, fleet: Simulation, job: Job) -> Found:
         curve: list[float] = []
         run = PersonalRun(fleet, job, arm.strategy)
         run.run(lambda _, loss: curve.append(loss))
-        held, details = run.held, {"temperatures": run.temperatures}
+        held, details = run.held, {"temperatures": run.temperatures, "shares": run.shares}
     else:
         shared, curve = _shared(arm, fleet, job)
         held, details = {device.name: shared for device in fleet.devices}, {}

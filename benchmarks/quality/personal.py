@@ -7,6 +7,7 @@ version, trains, and at the end keeps what does best there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -19,6 +20,7 @@ from aggregator.personal.settings import Strategy, read_trust_settings
 from aggregator.personal.state import TrustState
 from benchmarks.simulation import SimulatedDevice, Simulation, rounded
 from edge_client.data import Batch
+from edge_client.own_changes import best_share, summed
 from edge_client.trainer.torch_trainer import attention_mask
 from protocol.adapter import Adapter, initial_adapter
 from protocol.messages import Job
@@ -42,6 +44,10 @@ class PersonalRun:
         self._own: dict[str, float] = {}
         """Loss of each device's adapter at the end of its last training."""
         self._state = TrustState()
+        self._changes: dict[str, Adapter] = {}
+        """What each device's own training has changed so far."""
+        self.shares: dict[str, float] = {}
+        """How much of it each device ends with besides."""
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -100,17 +106,25 @@ class PersonalRun:
         stream = self._streams[device.name]
         update, _ = self._fleet.round(self._job, device, device.rank, held, number, stream)
         full = completed(update, held)
+        before = self._changes.get(device.name)
+        self._changes[device.name] = summed(before, full.adapter, held, self._job)
         self._own[device.name] = self._fleet.loss(full.adapter, device, "trust")
         return full
 
     def _settle(self, given: PersonalRound) -> None:
-        """Let each device end with its own, the same at a sharper temperature, or the common."""
+        """Let each device end with its own, the same at a sharper temperature, or the common one.
+
+        And with what more of its own changes helps.
+        """
         for device in self._fleet.devices:
-            sharper = given.trials.get(device.name)
-            choices = [self.held[device.name], self._common]
+            name, loss = device.name, partial(self._fleet.loss, device=device, split="trust")
+            sharper = given.trials.get(name)
+            choices = [self.held[name], self._common]
             choices += [rounded(sharper, self._job)] if sharper else []
-            losses = [self._fleet.loss(choice, device, "trust") for choice in choices]
-            self.held[device.name] = choices[losses.index(min(losses))]
+            chosen = min(choices, key=loss)
+            self.held[name], self.shares[name] = best_share(
+                loss, chosen, self._changes[name], self._job
+            )
 
     @torch.no_grad()
     def _probes(self, full: list[Update]) -> dict[str, TopLogits]:
