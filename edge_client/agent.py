@@ -50,9 +50,9 @@ class Agent:
     def __init__(
         self, settings: Settings, events: EventLog, *, equip: Equip = TrainingEquipment
     ) -> None:
-        self._settings = settings
-        self._equip = equip
-        self._events = events
+        self._settings, self._equip, self._events = settings, equip, events
+        self.ended = ""
+        """Why `run` has returned."""
         self._outbox = Outbox(settings.state)
         with keeping("device.key", settings.state):
             self._key = SigningKey.load_or_create(settings.state / "device.key")
@@ -85,7 +85,7 @@ class Agent:
             TransportError: the broker can't be reached, or the connection has ended for good.
             EdgeError: this device can't take part; says why.
         """
-        with stop_on_signals(self._stop):
+        with stop_on_signals(self._stop) as signals:
             try:
                 self._find_job()
                 while not (self._stopping or self._done):
@@ -108,6 +108,7 @@ class Agent:
                     raise
             finally:
                 self._close()
+        self.ended = f"told to stop by {signals[0]}" if signals else "the job is finished"
         return self._done and not self._stopping
 
     # -- start up --------------------------------------------------------------------------------
@@ -170,8 +171,8 @@ class Agent:
         assert self._equipment is not None
         return self._equipment.plan(below_mib=self._outbox.ceiling_mib(job))
 
-    def _step_down(self, before: Plan) -> Plan:
-        """Take a smaller plan in place of one under which the kernel killed training."""
+    def _step_down(self, before: Plan, why: str) -> Plan:
+        """Take a smaller plan in place of one under which training was killed for its memory."""
         if self._stopping:
             raise EdgeError("training was killed to stop")  # by `_stop`: no plan was too much
         assert self._job is not None
@@ -179,6 +180,7 @@ class Agent:
         plan = self._make_plan(self._job.job)
         self._events.emit(
             "stepped-down",
+            why=why,
             before=str(before),
             plan=str(plan),
             predicted_before_mib=before.predicted_mib,

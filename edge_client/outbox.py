@@ -66,15 +66,18 @@ def look(folder: Path, day: str) -> Totals:
         return Totals()
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            if not {"updates", "numbers"} <= tables:  # begun, and nothing is in it yet
+                return Totals()
             (pending,) = db.execute("SELECT count(*) FROM updates").fetchone()
             (counted,) = db.execute(
                 "SELECT coalesce(sum(value), 0) FROM numbers WHERE key LIKE 'counted in %'"
             ).fetchone()
-            there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'days'").fetchone()
             query = "SELECT bytes, training_s FROM days WHERE day = ?"
-            used = db.execute(query, (day,)).fetchone() if there else None
-    except sqlite3.Error as error:
-        raise StorageError(f"can't read {path}: {error}") from None
+            used = db.execute(query, (day,)).fetchone() if "days" in tables else None
+    except sqlite3.DatabaseError as error:
+        how = "if it is damaged, bring it back from a backup, or begin anew with another --state"
+        raise StorageError(f"can't read {path}: {error}; {how} and another --name") from None
     return Totals(pending, counted, *(used or (0, 0.0)))
 
 
