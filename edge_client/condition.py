@@ -87,7 +87,8 @@ def _now(condition: Condition) -> Iterator[str]:
         detail = told.get("detail")
         yield f"{name}: {state}" + (f" ({detail})" if detail else "")
     else:
-        yield f"{name}: not running" + (f" (last: {state})" if "state" in told else "")
+        last = "" if state in ("unknown", "stopped") else f" (last: {state})"
+        yield f"{name}: not running{last}"
     if condition.ended:
         at = told.get("ended", {}).get("time", told.get("time"))
         when = f" at {_clock(at)}" if at is not None else ""
@@ -98,7 +99,8 @@ def _now(condition: Condition) -> Iterator[str]:
 def _learning(told: Mapping[str, Any]) -> Iterator[str]:
     if name := told.get("job", {}).get("name"):
         now = told.get("round", {})
-        yield f"job       {name}, round {now.get('round', 0)} of {now.get('rounds', '?')}"
+        of = f" of {now['rounds']}" if now.get("rounds") else ""
+        yield f"job       {name}" + (f", round {now['round']}{of}" if "round" in now else "")
     plan = {**told.get("plan", {}), **told.get("stepped-down", {})}
     if "plan" in plan:
         yield f"plan      {plan['plan']}"

@@ -126,9 +126,14 @@ class Outbox:
         row = self._db.one("SELECT manifest, data FROM updates WHERE upload = ?", upload)
         return Pending(UploadManifest.model_validate_json(row[0]), row[1]) if row else None
 
-    def pending(self) -> list[str]:
-        """Return the ids of the updates that wait, oldest round first."""
-        return [row[0] for row in self._db.rows("SELECT upload FROM updates ORDER BY round")]
+    def pending(self, job: str = "") -> list[str]:
+        """Return the ids of the updates that wait, of one job or all, oldest round first."""
+        rows = self._db.rows(
+            "SELECT upload FROM updates WHERE ?1 IN ('', json_extract(manifest, '$.job')) "
+            "ORDER BY round",
+            job,
+        )
+        return [row[0] for row in rows]
 
     def drop(self, upload: str, *, counted_in: str = "") -> None:
         """Forget an update: it has been counted in a job, or refused for good."""

@@ -348,6 +348,11 @@ def _why_none(
     below_mib: float,
 ) -> str:
     """Say why there is no plan; the smallest would take `least_mib` above the floor."""
+    if not calibration.activations and not calibration.floor_mib:  # it was ended before
+        return (
+            f"the libraries alone take more than the {total_mib:.0f} MiB that there are; free "
+            "memory, raise --memory-cap if it is given, or train without PyTorch"
+        )
     if not calibration.activations:
         return (
             f"a training step takes more than the {total_mib:.0f} MiB that there are (a floor of "
