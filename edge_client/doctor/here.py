@@ -21,6 +21,7 @@ from edge_client.join import DEFAULT_PORT
 from edge_client.ort.runtime import missing_training
 from edge_client.outbox import look
 from edge_client.policy.decide import Used, decide
+from edge_client.policy.owner import doubts
 from edge_client.policy.sensors import Sensors
 from edge_client.prepare import total_budget_mib
 from edge_client.profile import measure_profile
@@ -202,9 +203,12 @@ def policy(patient: Patient) -> Check:
         return Check("outbox", "fail", str(error))
     used = Used(totals.bytes, totals.training_s)
     decision = decide(patient.policy, Sensors().read(patient.policy), now, used)
-    reasons = [*decision.train, *decision.transfer]
+    reasons = [reason.detail for reason in (*decision.train, *decision.transfer)]
+    if seldom := doubts(patient.policy):
+        remedy = f"it may hardly ever train so ({'; '.join(seldom)}): mend the policy"
+        return Check("policy", "warn", "; ".join(reasons) or "it may train now", remedy)
     if reasons:
-        return Check("policy", "warn", "; ".join(reason.detail for reason in reasons))
+        return Check("policy", "warn", "; ".join(reasons))
     return Check("policy", "ok", "it may train and transfer now")
 
 

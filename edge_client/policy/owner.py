@@ -22,6 +22,8 @@ from protocol.mistakes import first_mistake, unknown_setting
 from protocol.settings_file import read_settings
 
 FILE = "policy.toml"
+COOLEST_C, QUIETEST, LEAST_MINUTES, LEAST_MIB = 40.0, 0.03, 1.0, 0.1
+"""Limits below which a setting hardly ever lets a device train or transfer."""
 
 
 class Policy(BaseModel):
@@ -60,6 +62,22 @@ class Policy(BaseModel):
     @cached_property
     def windows(self) -> tuple[Window, ...]:
         return tuple(parse_window(text) for text in self.hours)
+
+
+def doubts(policy: Policy) -> list[str]:
+    """Return in words what settings hardly ever let a device train or transfer."""
+    heat, load = policy.temperature_below, policy.idle_below
+    minutes, mib = policy.minutes_a_day, policy.mib_a_day
+    found = []
+    if heat is not None and heat < COOLEST_C:
+        found.append(f"temperature_below = {heat:g}: few processors are that cool while they work")
+    if load is not None and load < QUIETEST:
+        found.append(f"idle_below = {load:g}: a system at rest uses about as much")
+    if minutes is not None and minutes < LEAST_MINUTES:
+        found.append(f"minutes_a_day = {minutes:g}: a step or two a day")
+    if mib is not None and mib < LEAST_MIB:
+        found.append(f"mib_a_day = {mib:g}: one version of an adapter takes more")
+    return found
 
 
 def find_policy(state: Path, given: Path | None) -> Policy:

@@ -182,6 +182,25 @@ print(disk(patient(locked)).level)
     assert all("Permission denied" in line for line in others)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature_below": 25.0},
+        {"idle_below": 0.001},
+        {"minutes_a_day": 0.01},
+        {"mib_a_day": 0.01},
+    ],
+)
+def test_a_policy_that_hardly_ever_lets_it_train_is_said(
+    tmp_path: Path, setting: dict[str, float]
+) -> None:
+    (name,) = setting
+    found = looking.policy(patient(tmp_path, policy=Policy(**setting)))
+    assert found.level == "warn" and f"hardly ever train so ({name} = " in found.remedy
+    usual = Policy(minutes_a_day=240.0, mib_a_day=100.0, idle_below=0.9, temperature_below=110.0)
+    assert "hardly" not in looking.policy(patient(tmp_path, policy=usual)).remedy
+
+
 @LEAVES_SOCKET
 def test_in_a_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_fleet(tmp_path) as fleet:
