@@ -18,9 +18,8 @@ and the aggregator has none; on a machine without it, give the description that 
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ from aggregator.personal import STRATEGIES, Strategy, read_trust_settings, strat
 from aggregator.probe_text import with_probe_text
 from aggregator.publish import VERSIONS_KEPT
 from aggregator.rounds import Policy
-from protocol.messages import BaseModelInfo, Job, Probe
-from protocol.mistakes import first_mistake
+from protocol.messages import BaseModelInfo, Job, Probe, job_tables
+from protocol.mistakes import first_mistake, unknown_setting
 from protocol.settings_file import read_settings
 
 STAND_IN = {"name": "any", "sha256": "0" * 64, "parameters": 1, "modules": {"any": (1, 1)}}
@@ -108,7 +107,8 @@ def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
         ConfigError: a field is missing, unknown or wrong.
     """
     fields = dict(fields)
-    _refuse_unknown(fields, where)
+    if unknown := unknown_setting(fields, known_settings()):
+        raise ConfigError(f"{where}: {unknown}")
     try:
         policy = PolicySettings.model_validate(fields.pop("policy", {})).policy()
     except ValidationError as error:
@@ -161,37 +161,7 @@ def known_settings() -> dict[str, list[str]]:
         "policy": [*PolicySettings.model_fields],
         "probe": [*Probe.model_fields, "file"],
     }
-    for name, field in Job.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            tables[name] = [*field.annotation.model_fields]
-    return tables
-
-
-def _refuse_unknown(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse a setting that there is not.
-
-    On the wire a message may have fields that a later version added. A job file is written by hand
-    for this version: a name that is not known is a mistake.
-    """
-    tables = known_settings()
-    for table, known in tables.items():
-        given = fields.get(table) if table else fields
-        for name in given if isinstance(given, dict) else ():
-            if name not in known:
-                meant = _meant(table, name, tables)
-                hint = f"; did you mean {meant!r}?" if meant else ""
-                raise ConfigError(f"{where}: there is no setting {_dotted(table, name)!r}{hint}")
-
-
-def _meant(table: str, name: str, tables: Mapping[str, Sequence[str]]) -> str | None:
-    """Return the setting that was meant, if one is near: in another table, or spelt much alike."""
-    elsewhere = [_dotted(other, name) for other, known in tables.items() if name in known]
-    alike = [_dotted(table, near) for near in difflib.get_close_matches(name, tables[table], n=1)]
-    return next(iter([*elsewhere, *alike]), None)
-
-
-def _dotted(table: str, name: str) -> str:
-    return f"{table}.{name}" if table else name
+    return tables | job_tables()
 
 
 def describe(model: str) -> BaseModelInfo:

@@ -123,7 +123,7 @@ class Adapters:
         if (source := held.missing(now.version)) is not None:
             known = held.heading is not None and held.heading.version == now.version
             return source, self._bands() if known else ()
-        if self._outbox.pending():
+        if self._outbox.pending(held.job.job):
             return None
         if now.state == "finished":
             source = held.missing_at_end()

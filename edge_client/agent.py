@@ -51,15 +51,14 @@ class Agent:
     def __init__(
         self, settings: Settings, events: EventLog, *, equip: Equip = TrainingEquipment
     ) -> None:
-        self._settings = settings
-        self._equip = equip
-        self._events = events
+        self._settings, self._equip, self._events = settings, equip, events
+        self.ended = ""
+        """Why `run` has returned."""
         self._outbox = Outbox(settings.state)
         with keeping("device.key", settings.state):
             self._key = SigningKey.load_or_create(settings.state / "device.key")
         self._boot = self._outbox.next_boot()
-        self._stopping = False
-        self._done = False
+        self._stopping = self._done = False
         self._waiting = Waiting(events)
         short = ShortMemory(settings.system_root, training_mib)
         self._polite = Polite(settings, self._outbox, self._is_stopping, events, also=[short])
@@ -87,7 +86,7 @@ class Agent:
             TransportError: the broker can't be reached, or the connection has ended for good.
             EdgeError: this device can't take part; says why.
         """
-        with stop_on_signals(self._stop):
+        with stop_on_signals(self._stop) as signals:
             try:
                 self._find_job()
                 while not (self._stopping or self._done):
@@ -110,6 +109,7 @@ class Agent:
                     raise
             finally:
                 self._close()
+        self.ended = f"told to stop by {signals[0]}" if signals else self.ended or "job finished"
         return self._done and not self._stopping
 
     # -- start up --------------------------------------------------------------------------------
@@ -137,24 +137,17 @@ class Agent:
     def _begin(self, job: Job) -> None:
         """Plan for a job and load its base model; an unfit device says so and ends."""
         self._job = job
-        self._events.emit("state", state="planning")
+        self._events.emit("state", state="planning", detail="measuring, minutes the first time")
         self._equipment = self._equip(self._settings, job)
         self._plan = plan = self._make_plan(job.job)
         self._learner = learner = self._equipment.learner(plan, self._step_down, self._polite)
         self._rank_start = plan.rank
-        if rank := self._settings.private_rank:
-            self._private = Private(
-                job, self._settings.name, rank, self._settings.state, self._events
-            )
-        self._own = OwnChanges(job, self._settings.state)
+        settings, link, events = self._settings, self._connection, self._events
+        if rank := settings.private_rank:
+            self._private = Private(job, settings.name, rank, settings.state, events)
+        self._own = OwnChanges(job, settings.state)
         self._adapters = Adapters(
-            self._settings,
-            job,
-            self._connection,
-            self._outbox,
-            learner,
-            self._events,
-            reach=self._reach,
+            settings, job, link, self._outbox, learner, events, reach=self._reach
         )
         for problem in learner.text.problems[:20]:
             self._events.emit("skipped", where=problem)
@@ -173,8 +166,8 @@ class Agent:
         assert self._equipment is not None
         return self._equipment.plan(below_mib=self._outbox.ceiling_mib(job))
 
-    def _step_down(self, before: Plan) -> Plan:
-        """Take a smaller plan in place of one under which the kernel killed training."""
+    def _step_down(self, before: Plan, why: str) -> Plan:
+        """Take a smaller plan in place of one under which training was killed for its memory."""
         if self._stopping:
             raise EdgeError("training was killed to stop")  # by `_stop`: no plan was too much
         assert self._job is not None
@@ -182,6 +175,7 @@ class Agent:
         plan = self._make_plan(self._job.job)
         self._events.emit(
             "stepped-down",
+            why=why,
             before=str(before),
             plan=str(plan),
             predicted_before_mib=before.predicted_mib,
@@ -198,7 +192,11 @@ class Agent:
         try:
             state = self._settings.state
             found = topics.match(incoming.topic)
-            if not incoming.payload or found.fields["job"] != self._job_name:
+            if found.fields["job"] != self._job_name:
+                return
+            if not incoming.payload:
+                if found.kind == "job":
+                    self._leave()
                 return
             if self._adapters is not None and self._adapters.expects(found):
                 assert self._round is not None, "which needs it"
@@ -213,6 +211,12 @@ class Agent:
                 self._on_control(open_trusted(incoming, Control, state))
         except ProtocolError as error:
             self._events.emit("refused", topic=incoming.topic, reason=str(error))
+
+    def _leave(self) -> None:
+        """Leave a job that has been taken off the broker; what is in the outbox stays there."""
+        self._events.emit("withdrawn", job=self._job_name)
+        self.ended, self._done = f"job {self._job_name!r} was withdrawn", True
+        self._stopping = self._stopping or self._settings.exit_when_done
 
     def _on_job(self, job: Job) -> None:
         self._outbox.check_job(job)
@@ -248,7 +252,7 @@ class Agent:
         adapters, now = self._adapters, self._round
         if adapters is None or now is None or self._learner is None:
             return
-        pending = self._outbox.pending()
+        pending = self._outbox.pending(self._job_name)  # those of another can't be answered here
         if adapters.needs(now) or pending:
             if not self._may("transfer"):
                 return
@@ -393,7 +397,7 @@ class Agent:
         if self._learner is not None:
             self._learner.stop()
         if self._link is not None:
-            if self._standing is not None and self._link.connected:
+            if self._standing is not None and self._link.connected and not self.ended:
                 with suppress(TransportError):  # the will says it then
                     self._say("stopped")
             self._link.close()

@@ -19,7 +19,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edge_client.errors import WorkerKilled
+from edge_client.errors import WorkerError, WorkerKilled
 from edge_client.memory import FROZEN_BYTES, MIB, Probe, Way, fit
 from edge_client.plan import Backend, Calibration
 from edge_client.storage import keeping
@@ -53,6 +53,7 @@ def calibrate(
     blocks: int = 0,
     limit_mib: float = inf,
     backend: Backend = "torch",
+    process: ProbingProcess | None = None,
 ) -> Calibration:
     """Return the constants for each dtype, measured now or remembered.
 
@@ -65,13 +66,16 @@ def calibrate(
         ModelError: the model can't be loaded.
     """
 
+    probing = process or ProbingProcess(limit_mib)
+
     def one(dtype: str) -> ProbeReport:
         mib = base_mib(base, dtype)
         task = ProbeTask(model, dtype, mib, threads, seq_len, scale, blocks, limit_mib, backend)
         name = _name(backend, base.sha256, dtype, threads, seq_len, blocks)
-        return _remembered(cache / f"{name}.json", limit_mib, lambda: _measure(task))
+        return _remembered(cache / f"{name}.json", limit_mib, lambda: _measure(task, probing))
 
-    reports = {dtype: one(dtype) for dtype in dtypes}
+    with probing:
+        reports = {dtype: one(dtype) for dtype in dtypes}
     ways = {
         Way(dtype, checkpointing): probes
         for dtype, report in reports.items()
@@ -114,8 +118,11 @@ def choose_threads(
     cache: Path,
     limit_mib: float = inf,
     backend: Backend = "torch",
+    process: ProbingProcess,
 ) -> int:
     """Return how many threads train fastest on this device, up to `most`; measured once.
+
+    The process stays as it is, for the probes of that dtype.
 
     Raises:
         WorkerError: the probe's process died.
@@ -129,8 +136,7 @@ def choose_threads(
         if kept is not None:
             return kept
         try:
-            with TrainingProcess(limit_mib) as process:
-                threads: int | None = process.call("choose_threads", task=task)
+            threads: int | None = process.ask("choose_threads", task)
         except WorkerKilled:
             threads = None
         if threads is None:  # there was no memory for it: there may be another time
@@ -139,10 +145,49 @@ def choose_threads(
         return threads
 
 
-def _measure(task: ProbeTask) -> ProbeReport:
+class ProbingProcess:
+    """Hold the process that probes one dtype, begun when something is to be measured.
+
+    On a small device it takes longer to load libraries and a base than to train a step: so threads
+    are chosen in the process that then probes the first dtype.
+    """
+
+    def __init__(self, limit_mib: float) -> None:
+        self._limit_mib = limit_mib
+        self._process: TrainingProcess | None = None
+        self._dtype = ""
+
+    def ask(self, name: str, task: ProbeTask) -> Any:
+        """Have the task's dtype probed in its process.
+
+        Raises:
+            WorkerError: the process died; the next request begins another.
+        """
+        if task.dtype != self._dtype:
+            self.stop()
+        if self._process is None:
+            self._process, self._dtype = TrainingProcess(self._limit_mib), task.dtype
+        try:
+            return self._process.call(name, task=task)
+        except WorkerError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def __enter__(self) -> ProbingProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _measure(task: ProbeTask, process: ProbingProcess) -> ProbeReport:
     try:
-        with TrainingProcess(task.limit_mib) as process:
-            report: ProbeReport = process.call("calibrate", task=task)
+        report: ProbeReport = process.ask("calibrate", task)
     except WorkerKilled:  # it took more than was expected of it: nothing is known of this dtype
         return ProbeReport(0.0, task.base_mib, {}, task.limit_mib, complete=False)
     return report

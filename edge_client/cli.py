@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from enum import Enum
 from pathlib import Path
@@ -218,23 +219,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
 ) -> None:
     """Take part in a job: train on own text, publish deltas, receive what the fleet learned."""
-    from edge_client.agent import Agent
     from edge_client.config import check_cache
-    from edge_client.notify import notify
     from edge_client.options import read_options
-    from edge_client.report import Report
-    from protocol.events import EventLog
-    from protocol.files import lock_folder
+    from edge_client.taking_part import take_part
 
     settings = read_options(locals(), _host_name())
     check_cache(settings.cache)
-    with lock_folder(settings.state, "edge-client"):
-        report = Report(settings.state, settings.name)
-        events = EventLog(as_json=as_json, also=report.take, device=settings.name)
-        notify(READY="1")
-        while Agent(settings, events).run():
-            pass  # that job is finished: wait for another
-        notify(STOPPING="1")
+    take_part(settings, as_json=as_json)
 
 
 @app.command(
@@ -254,6 +245,7 @@ def install_service(
 
     from edge_client.install import install, make_service
     from edge_client.options import read_options
+    from edge_client.surroundings import surroundings
     from edge_client.unit import device_unit
 
     command = get_command(app).commands["run"]  # type: ignore[attr-defined]
@@ -269,6 +261,9 @@ def install_service(
     service, folder = make_service(settings, values, options, system=system)
     if print_only:
         typer.echo(device_unit(service), nl=False)
+        if service.secrets:
+            names = ", ".join(surroundings(os.environ)[1])
+            typer.echo(f"note: put {names} into {service.secrets}, for you alone", err=True)
         return
     typer.echo("the unit is written; now:")
     for line in install(service, folder):
@@ -316,12 +311,14 @@ def doctor(
         memory_cap_mib=memory_cap_mib,
         policy=find_policy(folder, policy),
     )
-    checks = [*checks_here(patient), *checks_at_broker(patient)]
+    checks = []
+    for look in (checks_here, checks_at_broker):
+        for check in look(patient):
+            checks.append(check)
+            if not as_json:
+                typer.echo(str(check))
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
-    else:
-        for check in checks:
-            typer.echo(str(check))
     raise typer.Exit(any(check.level == "fail" for check in checks))
 
 
@@ -334,8 +331,8 @@ def status(
     """Show what this device is at: job, round, plan, what it waits for, what today has cost."""
     from datetime import datetime
 
+    from edge_client.condition import in_words, read_condition
     from edge_client.membership import state_folder
-    from edge_client.report import in_words, read_condition
 
     folder = state or state_folder(name, _host_name())
     condition = read_condition(folder, datetime.now())

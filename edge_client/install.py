@@ -15,8 +15,10 @@ from edge_client.config import Settings, check_cache
 from edge_client.errors import StorageError
 from edge_client.model import find_model
 from edge_client.policy.owner import policy_file
+from edge_client.surroundings import FILE as SECRETS
+from edge_client.surroundings import as_file, surroundings
 from edge_client.unit import NAME, Service, device_unit
-from protocol.files import PRIVATE_UMASK
+from protocol.files import PRIVATE, PRIVATE_UMASK, write_durably
 
 _NEVER = ("help", "as_json")
 """Options that a service does not take over."""
@@ -39,20 +41,24 @@ def make_service(
     policy = given.get("policy") or policy_file(state)
     values = {**given, "state": state, "cache": cache, **({"policy": policy} if policy else {})}
     models = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").absolute()
+    environment, secret = surroundings(os.environ)
     return Service(
         arguments=["run", *_arguments(values, options)],
         writes=(state, cache, models),
         policy=settings.policy,
         memory_cap_mib=settings.memory_cap_mib,
         user=getpass.getuser() if system else "",
+        environment=environment,
+        secrets=state / SECRETS if secret else None,
     ), state
 
 
 def install(service: Service, state: Path) -> list[str]:
     """Make the service's folders, write its unit, and return the commands that start it.
 
-    A user's own unit is written where it is looked for. The system's is written into the state
-    folder: to put it where it belongs takes another user.
+    Variables that nobody else may read are written into a file beside the state. A user's own unit
+    is written where it is looked for. The system's is written into the state folder: to put it
+    where it belongs takes another user.
 
     Raises:
         StorageError: it can't be written.
@@ -66,6 +72,8 @@ def install(service: Service, state: Path) -> list[str]:
         finally:
             os.umask(umask)
         check_cache(service.writes[1])
+        if service.secrets:
+            write_durably(service.secrets, as_file(surroundings(os.environ)[1]), mode=PRIVATE)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NAME).write_text(device_unit(service))
     except OSError as error:

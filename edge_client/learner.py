@@ -79,8 +79,8 @@ class Learned:
         }
 
 
-StepDown = Callable[[Plan], Plan]
-"""Given the plan under which training was killed: return a smaller one, or raise."""
+StepDown = Callable[[Plan, str], Plan]
+"""Given the plan under which training was killed, and how: return a smaller one, or raise."""
 
 
 class Pauses(Protocol):
@@ -281,9 +281,9 @@ class Learner:
                         plan=self.plan,
                     )
                 return work()
-            except WorkerKilled:
+            except WorkerKilled as killed:
                 self.stop()
-                self.plan = self._step_down(self.plan)
+                self.plan = self._step_down(self.plan, str(killed))
 
     def _ask(self, name: str, **arguments: Any) -> Any:
         assert self._process is not None, "`_persist` starts one"

@@ -66,15 +66,18 @@ def look(folder: Path, day: str) -> Totals:
         return Totals()
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            if not {"updates", "numbers"} <= tables:  # begun, and nothing is in it yet
+                return Totals()
             (pending,) = db.execute("SELECT count(*) FROM updates").fetchone()
             (counted,) = db.execute(
                 "SELECT coalesce(sum(value), 0) FROM numbers WHERE key LIKE 'counted in %'"
             ).fetchone()
-            there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'days'").fetchone()
             query = "SELECT bytes, training_s FROM days WHERE day = ?"
-            used = db.execute(query, (day,)).fetchone() if there else None
-    except sqlite3.Error as error:
-        raise StorageError(f"can't read {path}: {error}") from None
+            used = db.execute(query, (day,)).fetchone() if "days" in tables else None
+    except sqlite3.DatabaseError as error:
+        how = "if it is damaged, bring it back from a backup, or begin anew with another --state"
+        raise StorageError(f"can't read {path}: {error}; {how} and another --name") from None
     return Totals(pending, counted, *(used or (0, 0.0)))
 
 
@@ -123,9 +126,14 @@ class Outbox:
         row = self._db.one("SELECT manifest, data FROM updates WHERE upload = ?", upload)
         return Pending(UploadManifest.model_validate_json(row[0]), row[1]) if row else None
 
-    def pending(self) -> list[str]:
-        """Return the ids of the updates that wait, oldest round first."""
-        return [row[0] for row in self._db.rows("SELECT upload FROM updates ORDER BY round")]
+    def pending(self, job: str = "") -> list[str]:
+        """Return the ids of the updates that wait, of one job or all, oldest round first."""
+        rows = self._db.rows(
+            "SELECT upload FROM updates WHERE ?1 IN ('', json_extract(manifest, '$.job')) "
+            "ORDER BY round",
+            job,
+        )
+        return [row[0] for row in rows]
 
     def drop(self, upload: str, *, counted_in: str = "") -> None:
         """Forget an update: it has been counted in a job, or refused for good."""

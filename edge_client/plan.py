@@ -86,6 +86,8 @@ class Plan:
     backend: Backend = "torch"
     """What trains: edge_client.trainer.backend."""
     why_backend: str = field(default="", compare=False)
+    floor_mib: float = field(default=0.0, compare=False)
+    """What libraries and data take before the model is loaded: the whole process takes both."""
 
     @property
     def way(self) -> Way:
@@ -264,6 +266,7 @@ def all_plans(
                         predicted_tokens_s=calibration.tokens_s[way],
                         needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
                         backend=calibration.backend,
+                        floor_mib=calibration.floor_mib,
                     )
                 )
     return found + list(_partly_checkpointed(wanted, found))
@@ -345,6 +348,11 @@ def _why_none(
     below_mib: float,
 ) -> str:
     """Say why there is no plan; the smallest would take `least_mib` above the floor."""
+    if not calibration.activations and not calibration.floor_mib:  # it was ended before
+        return (
+            f"the libraries alone take more than the {total_mib:.0f} MiB that there are; free "
+            "memory, raise --memory-cap if it is given, or train without PyTorch"
+        )
     if not calibration.activations:
         return (
             f"a training step takes more than the {total_mib:.0f} MiB that there are (a floor of "

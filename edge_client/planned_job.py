@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,9 @@ from pydantic import ValidationError
 
 from edge_client.errors import ConfigError
 from edge_client.model import BASE_TINY, describe_model
-from protocol.messages import BaseModelInfo, Job
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from protocol.messages import BaseModelInfo, Job, job_tables
+from protocol.mistakes import first_mistake, unknown_setting
+from protocol.settings_file import read_settings
 
 PLANNED = ("job", "scale", "ladder", "remainder", "directions", "layers", "training", "seed")
 """Settings of a job file that a plan depends on; the aggregator checks the others."""
@@ -38,13 +34,13 @@ def planned_job(file: Path | None, model: str, training: dict[str, int]) -> tupl
     wanted = {name: fields[name] for name in PLANNED if name in fields}
     own = wanted.get("training", {})
     if not isinstance(own, dict):
-        raise ConfigError(f"{where}: training is not a table of settings")
+        raise ConfigError(f"{where}: training: must be a table of settings")
     wanted = {"job": "plan", "scale": 2.0, **wanted, "training": {**own, **training}}
     try:
         job = Job.model_validate({**wanted, "base": STAND_IN})  # which takes long to describe
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first(error)}") from None
-    named = model or str(fields.get("model", BASE_TINY))
+        raise ConfigError(f"{where}: {first_mistake(error)}") from None
+    named = model or fields.get("model") or BASE_TINY
     base = _base(named)
     return job.model_copy(update={"base": base}), base.name if named.endswith(".json") else named
 
@@ -52,28 +48,23 @@ def planned_job(file: Path | None, model: str, training: dict[str, int]) -> tupl
 def _base(model: str) -> BaseModelInfo:
     if not model.endswith(".json"):
         return describe_model(model)
+    fields = read_settings(Path(model), "model description", ConfigError)
     try:
-        return BaseModelInfo.model_validate_json(Path(model).read_bytes())
-    except (OSError, ValidationError) as error:
-        words = _first(error) if isinstance(error, ValidationError) else error.strerror
+        return BaseModelInfo.model_validate(fields)
+    except ValidationError as error:
+        words = first_mistake(error)
         raise ConfigError(f"can't read the model description {model}: {words}") from None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_bytes().decode("utf-8")
-        found = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"can't read the job file {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        words = str(error).splitlines()[0]
-        raise ConfigError(f"can't read the job file {file}: {words}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"the job file {file} is not an object with settings")
-    return found
+def _read(file: Path) -> Mapping[str, Any]:
+    """Read a job file, and refuse a setting that there is not.
 
-
-def _first(error: ValidationError) -> str:
-    fault = error.errors(include_url=False, include_input=False)[0]
-    field = ".".join(str(part) for part in fault["loc"])
-    return f"{field}: {fault['msg']}" if field else fault["msg"]
+    What stands in `policy` and `probe` is left to the aggregator.
+    """
+    fields = read_settings(file, "job file", ConfigError)
+    tables = {"": ["model", "policy", *Job.model_fields], **job_tables()}
+    if unknown := unknown_setting(fields, tables):
+        raise ConfigError(f"the job file {file}: {unknown}")
+    if not isinstance(fields.get("model", ""), str):
+        raise ConfigError(f"the job file {file}: model: must be text, not {fields['model']!r}")
+    return fields

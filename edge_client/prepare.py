@@ -10,7 +10,7 @@ from typing import Protocol
 
 from device_profiles.schema import DeviceProfile
 from edge_client.backends import better, find_backends
-from edge_client.calibrate import calibrate, choose_threads
+from edge_client.calibrate import ProbingProcess, calibrate, choose_threads
 from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.learner import Learner, Learning, Pauses, StepDown
@@ -170,6 +170,21 @@ class Planning:
             below_mib=below_mib,
         )
 
+    def is_unbeaten(self, plan: Plan) -> bool:
+        """Say whether no plan with less memory or more of it could be better: only a faster dtype.
+
+        That is one of whole sequences, of the largest rank, by the fastest way that was measured,
+        which makes nothing again.
+        """
+        wanted = self.wanted
+        return (
+            plan.seq_len == wanted.training.max_tokens
+            and plan.rank == max(wanted.ladder)
+            and plan.held >= wanted.shared_rank
+            and not plan.checkpointing
+            and plan.predicted_tokens_s >= max(self.calibration.tokens_s.values())
+        )
+
     def every(self, seq_len: int) -> list[Plan]:
         """Return every plan of one sequence length; see `all_plans`."""
         return all_plans(
@@ -193,8 +208,10 @@ def planning(
 ) -> Planning:
     """Measure what training some blocks takes here, or remember it.
 
-    Computing in bf16 takes least memory of all: where the CPU has none, and it is slow, it is
-    measured only if nothing else fits (below `below_mib`).
+    Where the CPU has no bf16, float32 is measured first, and the rest only if it is of use. Base
+    weights in bf16 (`mixed`) save memory and cost time: not where the best plan there could be in
+    float32 fits. Computing in bf16, which is slow, takes least memory of all: only if nothing else
+    fits (below `below_mib`).
 
     Raises:
         ConfigError: the device's memory is unknown.
@@ -211,11 +228,15 @@ def planning(
         return with_dtypes(("f32",))
     if native_bf16(settings.profile):
         return with_dtypes(("bf16", "f32"))
-    found = with_dtypes(("f32", "mixed"))
-    try:
-        found.best(below_mib=below_mib)
-    except NoPlanFits:
-        return with_dtypes(("f32", "mixed", "bf16"))
+    found = with_dtypes(("f32",))
+    for dtypes in (("f32", "mixed"), ("f32", "mixed", "bf16")):
+        try:
+            best = found.best(below_mib=below_mib)
+            if len(dtypes) > 2 or found.is_unbeaten(best):
+                return found
+        except NoPlanFits:
+            pass
+        found = with_dtypes(dtypes)
     return found
 
 
@@ -233,28 +254,31 @@ def measured(
     Every dtype is measured that there is memory for: which is faster no list of CPU features says,
     for it depends on the model too.
     """
-    threads = settings.threads or choose_threads(
-        model,
-        job.base,
-        dtype=dtypes[0],
-        most=most_threads(settings.profile),
-        scale=job.scale,
-        cache=settings.cache,
-        limit_mib=budget_mib,
-        backend=backend,
-    )
-    calibration = calibrate(
-        model,
-        job.base,
-        dtypes=dtypes,
-        threads=threads,
-        seq_len=job.training.max_tokens,
-        scale=job.scale,
-        cache=settings.cache,
-        blocks=blocks,
-        limit_mib=budget_mib,
-        backend=backend,
-    )
+    with ProbingProcess(budget_mib) as process:
+        threads = settings.threads or choose_threads(
+            model,
+            job.base,
+            dtype=dtypes[0],
+            most=most_threads(settings.profile),
+            scale=job.scale,
+            cache=settings.cache,
+            limit_mib=budget_mib,
+            backend=backend,
+            process=process,
+        )
+        calibration = calibrate(
+            model,
+            job.base,
+            dtypes=dtypes,
+            threads=threads,
+            seq_len=job.training.max_tokens,
+            scale=job.scale,
+            cache=settings.cache,
+            blocks=blocks,
+            limit_mib=budget_mib,
+            backend=backend,
+            process=process,
+        )
     return threads, calibration
 
 

@@ -11,8 +11,6 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +18,32 @@ import psutil
 
 from edge_client.errors import StorageError
 from edge_client.notify import notify
-from edge_client.outbox import Totals, look
 
 FILE = "status.json"
 WRITTEN_EVERY_S = 5.0
 """Steps are written down as often at most: memory cards wear out."""
-BYTES_PER_MIB = 2**20
 
-_TAKEN: Mapping[str, tuple[str, ...]] = {
-    "job": ("name",),
-    "round": ("round", "attempt", "rounds"),
-    "plan": ("plan", "rank", "held", "predicted_mib", "budget_mib"),
-    "stepped-down": ("plan", "predicted_mib"),
-    "step": ("step", "steps", "loss"),
-    "pruned": ("rank_after",),
-    "evaluated": ("loss",),
-    "rejected": ("reason",),
-    "finished": ("loss", "kept"),
+_PARTS: Mapping[str, Mapping[str, type]] = {
+    "job": {"name": str},
+    "round": {"round": int, "attempt": int, "rounds": int},
+    "plan": {
+        "plan": str,
+        "rank": int,
+        "held": int,
+        "predicted_mib": float,
+        "budget_mib": float,
+        "floor_mib": float,
+    },
+    "stepped-down": {"plan": str, "predicted_mib": float, "why": str},
+    "step": {"step": int, "steps": int, "loss": float},
+    "pruned": {"rank_after": int},
+    "evaluated": {"loss": float},
+    "rejected": {"reason": str},
+    "finished": {"loss": dict, "kept": str},
+    "ended": {"why": str, "time": float},
 }
-"""Event → what of it is told."""
+"""Event → what of it is written down, and of what type."""
+_PLAIN: Mapping[str, type] = {"device": str, "state": str, "detail": str, "time": float}
 
 
 class Report:
@@ -59,11 +64,13 @@ class Report:
         elif name == "waiting" and "what" in event:  # for the broker, or a job
             words = f"waiting for {event['what']}"
             self._now["state"], self._now["detail"] = words, event.get("why", "")
-        elif name in _TAKEN:
+        elif name in _PARTS:
             words = ""
-            self._now[name] = {key: event[key] for key in _TAKEN[name] if key in event}
+            self._now[name] = {key: event[key] for key in _PARTS[name] if key in event}
             if name in ("job", "round"):
                 self._now.pop("step", None)
+            if name == "plan":
+                self._now.pop("stepped-down", None)
         else:
             return
         if words:
@@ -80,93 +87,60 @@ class Report:
             os.replace(temporary, self._path)
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """How a device is: what its agent wrote last, whether that still runs, what it has done."""
-
-    told: Mapping[str, Any]
-    running: bool
-    totals: Totals
-
-    def as_dict(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.told.items() if k not in ("pid", "began")}
-        return {
-            **kept,
-            "running": self.running,
-            "updates": {"pending": self.totals.pending, "counted": self.totals.counted},
-            "today": {"bytes": self.totals.bytes, "training_s": round(self.totals.training_s, 1)},
-        }
-
-
-def read_condition(state: Path, now: datetime) -> Condition:
-    """Return how the device of a state folder is; no lock is needed, nor taken.
-
-    Raises:
-        StorageError: nobody has run with this folder, or it can't be read.
-    """
-    totals = look(state, now.date().isoformat())
-    told = read_told(state)
-    if not told and totals == Totals():
-        raise StorageError(
-            f"no agent has run with its state in {state}; start one with edge-client run, or name "
-            "its folder with --state"
-        )
-    return Condition(told, is_running(told), totals)
-
-
 def agent_runs(state: Path) -> bool:
     """Say whether an agent has its state in a folder now."""
-    return is_running(read_told(state))
+    return is_running(read_told(state)[0])
 
 
 def is_running(told: Mapping[str, Any]) -> bool:
     """Say whether the process that wrote this down still is."""
     try:
         return bool(psutil.Process(told["pid"]).create_time() == told["began"])
-    except (KeyError, TypeError, ValueError, psutil.Error):
+    except (KeyError, TypeError, ValueError, OverflowError, psutil.Error):
         return False
 
 
-def read_told(state: Path) -> dict[str, Any]:
-    """Return what the last agent of a state folder wrote down; nothing if there was none.
+def read_told(state: Path) -> tuple[dict[str, Any], str]:
+    """Return what the last agent of a state folder wrote down, and what is wrong with the file.
+
+    Nothing if there was no agent; what is damaged, or another version wrote otherwise, is left out.
 
     Raises:
         StorageError: it can't be read.
     """
+    path = state / FILE
     try:
-        told = json.loads((state / FILE).read_text())
+        told = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return {}
+        return {}, ""
     except OSError as error:
-        raise StorageError(f"can't read {state / FILE}: {error.strerror}") from None
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
+        why = (error.strerror or str(error)).lower()
+        raise StorageError(
+            f"can't read {path}: {why}; if that is its folder, give this user the right to it"
+        ) from None
+    except (ValueError, RecursionError):
+        return {}, f"{path} is damaged; a running agent writes it anew, else remove it"
+    if not isinstance(told, dict):
+        return {}, f"{path} is not an agent's; a running one writes it anew, else remove it"
+    bad = [name for name in told if not _is_sound(name, told[name])]
+    sound = {name: value for name, value in told.items() if name not in bad}
+    why = f"left out what this version does not understand of {path}: {', '.join(bad)}"
+    return sound, why if bad else ""
 
 
-def in_words(condition: Condition) -> list[str]:
-    """Return a device's condition as lines for its owner."""
-    told, totals = condition.told, condition.totals
-    state = told.get("state", "unknown") if condition.running else "not running"
-    detail = told.get("detail") if condition.running else told.get("state")
-    lines = [f"{told.get('device', 'this device')}: {state}"]
-    if detail:
-        lines[0] += f" ({detail})" if condition.running else f" (last: {detail})"
-    if job := told.get("job"):
-        now = told.get("round", {})
-        lines.append(f"job       {job['name']}, round {now.get('round', 0)} of {now.get('rounds')}")
-    if plan := told.get("plan"):
-        plan = {**plan, **told.get("stepped-down", {})}
-        rank = told.get("pruned", {}).get("rank_after", plan["rank"])
-        lines.append(f"plan      {plan['plan']}, {plan['predicted_mib']:.0f} MiB")
-        lines.append(f"rank      {rank}")
-    if step := told.get("step"):
-        lines.append(f"training  step {step['step']} of {step['steps']}, loss {step['loss']:.3f}")
-    if loss := told.get("evaluated", {}).get("loss"):
-        lines.append(f"held out  loss {loss:.3f} before this round's training")
-    lines.append(f"updates   {totals.counted} counted, {totals.pending} on their way")
-    lines.append(
-        f"today     {totals.bytes / BYTES_PER_MIB:.1f} MiB, "
-        f"{totals.training_s / 60:.1f} minutes of training"
-    )
-    return lines
+def _is_sound(name: str, value: object) -> bool:
+    """Say whether a part of the file is as this version writes it; what is not known may stay."""
+    if name in _PLAIN:
+        return _is_a(value, _PLAIN[name])
+    kinds = _PARTS.get(name)
+    if kinds is None:
+        return True
+    if not isinstance(value, dict):
+        return False
+    return all(_is_a(value[key], kinds[key]) for key in kinds if key in value)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -7,8 +7,8 @@ works by system call filters and cgroups alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_client.policy.owner import Policy
@@ -49,6 +49,10 @@ class Service:
     memory_cap_mib: float | None
     user: str = ""
     """Whom a system service runs as; empty: it is a user's own."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that it is to have, and anybody on this computer may read."""
+    secrets: Path | None = None
+    """File of the variables that nobody else may read; None: there are none."""
 
 
 def device_unit(service: Service) -> str:
@@ -69,7 +73,7 @@ Description=Tunefleet device: fine-tunes on this computer's own text
 [Service]
 Type=notify
 ExecStart={argument(sys.executable)} -m edge_client {arguments}
-Restart=on-failure
+{_environment(service)}Restart=on-failure
 RestartSec=30
 # Told to stop, the agent has its training process end its step and keep what it has.
 KillMode=mixed
@@ -78,8 +82,8 @@ TimeoutStopSec=60
 WatchdogSec=15min
 # The kernel may take the training process: the agent goes on with a smaller plan.
 OOMPolicy=continue
-{memory}Nice={policy.nice or NICE}
-IOSchedulingClass=idle
+{memory}Nice={NICE if policy.nice is None else policy.nice}
+IOSchedulingClass={"best-effort" if policy.io == "normal" else "idle"}
 CPUWeight={policy.cpu_weight or CPU_WEIGHT}
 {sandbox}
 {_EVERYWHERE}
@@ -87,3 +91,13 @@ CPUWeight={policy.cpu_weight or CPU_WEIGHT}
 [Install]
 WantedBy={"multi-user.target" if system else "default.target"}
 """
+
+
+def _environment(service: Service) -> str:
+    """Return the lines that give the service its variables."""
+    named = service.environment.items()
+    lines = [f"Environment={quoted(f'{name}={value}')}\n" for name, value in named]
+    if service.secrets:
+        path = str(service.secrets).replace("%", "%%")  # it is read to the end of the line
+        lines.append(f"EnvironmentFile={path}\n")
+    return "".join(lines)

@@ -177,6 +177,15 @@ class Job(Message):
         return self.ladder[-1]
 
 
+def job_tables() -> dict[str, list[str]]:
+    """Return the names of the settings in each of a job's tables: training, pruning and so on."""
+    return {
+        name: [*field.annotation.model_fields]
+        for name, field in Job.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
 class Round(Message):
     """Where the job stands: what devices train now, from which version, until when."""
 

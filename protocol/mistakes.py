@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol.topics import NAME
@@ -53,6 +54,34 @@ def first_mistake(error: ValidationError, *within: str) -> str:
         return MODEL_MISSING  # a job file names the base by its model
     setting, said = _setting([*within, *first["loc"]]), _allowed(first) + _instead(first)
     return f"{setting}: {said}" if setting else said
+
+
+def unknown_setting(fields: Mapping[str, Any], tables: Mapping[str, Sequence[str]]) -> str:
+    """Return what is wrong with the first setting that there is not; empty: all are known.
+
+    On the wire a message may have fields that a later version added. A file is written by hand for
+    this version: a name that is not known is a mistake. `tables` has the names in each table, and
+    those at the top under "".
+    """
+    for table, known in tables.items():
+        given = fields.get(table) if table else fields
+        for name in given if isinstance(given, Mapping) else ():
+            if name not in known:
+                meant = _meant(table, name, tables)
+                hint = f"did you mean {meant!r}?" if meant else f"there are {', '.join(known)}"
+                return f"there is no setting {_dotted(table, name)!r}; {hint}"
+    return ""
+
+
+def _meant(table: str, name: str, tables: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the setting that was meant, if one is near: in another table, or spelt much alike."""
+    elsewhere = [_dotted(other, name) for other, known in tables.items() if name in known]
+    alike = [_dotted(table, near) for near in difflib.get_close_matches(name, tables[table], n=1)]
+    return next(iter([*elsewhere, *alike]), None)
+
+
+def _dotted(table: str, name: str) -> str:
+    return f"{table}.{name}" if table else name
 
 
 def first_difference(known: str, given: str) -> str:

@@ -106,18 +106,24 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     """Return the files to read, each once though two paths lead to it."""
     files: dict[Path, Path] = {}
     for path in paths:
-        if path.is_dir():
-            found = _files_below(path)
-        elif not path.exists():
-            raise DataError(f"there is no file or folder {path}; check the path")
-        elif path.suffix.lower() not in _READERS:
-            kind = f"{path.suffix} files" if path.suffix else "files with no ending"
-            raise DataError(f"cannot read {path}: {kind} are not read; what is read: {ACCEPTED}")
-        else:
-            found = [path]
-        for file in found:
-            files.setdefault(file.resolve(), file)
+        try:
+            for file in _files_at(path):
+                files.setdefault(file.resolve(), file)
+        except OSError as error:  # a folder on the way that this user may not look into
+            raise _unreadable(error.filename or path, error) from error
     return list(files.values())
+
+
+def _files_at(path: Path) -> list[Path]:
+    """Return the file that a path is, or those below it."""
+    if path.is_dir():
+        return _files_below(path)
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}; check the path")
+    if path.suffix.lower() not in _READERS:
+        kind = f"{path.suffix} files" if path.suffix else "files with no ending"
+        raise DataError(f"cannot read {path}: {kind} are not read; what is read: {ACCEPTED}")
+    return [path]
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from edge_client.doctor import Check, Patient
+from edge_client.errors import StorageError
 from edge_client.report import agent_runs
 from protocol import topics
 from protocol.chunks import CHUNK_BYTES
-from protocol.errors import DeliveryRefused, TransportError
+from protocol.errors import BrokerUnreachable, DeliveryRefused, TransportError
 from protocol.transport import MqttTransport
 
 JOB = "doctor"
@@ -16,6 +23,10 @@ NOBODY = "doctor-nobody"
 ENVELOPE_BYTES = 512 * 1024
 """No signed message is larger."""
 TIMEOUT_S = 10.0
+ANSWER_S = 12.0
+"""How long a broker has to let this device in, all attempts together."""
+SILENT_S = 2.0
+"""After so long a wait it is said what for."""
 
 
 def checks_at_broker(patient: Patient) -> list[Check]:
@@ -24,18 +35,24 @@ def checks_at_broker(patient: Patient) -> list[Check]:
     A broker that takes the name from the certificate knows one connection of it: while the agent
     runs nothing is tried, for that would put it off.
     """
-    if patient.tls is not None and agent_runs(patient.state):
-        said = "not tried while the agent runs: see edge-client status"
-        return [Check("broker", "ok", said)]
     try:
+        if patient.tls is not None and agent_runs(patient.state):
+            said = "not tried while the agent runs: see edge-client status"
+            return [Check("broker", "ok", said)]
         link = MqttTransport(
             patient.broker,
             f"tunefleet-{patient.name}-doctor",
             tls=patient.tls,
             temporary=patient.tls is None,
         )
-        link.connect(TIMEOUT_S)
-    except TransportError as error:
+        until = time.monotonic() + ANSWER_S
+        with saying(f"waiting for an answer of {patient.broker}, {ANSWER_S:.0f} s at most"):
+            link.connect(TIMEOUT_S, stopping=lambda: time.monotonic() > until)
+    except BrokerUnreachable as error:
+        silent = "no answer" in error.why
+        remedy = "something is there, but does not speak MQTT, or is busy" if silent else ""
+        return [Check("broker", "fail", str(error), remedy)]
+    except (TransportError, StorageError) as error:
         return [Check("broker", "fail", str(error))]
     try:
         version = "MQTT 5" if link.mqtt5 else "MQTT 3.1.1"
@@ -45,6 +62,18 @@ def checks_at_broker(patient: Patient) -> list[Check]:
         return [Check("broker", "fail", str(error), "look at the broker's log")]
     finally:
         link.close()
+
+
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Say on stderr what the block waits for, if it takes long."""
+    timer = threading.Timer(SILENT_S, lambda: print(f"{what} …", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def rights(link: MqttTransport, patient: Patient) -> Check:

@@ -7,19 +7,21 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from cryptography import x509
 
+from edge_client.backends import missing_torch
 from edge_client.doctor import Check, Level, Patient
 from edge_client.errors import EdgeError
 from edge_client.join import DEFAULT_PORT
 from edge_client.ort.runtime import missing_training
 from edge_client.outbox import look
 from edge_client.policy.decide import Used, decide
+from edge_client.policy.owner import doubts
 from edge_client.policy.sensors import Sensors
 from edge_client.prepare import total_budget_mib
 from edge_client.profile import measure_profile
@@ -35,19 +37,23 @@ APART = timedelta(minutes=2)
 RENEW_BEFORE = timedelta(days=30)
 SYNCHRONIZED = Path("/run/systemd/timesync/synchronized")
 LEAST_DISK_MIB, LOW_DISK_MIB = 64, 1024
-LEAST_MEMORY_MIB, LOW_MEMORY_MIB = 380, 600
-"""torch and transformers alone take about the first; a small model fits into the second."""
+MEMORY_MIB = {"PyTorch": (440, 640), "ONNX Runtime": (130, 300)}
+"""What the smallest model takes in all with each, and what a model of some ten millions does."""
 LEAST_TOKENS = 2000
 PACKAGES = ("torch", "transformers", "peft")
 TIMEOUT_S = 3.0
 BYTES_PER_MIB = 2**20
 
 
-def checks_here(patient: Patient) -> list[Check]:
-    """Look at this computer."""
+def checks_here(patient: Patient) -> Iterator[Check]:
+    """Look at this computer; each check comes when it is done, for some take their time."""
     looks: list[Callable[[Patient], Check]] = [clock, certificate, aggregator, disk, memory]
-    found = [look_at(patient) for look_at in looks]
-    return [*found, packages(), onnx(), data(patient), policy(patient)]
+    for look_at in looks:
+        yield look_at(patient)
+    yield packages()
+    yield onnx()
+    yield data(patient)
+    yield policy(patient)
 
 
 def clock(patient: Patient) -> Check:
@@ -63,7 +69,9 @@ def clock(patient: Patient) -> Check:
         if apart > APART:
             return Check("clock", "fail", f"{shown}, the aggregator's is {theirs:%H:%M}", remedy)
         return Check("clock", "ok", f"{shown}, as the aggregator's")
-    kept = ", kept in time" if SYNCHRONIZED.exists() else ""
+    kept = (
+        ", kept in time" if SYNCHRONIZED.exists() else "; whether it is kept in time is not known"
+    )
     return Check("clock", "ok", f"{shown}{kept}")
 
 
@@ -99,14 +107,17 @@ def aggregator(patient: Patient) -> Check:
 def disk(patient: Patient) -> Check:
     """See whether state and cache can be written, and how much room they have."""
     for folder in (patient.state, patient.cache):
-        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        if not os.access(there, os.W_OK):
+        there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+        if not there.is_dir():
+            return Check("disk", "fail", f"{there} is a file", "name a folder (--state, --cache)")
+        if not os.access(there, os.W_OK | os.X_OK):
             remedy = "give this user the folder, or name another (--state, --cache)"
             return Check("disk", "fail", f"{there} can't be written to", remedy)
         free_mib = shutil.disk_usage(there).free // BYTES_PER_MIB
         if free_mib < LOW_DISK_MIB:
             level: Level = "fail" if free_mib < LEAST_DISK_MIB else "warn"
-            return Check("disk", level, f"{free_mib} MiB free at {folder}", "free some space")
+            found = f"{free_mib} MiB free at {folder}, where {LOW_DISK_MIB} are wanted"
+            return Check("disk", level, found, "free some space")
     return Check("disk", "ok", f"{free_mib} MiB free")
 
 
@@ -114,15 +125,20 @@ def memory(patient: Patient) -> Check:
     """See what training may take."""
     try:
         budget_mib = total_budget_mib(measure_profile(), patient.memory_cap_mib)
+        told, _ = read_told(patient.state)
     except EdgeError as error:
         return Check("memory", "fail", str(error))
-    plan = read_told(patient.state).get("plan")
-    last = f", the last plan was for {plan['predicted_mib']:.0f} above the floor" if plan else ""
+    plan, last = told.get("plan", {}), ""
+    if {"predicted_mib", "floor_mib"} <= plan.keys():
+        last = f", the last plan was for {plan['floor_mib'] + plan['predicted_mib']:.0f} in all"
     found = f"training may take {budget_mib:.0f} MiB{last}"
+    library = "ONNX Runtime" if missing_torch() else "PyTorch"
+    least_mib, low_mib = MEMORY_MIB[library]
     remedy = "close other programs, raise --memory-cap if it is given, or use a larger device"
-    if budget_mib < LEAST_MEMORY_MIB:
-        return Check("memory", "fail", found, remedy)
-    if budget_mib < LOW_MEMORY_MIB:
+    if budget_mib < least_mib:
+        short = f"{found}: with {library} the smallest model takes {least_mib}"
+        return Check("memory", "fail", short, remedy)
+    if budget_mib < low_mib:
         return Check("memory", "warn", found, f"enough for small models alone; {remedy}")
     return Check("memory", "ok", found)
 
@@ -153,11 +169,13 @@ def onnx() -> Check:
 def data(patient: Patient) -> Check:
     """See whether the text can be read, and how much of it there is."""
     from edge_client.data import read_examples, tokenize
+    from edge_client.data.read import check_paths
     from edge_client.model import find_model, load_tokenizer
 
     if not patient.data:
         return Check("data", "warn", "not looked at", "name it with --data")
     try:
+        check_paths(patient.data)
         reading = read_examples(patient.data)
         model = patient.model or "base-tiny"
         tokenizer = load_tokenizer(find_model(model))
@@ -171,7 +189,8 @@ def data(patient: Patient) -> Check:
         return Check("data", "warn", found, "give more text: of so little not much is learnt")
     if reading.problems:
         more = f", {len(reading.problems)} left out ({reading.problems[0]})"
-        return Check("data", "warn", found + more, "mend them, or let them be")
+        remedy = "mend them (text has to be UTF-8), or let them be"
+        return Check("data", "warn", found + more, remedy)
     return Check("data", "ok", found)
 
 
@@ -184,9 +203,12 @@ def policy(patient: Patient) -> Check:
         return Check("outbox", "fail", str(error))
     used = Used(totals.bytes, totals.training_s)
     decision = decide(patient.policy, Sensors().read(patient.policy), now, used)
-    reasons = [*decision.train, *decision.transfer]
+    reasons = [reason.detail for reason in (*decision.train, *decision.transfer)]
+    if seldom := doubts(patient.policy):
+        remedy = f"it may hardly ever train so ({'; '.join(seldom)}): mend the policy"
+        return Check("policy", "warn", "; ".join(reasons) or "it may train now", remedy)
     if reasons:
-        return Check("policy", "warn", "; ".join(reason.detail for reason in reasons))
+        return Check("policy", "warn", "; ".join(reasons))
     return Check("policy", "ok", "it may train and transfer now")
 
 

@@ -9,7 +9,6 @@ minutes_a_day = 240
 
 from __future__ import annotations
 
-import difflib
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -19,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from edge_client.errors import ConfigError
 from edge_client.policy.hours import Window, parse_window
 from protocol.files import user_folder
-from protocol.mistakes import first_mistake
+from protocol.mistakes import first_mistake, unknown_setting
 from protocol.settings_file import read_settings
 
 FILE = "policy.toml"
+COOLEST_C, QUIETEST, LEAST_MINUTES, LEAST_MIB = 40.0, 0.03, 1.0, 0.1
+"""Limits below which a setting hardly ever lets a device train or transfer."""
 
 
 class Policy(BaseModel):
@@ -44,9 +45,9 @@ class Policy(BaseModel):
     """What may go through the network in a day, both ways together, in MiB."""
     minutes_a_day: float | None = Field(None, gt=0, le=24 * 60)
     """How long to train in a day."""
-    nice: int = Field(0, ge=0, le=19)
+    nice: int | None = Field(None, ge=0, le=19)
     """Priority of all that the device does: 19 gives way to everything else."""
-    io: Literal["normal", "idle"] = "normal"
+    io: Literal["normal", "idle"] | None = None
     """Whether the disk is used only while nobody else uses it."""
     cpu_weight: int | None = Field(None, ge=1, le=10_000)
     """A service's share of the processor when others want it too; what others have is 100."""
@@ -61,6 +62,22 @@ class Policy(BaseModel):
     @cached_property
     def windows(self) -> tuple[Window, ...]:
         return tuple(parse_window(text) for text in self.hours)
+
+
+def doubts(policy: Policy) -> list[str]:
+    """Return in words what settings hardly ever let a device train or transfer."""
+    heat, load = policy.temperature_below, policy.idle_below
+    minutes, mib = policy.minutes_a_day, policy.mib_a_day
+    found = []
+    if heat is not None and heat < COOLEST_C:
+        found.append(f"temperature_below = {heat:g}: few processors are that cool while they work")
+    if load is not None and load < QUIETEST:
+        found.append(f"idle_below = {load:g}: a system at rest uses about as much")
+    if minutes is not None and minutes < LEAST_MINUTES:
+        found.append(f"minutes_a_day = {minutes:g}: a step or two a day")
+    if mib is not None and mib < LEAST_MIB:
+        found.append(f"mib_a_day = {mib:g}: one version of an adapter takes more")
+    return found
 
 
 def find_policy(state: Path, given: Path | None) -> Policy:
@@ -86,12 +103,8 @@ def read_policy(path: Path) -> Policy:
         ConfigError: the file can't be read, or a setting is unknown or wrong; says which.
     """
     fields = read_settings(path, "policy", ConfigError)
-    known = list(Policy.model_fields)
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"{path}: there is no setting {name!r}; {hint}")
+    if unknown := unknown_setting(fields, {"": [*Policy.model_fields]}):
+        raise ConfigError(f"{path}: {unknown}")
     try:
         return Policy.model_validate(fields)
     except ValidationError as error:

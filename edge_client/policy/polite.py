@@ -150,7 +150,7 @@ def _give_way(policy: Policy) -> None:
     """Take the owner's priorities, which the training process inherits; none is ever raised."""
     this = psutil.Process()
     with suppress(psutil.Error, OSError):
-        if policy.nice > this.nice():
+        if policy.nice is not None and policy.nice > this.nice():
             this.nice(policy.nice)
     if policy.io == "idle" and hasattr(psutil, "IOPRIO_CLASS_IDLE"):
         with suppress(psutil.Error, OSError):

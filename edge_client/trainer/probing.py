@@ -7,6 +7,7 @@ longer one is tried only where what was measured so far says that it stays withi
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ PROBE_RANK, PROBE_HELD = 8, 16
 PROBE_STEPS = 2
 """The second has Adam's moments from the first, and is timed."""
 BRIEF_S, AGAIN = 1.0, 5
-"""A step that takes less is done so many times again, and the fastest counts."""
+"""A step that takes less is done again, for so long or so many times: the fastest counts."""
 SHORTEST_PROBE = 64
 """Tokens of the first probe; no fewer than a chunk of logits has."""
 LIMIT_SHARE = 0.97
@@ -41,6 +42,9 @@ STEEPEST = 1.5
 THREAD_TOKENS = 64
 NEAR = 0.05
 """A count of threads that is slower by less than this share is as good as the fastest."""
+
+FAR = 1.5
+"""A count of threads that took so many times what the fastest did is not timed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +90,19 @@ class Prober:
         self._trainer, self._task = trainer, task
         self._progress = progress
         self._floor_mib = floor_mib
+        self._warm_mib: float | None = None
+
+    def take(self, task: ProbeTask) -> None:
+        """Go on with another task of the same model, dtype and backend."""
+        self._task = task
+        self._trainer.use_threads(task.threads)
 
     def ways(self, seq_len: int) -> tuple[dict[bool, tuple[Probe, ...]], bool]:
         """Probe with and without checkpointing; return what was measured, and whether it is all.
 
         The longest probe has two sequences: steps with more rows are extrapolated.
         """
-        start_mib = resident_mib()
+        start_mib = resident_mib() if self._warm_mib is None else self._warm_mib
         found: dict[bool, dict[int, Probe]] = {True: {}, False: {}}
         if self._task.backend == "onnx":  # whose graph keeps what it has computed
             del found[True]
@@ -118,7 +128,8 @@ class Prober:
         """Touch every page of the base, which may be mapped; return what is resident then."""
         self._probe(1, 16, True)
         _settle()
-        return resident_mib()
+        self._warm_mib = resident_mib()
+        return self._warm_mib
 
     def _fits(self, way: bool, found: dict[bool, dict[int, Probe]], tokens: int) -> bool:
         """Say whether a probe of so many tokens is expected to stay within the limit.
@@ -191,8 +202,9 @@ class Prober:
 
         train(PROBE_STEPS)
         peak = peak_mib()
-        if marks[-1] - marks[-2] < BRIEF_S:  # what others do meanwhile shows in a brief step
-            train(AGAIN)
+        took = marks[-1] - marks[-2]
+        if took < BRIEF_S:  # what others do meanwhile shows in a brief step
+            train(min(AGAIN, math.ceil(BRIEF_S / took)))
         self._progress()
         self._trainer.load(NO_ADAPTER, None, plan)
         _settle()
@@ -225,11 +237,22 @@ class Prober:
             return most
         took = dict.fromkeys(counts, inf)
         for _ in range(2):  # in turn, so that a moment's load of others is not held against one
-            for count in counts:
+            for count in worth_timing(took):
                 self._trainer.use_threads(count)
                 _, seconds = self._probe(1, THREAD_TOKENS, True)
                 took[count] = min(took[count], seconds)
         return fewest_near_fastest(took)
+
+
+def worth_timing(took: dict[int, float]) -> list[int]:
+    """Return the counts of threads whose step is to be timed, or timed again.
+
+    A moment's load does not decide over steps that take long, nor over counts far from the fastest.
+    """
+    fastest = min(took.values())
+    if fastest == inf:
+        return list(took)
+    return [n for n, s in took.items() if s <= FAR * fastest] if fastest < BRIEF_S else []
 
 
 def fewest_near_fastest(took: dict[int, float]) -> int:

@@ -99,10 +99,11 @@ class Worker:
         self._streams: dict[str, Any] = {}
         self._seed = 0
         self._floor = 0.0
+        self._prober: tuple[Prober | None, float] | None = None
 
     def calibrate(self, task: ProbeTask) -> ProbeReport:
         """Probe each way of training, as far as the task's limit leaves room."""
-        prober, weights_mib = self._prober(task)
+        prober, weights_mib = self._probing(task)
         if prober is None:
             return ProbeReport(self._floor, weights_mib, {}, task.limit_mib, complete=False)
         probes, complete = prober.ways(task.seq_len)
@@ -110,10 +111,19 @@ class Worker:
 
     def choose_threads(self, task: ProbeTask) -> int | None:
         """Return how many threads train fastest here, up to the task's; None: no memory to try."""
-        prober, _ = self._prober(task)
+        prober, _ = self._probing(task)
         return None if prober is None else prober.threads(task.threads)
 
-    def _prober(self, task: ProbeTask) -> tuple[Prober | None, float]:
+    def _probing(self, task: ProbeTask) -> tuple[Prober | None, float]:
+        """Return what probes, and the base's weights in MiB: once for all tasks of one dtype."""
+        if self._prober is None:
+            self._prober = self._open_prober(task)
+        prober, _ = self._prober
+        if prober is not None:
+            prober.take(task)
+        return self._prober
+
+    def _open_prober(self, task: ProbeTask) -> tuple[Prober | None, float]:
         """Return what probes, None where the base alone is too large, and its weights in MiB."""
         backend = task.backend
         self._tokenizer = open_tokenizer(backend, task.model)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ import pytest
 
 from edge_client.cli import _host_name
 from edge_client.doctor import Patient
+from edge_client.doctor import broker as asking
 from edge_client.doctor import here as looking
 from edge_client.doctor.broker import checks_at_broker
-from edge_client.doctor.here import certificate, clock, disk, memory
+from edge_client.doctor.here import certificate, clock, data, disk, memory
 from edge_client.membership import identity, tls_files
 from edge_client.policy.owner import Policy
 from protocol.transport import BrokerAddress
@@ -88,6 +92,113 @@ def test_a_broker_that_lets_nobody_write(
     tmp_path: Path, mosquitto_read_only: BrokerAddress
 ) -> None:
     assert levels(patient(tmp_path, mosquitto_read_only))["rights"] == "fail"
+
+
+def test_a_broker_that_does_not_answer_is_not_waited_for_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(asking, "ANSWER_S", 3.0)
+    monkeypatch.setattr(asking, "SILENT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as dumb:
+        began = time.monotonic()
+        (found,) = checks_at_broker(patient(tmp_path, BrokerAddress(*dumb.getsockname())))
+        assert time.monotonic() - began < 8
+    assert found.level == "fail" and "does not speak MQTT" in found.remedy
+    assert f"waiting for an answer of {found.found.split()[4]}" in capsys.readouterr().err
+
+
+def test_checks_are_shown_as_they_are_made_the_broker_last(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as dumb:
+        command = [
+            sys.executable, "-m", "edge_client", "doctor", "--state", str(tmp_path / "state"),
+            "--broker", str(BrokerAddress(*dumb.getsockname())),
+        ]  # fmt: skip
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            lines = [running.stdout.readline() for _ in range(9)]
+            running.kill()
+    assert lines[0].startswith("ok    clock") and "policy" in lines[8]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("latin.txt", b"caf\xe9", "not valid UTF-8"),
+        ("empty.txt", b"", "each of its files is empty"),
+        ("old.pdf", b"%PDF", ".pdf files are not read"),
+        ("folder/old.pdf", b"%PDF", "no file of a kind that is read"),
+        ("folder/.keep", b"", "no file of a kind that is read"),
+        ("x.jsonl", b'{"txt": "a"}', "it has neither 'text'"),
+    ],
+)
+def test_text_that_can_not_be_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    path = file.parent if "/" in name else file
+    found = data(patient(tmp_path, data=(path,)))
+    assert found.level == "fail" and said in found.found and "\n" not in str(found)
+
+
+def test_a_file_without_pyarrow_and_what_this_user_may_not_read(tmp_path: Path) -> None:
+    """In a process of its own: root may read all, so that becomes somebody else."""
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    locked = tmp_path / "locked"
+    (locked / "inner").mkdir(parents=True)
+    (locked / "inner" / "a.txt").write_text("mine")
+    code = """
+import os, sys
+from pathlib import Path
+sys.modules["pyarrow"] = None
+from edge_client.data import read_examples
+from edge_client.data.read import check_paths
+from edge_client.errors import DataError
+from edge_client.doctor.here import disk
+from tests.edge_client.test_doctor import patient
+rows, locked = map(Path, sys.argv[1:])
+def said(path):
+    for look in (check_paths, read_examples):
+        try: look([path])
+        except DataError as error: print(error)
+said(rows)
+if os.geteuid() == 0: os.setreuid(65534, 65534)
+said(locked)
+said(locked / "inner" / "a.txt")
+print(disk(patient(locked)).level)
+"""
+    os.chmod(tmp_path, 0o755)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    locked.chmod(0)
+    try:
+        command = [sys.executable, "-c", code, str(tmp_path / "rows.parquet"), str(locked)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        locked.chmod(0o755)
+    assert ended.stderr == ""
+    first, *others, level = ended.stdout.splitlines()
+    assert "needs pyarrow" in first and "pip install" in first
+    assert len(others) == 4 and level == "fail"
+    assert all("Permission denied" in line for line in others)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature_below": 25.0},
+        {"idle_below": 0.001},
+        {"minutes_a_day": 0.01},
+        {"mib_a_day": 0.01},
+    ],
+)
+def test_a_policy_that_hardly_ever_lets_it_train_is_said(
+    tmp_path: Path, setting: dict[str, float]
+) -> None:
+    (name,) = setting
+    found = looking.policy(patient(tmp_path, policy=Policy(**setting)))
+    assert found.level == "warn" and f"hardly ever train so ({name} = " in found.remedy
+    usual = Policy(minutes_a_day=240.0, mib_a_day=100.0, idle_below=0.9, temperature_below=110.0)
+    assert "hardly" not in looking.policy(patient(tmp_path, policy=usual)).remedy
 
 
 @LEAVES_SOCKET

@@ -110,13 +110,21 @@ def test_a_job_file_gives_what_a_plan_depends_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("none.toml", None, "No such file"),
-        ("bad.toml", "a = [", "can't read the job file"),
-        ("bad.json", "[1", "can't read the job file"),
+        ("none.toml", None, "there is no such file"),
+        ("bad.toml", "rounds = 3\njob = ", "line 2 (job =) is not TOML"),
+        ("bad.json", "[1", "line 1 ([1) is not JSON"),
         ("list.json", "[1]", "is not an object with settings"),
-        ("flat.toml", "training = 3", "training is not a table"),
+        ("flat.toml", "training = 3", "training: must be a table of settings"),
         ("wrong.toml", "ladder = [4, 2]", "ladder must be ascending"),
-        ("field.toml", "[training]\nmax_tokens = 3", "training.max_tokens"),
+        ("kind.toml", 'ladder = "4"', 'ladder: must be a list, not "4"'),
+        ("field.toml", "[training]\nmax_tokens = 3", "training.max_tokens: must be at least 16"),
+        ("word.toml", '[training]\nsteps = "x"', "training.steps: must be a whole number, not"),
+        ("name.toml", 'job = "My Notes"', "job: must be 1 to 63 small letters"),
+        ("spelt.toml", 'modle = "x"', "no setting 'modle'; did you mean 'model'?"),
+        ("inner.toml", "[training]\nstep = 5", "did you mean 'training.steps'?"),
+        ("moved.toml", "max_tokens = 64", "did you mean 'training.max_tokens'?"),
+        ("far.toml", "[pruning]\nxyz = 5", "there are enabled, gamma, penalty, rank_min"),
+        ("number.toml", "model = 3", "model: must be text, not 3"),
         ("model.toml", 'model = "gone.json"', "model description gone.json"),
     ],
 )
@@ -129,6 +137,11 @@ def test_a_wrong_job_file_is_said_in_one_line(
         planned_job(tmp_path / name, "", {})
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_job_file_may_begin_as_some_editors_have_it(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_bytes(b'\xef\xbb\xbfjob = "notes"\n[policy]\nquorum = 2\n')
+    assert planned_job(tmp_path / "job.toml", "", {})[0].job == "notes"
 
 
 def test_no_plan_at_all_is_said_in_one_line() -> None:

@@ -68,6 +68,8 @@ def test_an_update_waits_over_a_restart_until_it_is_dropped(tmp_path: Path) -> N
     outbox.drop(manifest(2).upload)
     assert outbox.get(manifest(2).upload) is None
     assert outbox.pending() == [manifest(1).upload, manifest(3).upload]
+    assert outbox.pending("notes") == outbox.pending()
+    assert outbox.pending("other") == [], "what waits of one job holds up no other"
     outbox.close()
 
 

@@ -374,3 +374,10 @@ def test_blocks_made_again_in_part_lie_between_none_and_all() -> None:
 def every_plan(budget_mib: float) -> list[Plan]:
     wanted = Wanted(SHAPES, LADDER, 0, TRAINING)
     return all_plans(wanted, CALIBRATION, 256, budget_mib=budget_mib, threads=4)
+
+
+def test_libraries_that_do_not_fit_are_named_and_no_floor_of_nothing() -> None:
+    nothing = replace(CALIBRATION, floor_mib=0.0, activations={}, tokens_s={})
+    wanted = Wanted(SHAPES, LADDER, 64, TRAINING)
+    with pytest.raises(NoPlanFits, match="the libraries alone take more than the 1 MiB"):
+        choose_plan(wanted, nothing, budget_mib=1.0, threads=1)

@@ -12,7 +12,14 @@ import pytest
 
 import base_tiny
 import edge_client.trainer.probing as probing
-from edge_client.calibrate import _from_fields, _remembered, _to_json, choose_threads, tokens_s
+from edge_client.calibrate import (
+    ProbingProcess,
+    _from_fields,
+    _remembered,
+    _to_json,
+    choose_threads,
+    tokens_s,
+)
 from edge_client.memory import Probe, Way, fit, predict_mib
 from edge_client.trainer.probing import (
     PROBE_HELD,
@@ -21,6 +28,7 @@ from edge_client.trainer.probing import (
     ProbeReport,
     ProbeTask,
     fewest_near_fastest,
+    worth_timing,
 )
 from edge_client.trainer.worker import OUT_OF_MEMORY, _answer
 from protocol.messages import BaseModelInfo
@@ -85,6 +93,12 @@ def test_the_fewest_threads_that_are_about_as_fast_are_taken() -> None:
     assert fewest_near_fastest({4: 1.0, 3: 1.2, 2: 1.5, 1: 3.0}) == 4
     assert fewest_near_fastest({4: 1.0, 3: 1.03, 2: 1.5, 1: 3.0}) == 3
     assert fewest_near_fastest({4: 2.0, 3: 1.5, 2: 1.0, 1: 1.04}) == 1
+
+
+def test_long_steps_and_threads_far_from_the_fastest_are_timed_once() -> None:
+    assert worth_timing({4: inf, 2: inf, 1: inf}) == [4, 2, 1]
+    assert worth_timing({4: 0.4, 2: 0.5, 1: 0.9}) == [4, 2]
+    assert worth_timing({4: 1.4, 2: 1.5, 1: 3.0}) == []
 
 
 def test_the_faster_of_the_two_longest_probes_is_the_speed() -> None:
@@ -160,7 +174,14 @@ def test_what_is_damaged_is_measured_again(tmp_path: Path, damage: str) -> None:
 def test_threads_that_there_was_no_memory_to_try_are_not_remembered(tmp_path: Path) -> None:
     base = BaseModelInfo(name="base-tiny", sha256="0" * 64, parameters=1, modules=SHAPES)
     found = choose_threads(
-        base_tiny.PATH, base, dtype="f32", most=7, scale=2.0, cache=tmp_path, limit_mib=100.0
+        base_tiny.PATH,
+        base,
+        dtype="f32",
+        most=7,
+        scale=2.0,
+        cache=tmp_path,
+        limit_mib=100.0,
+        process=ProbingProcess(100.0),
     )
     assert found == 7
     assert not list(tmp_path.glob("*.json"))

@@ -79,6 +79,44 @@ def test_a_users_unit_has_only_what_a_user_may() -> None:
     assert "Nice=15" in text and "CPUWeight=5" in text and "MemoryMax" not in text
 
 
+def test_what_the_policy_says_stands_in_the_unit_though_it_is_nothing() -> None:
+    unsaid = device_unit(Service(["run"], [], Policy(), None))
+    assert "Nice=10" in unsaid and "IOSchedulingClass=idle" in unsaid
+    said = device_unit(Service(["run"], [], Policy(nice=0, io="normal"), None))
+    assert "Nice=0" in said and "IOSchedulingClass=best-effort" in said
+
+
+@pytest.mark.parametrize("kind", ["--user", "--system"])
+def test_the_installing_shells_models_and_proxies_are_the_services(
+    home: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for name in ("HTTP_PROXY", "https_proxy", "no_proxy", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HOME", "my models of 100%")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("HTTP_PROXY", 'http://me:s"e$c`r\\et@proxy.example:3128')
+    arguments = ("install-service", kind, "--data", home / "my $notes of 100%", "--state", "st ate")
+    printed = edge_client(*arguments, "--print")
+    assert 's"e' not in printed.stdout + printed.stderr
+    assert "put HTTP_PROXY into" in printed.stderr and not list(home.rglob("service.env"))
+    assert edge_client(*arguments).returncode == 0
+    (unit,) = home.rglob(NAME)
+    lines = unit.read_text().splitlines()
+    assert f'Environment="HF_HOME={home}/my models of 100%%"' in lines
+    assert 'Environment="HF_HUB_OFFLINE=1"' in lines
+    assert 'Environment="https_proxy=http://proxy.example:3128"' in lines
+    secrets = home / "st ate" / "service.env"
+    assert f"EnvironmentFile={secrets}" in lines
+    assert "proxy.example:3128" not in "".join(line for line in lines if "HTTP_PROXY" in line)
+    assert secrets.stat().st_mode & 0o077 == 0
+    written = 'HTTP_PROXY="http://me:s\\"e\\$c\\`r\\\\et@proxy.example:3128"\n'
+    assert secrets.read_text() == written
+    said = analyze("verify", "--man=no", unit)
+    assert [line for line in said.splitlines() if NAME in line] == []
+
+
 def test_print_writes_nothing_and_mistakes_come_now(home: Path) -> None:
     data = home / "my $notes of 100%"
     printed = edge_client("install-service", "--print", "--data", data)
