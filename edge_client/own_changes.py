@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.kept import KeptAdapter
 from edge_client.learner import Learned
+from edge_client.numbered import NumberedAdapter
 from protocol.adapter import Adapter, Factors, add, module_rank, select
 from protocol.messages import Job
 
@@ -36,7 +36,7 @@ class OwnChanges:
 
     def __init__(self, job: Job, state: Path) -> None:
         self._job = job
-        self._kept = KeptAdapter(
+        self._kept = NumberedAdapter(
             job,
             job.rank,
             state,

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_client.errors import TrainingDiverged
-from edge_client.kept import KeptAdapter
 from edge_client.learner import Learning
 from edge_client.mixing import WEIGHTS, first_private, stacked
+from edge_client.numbered import NumberedAdapter
 from edge_client.storage import keep_adapter
 from protocol.adapter import Adapter
 from protocol.events import EventLog
@@ -61,7 +61,7 @@ class Private:
 
     def __init__(self, job: Job, device: str, rank: int, state: Path, events: EventLog) -> None:
         self._job, self._state, self._events = job, state, events
-        self._kept = KeptAdapter(
+        self._kept = NumberedAdapter(
             job, rank, state, folder=KEPT, what="the private adapter", counts="part"
         )
         self._steps = job.training.steps * job.rounds

@@ -19,7 +19,7 @@ from protocol.messages import Job
 from protocol.tensors import encode
 
 
-class KeptAdapter:
+class NumberedAdapter:
     """Keep the numbered states of `what`, an adapter of `rank`, in `folder` of the state folder.
 
     Raises, as every method does:
