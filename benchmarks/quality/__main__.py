@@ -12,7 +12,7 @@ from benchmarks.quality import demo
 from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
 from benchmarks.quality.datasets import read_devices
 from benchmarks.quality.report import Sheet, show, write
-from benchmarks.quality.store import Case, best_rate
+from benchmarks.quality.store import Case, best_rate, read_published, write_published
 from benchmarks.simulation import Setting, Simulation
 
 DATASETS = ("multilingual_ud", "dialogue_sgd", "shakespeare_roles")
@@ -35,7 +35,12 @@ def main() -> None:
         "--no-search", action="store_true", help="give each arm the rate its search starts at"
     )
     parser.add_argument("--report", action="store_true", help="run nothing, show what there is")
-    parser.add_argument("--out", type=Path, help="write tables and pictures to this folder too")
+    parser.add_argument(
+        "--out", type=Path, help="write tables, pictures and results to this folder too"
+    )
+    parser.add_argument(
+        "--published", type=Path, metavar="FOLDER", help="take what was run from here too"
+    )
     options = parser.parse_args()
     if options.data is None:
         demo.run(options.seeds or [0, 1, 2], quick=options.quick)
@@ -44,7 +49,7 @@ def main() -> None:
         parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
     seeds = options.seeds or [0, 1, 2, 3, 4]
     benches = [
-        Bench(options.data, dataset, model, Schedule(options.rounds))
+        Bench(options.data, dataset, model, Schedule(options.rounds), options.published)
         for model in options.models
         for dataset in options.datasets
     ]
@@ -56,14 +61,25 @@ def main() -> None:
     show(sheets)
     if options.out:
         write(sheets, options.out)
+        write_published(options.out, {k: v for b in benches for k, v in b.used.items()})
 
 
 class Bench:
     """Run arms on one dataset and model, each at its best learning rate."""
 
-    def __init__(self, data: Path, dataset: str, model: str, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        data: Path,
+        dataset: str,
+        model: str,
+        schedule: Schedule,
+        published: Path | None = None,
+    ) -> None:
         self._data, self._dataset, self._model = data, dataset, model
         self._schedule = schedule
+        self._published = read_published(published) if published else {}
+        self.used: dict[str, Result] = {}
+        """Results that there are, by the names of their files."""
         self._fleets: dict[int, Simulation] = {}
 
     def run(self, arms: Sequence[str], seed: int, *, search: bool) -> None:
@@ -79,11 +95,11 @@ class Bench:
         found: dict[str, dict[int, tuple[float, Result]]] = {}
         for arm in arms:
             cases = [self._case(arm, seeds[0], rate) for rate in GRID]
-            done = {case.rate: result for case in cases if (result := case.read())}
+            done = {case.rate: result for case in cases if (result := self._read(case))}
             if not done:
                 continue
             rate = min(done, key=lambda r, done=done: done[r].trust)  # type: ignore[misc]
-            results = {seed: self._case(arm, seed, rate).read() for seed in seeds}
+            results = {seed: self._read(self._case(arm, seed, rate)) for seed in seeds}
             found[arm] = {s: (rate, result) for s, result in results.items() if result}
         return Sheet(self._dataset, self._model, found)
 
@@ -93,7 +109,7 @@ class Bench:
     def _trust(self, arm: str, seed: int, rate: float) -> float:
         """Run one case if it has not been, and return its loss on the trust splits."""
         case = self._case(arm, seed, rate)
-        found = case.read()
+        found = self._read(case)
         if found is None:
             found = ARMS[arm].run(self._fleet(seed), self._schedule, rate)
             case.write(found)
@@ -103,6 +119,14 @@ class Bench:
                 flush=True,
             )
         return found.trust
+
+    def _read(self, case: Case) -> Result | None:
+        """Return what a case has come to, here or in what was published."""
+        name = case.path.name
+        found = case.read() or self._published.get(name)
+        if found is not None:
+            self.used[name] = found
+        return found
 
     def _fleet(self, seed: int) -> Simulation:
         if seed not in self._fleets:

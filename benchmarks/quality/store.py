@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from benchmarks.claims import FOLDER
 from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
 
 RUNS = FOLDER / "quality"
+PUBLISHED = "runs.json"
+"""In docs/quality: results of runs by the names of their files, so that seeds can be added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,22 @@ class Case:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(asdict(result)))
         part.replace(self.path)
+
+
+def read_published(folder: Path) -> dict[str, Result]:
+    """Return the results that a folder of the docs has, by the names of their files."""
+    try:
+        kept = json.loads((folder / PUBLISHED).read_text())
+    except FileNotFoundError:
+        return {}
+    return {name: Result(**fields) for name, fields in kept.items()}
+
+
+def write_published(folder: Path, results: Mapping[str, Result]) -> None:
+    """Write results beside those that the folder has, a line each."""
+    known = {**read_published(folder), **results}
+    lines = (f"{json.dumps(name)}: {json.dumps(asdict(known[name]))}" for name in sorted(known))
+    (folder / PUBLISHED).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _set(value: Any) -> Any:
