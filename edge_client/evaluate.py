@@ -100,7 +100,8 @@ def _has_all_of(net: nn.Module, adapter: Path) -> bool:
     if not weights.is_file():  # another format of PEFT's
         return True
     with safe_open(weights, "np") as file:
-        return set(file.keys()) <= set(get_peft_model_state_dict(net))
+        # Left to itself PEFT asks a hub whether the vocabulary has grown, for half a minute.
+        return set(file.keys()) <= set(get_peft_model_state_dict(net, save_embedding_layers=False))
 
 
 def _loss(net: Any, rows: Sequence[PackedRow]) -> float:

@@ -102,7 +102,9 @@ def read_adapter(name: str, folder: Path) -> Kept:
     try:
         digest = hashlib.sha256(config.read_bytes() + weights.read_bytes()).hexdigest()
     except OSError as error:
-        raise ModelError(f"can't read {weights}: {error.strerror}: it is no whole adapter") from None
+        raise ModelError(
+            f"can't read {weights}: {error.strerror}: it is no whole adapter"
+        ) from None
     base = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
     named = base.get("name") or said.get("base_model_name_or_path") or ""
     return Kept(name, folder, str(named), str(base.get("sha256", "")), digest)

@@ -15,7 +15,7 @@ def write_graph(model: Path, folder: Path, *, tie: bool) -> None:
     """Write `model.onnx`, configuration and tokenizer of a model of transformers into a folder.
 
     `tie` has an output head that is the embedding point to it; else it is a constant of its own.
-    That the graph computes what the model does is for tests to say: optimum's own check takes longer
+    Whether the graph computes what the model does is for tests: optimum's own check takes longer
     than the export.
 
     Raises:
@@ -23,7 +23,7 @@ def write_graph(model: Path, folder: Path, *, tie: bool) -> None:
     """
     with quiet("optimum"):
         from optimum.exporters.onnx import main_export
-
+    with quiet("optimum"):  # again: it sets how much it says when it is first imported
         try:
             main_export(
                 str(model),

@@ -57,7 +57,7 @@ def _quantise_products(source: Path, folder: Path) -> None:
     """Quantise products with constants, by optimum's quantiser."""
     with quiet("optimum"):
         from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
-
+    with quiet("optimum"):  # again: it sets how much it says when it is first imported
         scheme = AutoQuantizationConfig.avx2(
             is_static=False,
             per_channel=True,
@@ -101,7 +101,7 @@ def _array(tensor: Any) -> NDArray[Any]:
 
 
 def _quantise_embeddings(graph: Any, tied: dict[str, str]) -> None:
-    """Look rows up in int8 tables: in the head's weight where `tied` names one, else in their own."""
+    """Look rows up in int8 tables: in the head's weight that `tied` names, else in their own."""
     for table in _tables(graph):
         weight = next(tensor for tensor in graph.initializer if tensor.name == table)
         head = tied.get(table)
@@ -109,7 +109,7 @@ def _quantise_embeddings(graph: Any, tied: dict[str, str]) -> None:
             names = _add_table(graph, table, _array(weight))
         else:
             names = (f"{head}_quantized", f"{head}_scale", f"{head}_zero_point")
-        nodes = []
+        nodes: list[Any] = []
         for node in graph.node:
             is_lookup = node.op_type == "Gather" and node.input[0] == table
             nodes += _lookup(node, names, head is not None) if is_lookup else [node]
