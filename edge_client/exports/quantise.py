@@ -37,10 +37,16 @@ def quantise(source: Path, folder: Path) -> None:
     Raises:
         OSError: the folder can't be written.
     """
+    whole = onnx.load(source / GRAPH)
+    tied = _heads(whole)
+    weights = {tensor.name for tensor in whole.graph.initializer}
+    others = [
+        n.name for n in whole.graph.node if n.op_type == "MatMul" and n.input[1] not in weights
+    ]
+    del whole
     with tempfile.TemporaryDirectory(prefix="tunefleet-") as temporary:
-        _quantise_products(source, Path(temporary))
+        _quantise_products(source, Path(temporary), others)
         (made,) = Path(temporary).glob("*.onnx")
-        tied = _heads(onnx.load(source / GRAPH))
         model = onnx.load(made)
     _quantise_embeddings(model.graph, tied)
     _shorten_names(model.graph)
@@ -53,8 +59,12 @@ def quantise(source: Path, folder: Path) -> None:
     )
 
 
-def _quantise_products(source: Path, folder: Path) -> None:
-    """Quantise products with constants, by optimum's quantiser."""
+def _quantise_products(source: Path, folder: Path, others: list[str]) -> None:
+    """Quantise products with constants, by optimum's quantiser.
+
+    `others` are products of attention, of activations with each other: it would take them too, which
+    made perplexity 1.6 % worse.
+    """
     with quiet("optimum"):
         from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
     with quiet("optimum"):  # again: it sets how much it says when it is first imported
@@ -63,6 +73,7 @@ def _quantise_products(source: Path, folder: Path) -> None:
             per_channel=True,
             use_symmetric_weights=False,
             operators_to_quantize=["MatMul"],
+            nodes_to_exclude=others,
         )
         ORTQuantizer.from_pretrained(source, file_name=GRAPH).quantize(
             save_dir=folder, quantization_config=scheme, use_external_data_format=True
