@@ -58,7 +58,7 @@ class Opened:
 def candidates(profile: DeviceProfile, wanted: str = "") -> tuple[list[Candidate], list[str]]:
     """Return the providers to try, in order, the CPU's last, and why others can't be tried.
 
-    `wanted` is the owner's choice, with or without `ExecutionProvider` at its end: no other is tried.
+    `wanted` is the owner's choice, with or without `ExecutionProvider` at its end, tried alone.
 
     Raises:
         ConfigError: this ONNX Runtime does not have the provider that is wanted.

@@ -62,8 +62,8 @@ def quantise(source: Path, folder: Path) -> None:
 def _quantise_products(source: Path, folder: Path, others: list[str]) -> None:
     """Quantise products with constants, by optimum's quantiser.
 
-    `others` are products of attention, of activations with each other: it would take them too, which
-    made perplexity 1.6 % worse.
+    `others` are products of attention, of activations with each other: it would take them too,
+    which made perplexity 1.6 % worse.
     """
     with quiet("optimum"):
         from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
