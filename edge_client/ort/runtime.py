@@ -54,7 +54,7 @@ def can_train() -> bool:
 
 
 def _why_plain(system: str, machine: str, python: tuple[int, int], *, over: bool) -> str:
-    """Say why a plain onnxruntime can't train: where there is no other, it is good for chat alone."""
+    """Say why a plain onnxruntime can't train; where there is no other, it is there for chat."""
     if over:
         return f"a plain onnxruntime lies over {PACKAGE}: {REPAIR}"
     if _has_wheel(system, machine, python):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from edge_client.errors import ConfigError, ModelError
 from edge_client.kept import GLOBAL, MIXED, NONE, PERSONAL, best_adapter, find_adapter
+from edge_client.result import keep_result
 from edge_client.storage import keep_adapter
-from protocol.messages import BaseModelInfo
+from protocol.adapter import Adapter
+from protocol.messages import BaseModelInfo, Job
 from tests.edge_client.test_outbox_download import MODULES
 from tests.edge_client.test_torch_trainer import random_adapter
 
@@ -52,6 +55,19 @@ def test_a_device_without_adapters_says_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"take part in a job .* or choose another --adapter"):
             find_adapter(name, tmp_path)
     assert best_adapter(tmp_path).name == NONE
+
+
+def test_what_an_earlier_job_has_left_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    class Learner:
+        def evaluate(self, adapter: Adapter) -> float:
+            return 1.0
+
+    keep(tmp_path, "adapter", "common", "private", "mixed")
+    job = Job(job="next", base=BASE, scale=2.0, ladder=[2], rounds=1)
+    keep_result(tmp_path, job, cast("Any", Learner()), random_adapter(MODULES, 2), None)
+    assert best_adapter(tmp_path).folder == tmp_path / "adapter"
+    with pytest.raises(ConfigError):
+        find_adapter(MIXED, tmp_path)
 
 
 def test_a_folder_is_taken_and_another_adapter_has_another_hash(tmp_path: Path) -> None:
