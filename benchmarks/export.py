@@ -137,10 +137,10 @@ def measure(kind: Kind, folder: Path, rows: NDArray[np.int64], repeats: int) -> 
         sum(path.stat().st_size for path in folder.iterdir()),
         perplexity(decoder, rows, CHUNK),
         perplexity(decoder, rows[:4], 1),
-        *(
-            median(run[figure] for run in runs)
-            for figure in ("prefill_tokens_s", "decode_tokens_s", "first_token_s", "peak_mib")
-        ),
+        median(run["prefill_tokens_s"] for run in runs),
+        median(run["decode_tokens_s"] for run in runs),
+        median(run["first_token_s"] for run in runs),
+        median(run["peak_mib"] for run in runs),
         answers(folder, "--temperature", 0, "--max-tokens", 32, "--prompt", PROMPT).strip(),
     )
 

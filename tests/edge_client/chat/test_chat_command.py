@@ -31,6 +31,7 @@ from tests.edge_client.exports.models import (
 )
 from tests.edge_client.test_torch_trainer import random_adapter
 
+pytestmark = pytest.mark.timeout(900)  # each is several processes that load libraries
 QUESTION = "What does this Python code do?"
 GREEDY = ("--temperature", 0, "--max-tokens", 12)
 NO_TORCH = "for name in ('torch', 'transformers', 'peft'): sys.modules[name] = None"
