@@ -11,10 +11,10 @@ from aggregator.store import Store
 from aggregator.versions import Versions
 from protocol.adapter import Adapter
 from protocol.errors import BadTensors, os_words
-from protocol.files import write_peft
+from protocol.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_peft
 from protocol.messages import Job
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PEFT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)

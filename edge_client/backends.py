@@ -21,6 +21,7 @@ from edge_client.plan import Backend, Plan, preference
 from protocol.messages import Job
 
 TORCH_PACKAGES = ("torch", "transformers", "peft")
+ONNX_EXPORT_PACKAGES = ("onnx", "onnxruntime", "optimum.exporters.onnx", "optimum.onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,27 @@ def check_export() -> None:
         raise ConfigError(f"exporting needs {', '.join(missing)}: pip install 'tunefleet[export]'")
     if why := missing_training():
         raise ConfigError(f"exporting needs ONNX Runtime's build for training: {why}")
+
+
+def check_exporting(kind: str) -> None:
+    """Refuse where a result can't be exported in this form.
+
+    Raises:
+        ConfigError: says what is missing, and what to do.
+    """
+    needed = TORCH_PACKAGES if kind == "merged" else (*TORCH_PACKAGES, *ONNX_EXPORT_PACKAGES)
+    if missing := [name for name in needed if not _is_there(name)]:
+        raise ConfigError(
+            f"exporting with --format {kind} needs {', '.join(missing)}: pip install "
+            "'tunefleet[export]'"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that it is in
+        return False
 
 
 def find_backends(settings: Settings, job: Job) -> Backends:
@@ -139,12 +161,12 @@ def _size(plan: Plan) -> tuple[float, ...]:
     return (*_extent(plan), plan.rank, plan.held)
 
 
-def missing_torch() -> str:
-    """Return why this Python can't train with torch; empty: it can."""
+def missing_torch(what: str = "training") -> str:
+    """Return why this Python can't do `what` with torch; empty: it can."""
     missing = [name for name in TORCH_PACKAGES if not find_spec(name)]
     if not missing:
         return ""
-    return f"training with torch needs {', '.join(missing)}: pip install 'tunefleet[edge]'"
+    return f"{what} with torch needs {', '.join(missing)}: pip install 'tunefleet[edge]'"
 
 
 def _missing_onnx(folder: Path | None) -> str:

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from enum import Enum
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import typer
 
+from edge_client import cli_models
+from edge_client.cli_models import Backend, host_name
 from protocol.cli import run_command
-
-
-class Backend(str, Enum):
-    """What `edge-client run` may be told to train with."""
-
-    auto = "auto"
-    torch = "torch"
-    onnx = "onnx"
-
 
 app = typer.Typer(
     help="Fine-tune a shared model on this device's own text, which never leaves it.",
@@ -57,32 +48,6 @@ def profile(
     from edge_client.show import show_profile
 
     show_profile(found)
-
-
-@app.command()
-def describe(
-    model: Annotated[str, typer.Argument(help="base-tiny, a model folder, or a hub id.")],
-) -> None:
-    """Describe a base model for a job (JSON): its hash, size and target modules."""
-    from edge_client.model import describe_model
-
-    typer.echo(describe_model(model).model_dump_json(indent=1))
-
-
-@app.command("export-onnx")
-def export_onnx(
-    model: Annotated[str, typer.Argument(help="base-tiny, a model folder, or a hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for the artifact set; it is made.")],
-) -> None:
-    """Make what devices train a model from with ONNX Runtime (needs torch; they do not)."""
-    from edge_client.backends import check_export
-
-    check_export()
-    from edge_client.ort.export import export_artifact
-
-    artifact = export_artifact(model, out)
-    typer.echo(f"{artifact.name} for training with ONNX Runtime, of any rank, is in {out}")
-    typer.echo(f"copy that folder to devices, and there: edge-client run --onnx {out.name} ...")
 
 
 @app.command()
@@ -223,7 +188,7 @@ def run(
     from edge_client.options import read_options
     from edge_client.taking_part import take_part
 
-    settings = read_options(locals(), _host_name())
+    settings = read_options(locals(), host_name())
     check_cache(settings.cache)
     take_part(settings, as_json=as_json)
 
@@ -256,7 +221,7 @@ def install_service(
             if parsed.get_parameter_source(name).name == "COMMANDLINE"
         ]
     options = {parameter.name: parameter.opts[0] for parameter in command.params}
-    settings = read_options(parsed.params, _host_name())
+    settings = read_options(parsed.params, host_name())
     values = {name: parsed.params[name] for name in given}
     service, folder = make_service(settings, values, options, system=system)
     if print_only:
@@ -297,9 +262,9 @@ def doctor(
     from edge_client.membership import identity, state_folder
     from edge_client.policy.owner import find_policy
 
-    check_name(name or _host_name())
-    folder = state or state_folder(name, _host_name())
-    device, address, tls = identity(folder, name=name, broker=broker, default_name=_host_name())
+    check_name(name or host_name())
+    folder = state or state_folder(name, host_name())
+    device, address, tls = identity(folder, name=name, broker=broker, default_name=host_name())
     patient = Patient(
         name=device,
         state=folder,
@@ -334,7 +299,7 @@ def status(
     from edge_client.condition import in_words, read_condition
     from edge_client.membership import state_folder
 
-    folder = state or state_folder(name, _host_name())
+    folder = state or state_folder(name, host_name())
     condition = read_condition(folder, datetime.now())
     if as_json:
         typer.echo(json.dumps(condition.as_dict(), indent=1))
@@ -354,54 +319,15 @@ def join(
     from edge_client.config import default_state
     from edge_client.join import join as join_fleet
 
-    folder = state or default_state(_host_name())
+    folder = state or default_state(host_name())
     joined = join_fleet(url, token, folder)
     more = f" --state {quote(str(folder))}" if state else ""
     typer.echo(f"this device is {joined.device!r}; its broker is {joined.broker}")
     typer.echo(f"now: edge-client run --data FOLDER{more}")
 
 
-@app.command()
-def evaluate(
-    data: Annotated[
-        list[Path], typer.Option(help="File or folder of text; its held-out part is used.")
-    ],
-    model: Annotated[str, typer.Option(help="base-tiny, a model folder, or a hub id.")] = (
-        "base-tiny"
-    ),
-    adapter: Annotated[
-        list[Path] | None,
-        typer.Option(help="PEFT directory of an adapter; may be repeated (default: none)."),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Length of the sequences.", min=2)] = 256,
-    max_rows: Annotated[
-        int | None,
-        typer.Option(help="At most so many sequences of each path (default: all).", min=1),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split, as in training.", min=0)] = 0,
-) -> None:
-    """Print held-out losses through PEFT, nats a token, as JSON: adapter (or base), data, loss."""
-    from edge_client.backends import require_torch
-
-    require_torch()
-    from edge_client.evaluate import evaluate_peft
-
-    adapters = ["base", *(str(path) for path in adapter or [])]
-    losses = evaluate_peft(
-        model, [None, *(adapter or [])], data, max_tokens=max_tokens, seed=seed, max_rows=max_rows
-    )
-    table = {
-        name: {str(path): loss for path, loss in row.items()}
-        for name, row in zip(adapters, losses, strict=True)
-    }
-    typer.echo(json.dumps(table))
-
-
-def _host_name() -> str:
-    """Return the host's name as a device's name."""
-    from edge_client.profile import slug
-
-    return slug(platform.node() or "device")[:63].strip("-")
+for command in cli_models.COMMANDS:
+    app.command()(command)
 
 
 def main() -> None:

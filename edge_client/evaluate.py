@@ -18,6 +18,7 @@ from edge_client.data import (
 from edge_client.errors import ModelError
 from edge_client.model import find_model, load_model, load_tokenizer
 from protocol.errors import os_words
+from protocol.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,8 +46,8 @@ def evaluate_peft(
     """
     for adapter in adapters:
         # Else PEFT would look for it on a hub, for minutes.
-        if adapter is not None and not (adapter / "adapter_config.json").is_file():
-            raise ModelError(f"{adapter} has no adapter_config.json: it is not an adapter's folder")
+        if adapter is not None and not (adapter / ADAPTER_CONFIG).is_file():
+            raise ModelError(f"{adapter} has no {ADAPTER_CONFIG}: it is not an adapter's folder")
     folder = find_model(model)
     tokenizer = load_tokenizer(folder)
     rows: dict[Path, list[PackedRow]] = {}
@@ -57,12 +58,17 @@ def evaluate_peft(
         rows[path] = list(islice(pack(sequences, max_tokens, seed=0), max_rows))
     losses = []
     for adapter in adapters:
-        net = _load(folder, adapter)
+        net = load_adapted(folder, adapter)
         losses.append({path: _loss(net, held_out) for path, held_out in rows.items()})
     return losses
 
 
-def _load(folder: Path, adapter: Path | None) -> nn.Module:
+def load_adapted(folder: Path, adapter: Path | None) -> nn.Module:
+    """Load a base model in float32, with the adapter in a PEFT folder if one is given.
+
+    Raises:
+        ModelError: the base or the adapter can't be loaded, or they don't fit each other.
+    """
     import torch
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -71,15 +77,31 @@ def _load(folder: Path, adapter: Path | None) -> nn.Module:
     if adapter is not None:
         try:
             net = PeftModel.from_pretrained(net, str(adapter))
+            fits = _has_all_of(net, adapter)
         except RuntimeError:  # its text has a line for each tensor
+            fits = False
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ModelError(f"can't load the adapter in {adapter}: {os_words(error)}") from None
+        if not fits:
             raise ModelError(
                 f"the adapter in {adapter} does not fit the model in {folder}; give the base model "
                 "that it was trained on with --model"
-            ) from None
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(f"can't load the adapter in {adapter}: {os_words(error)}") from None
+            )
     module: nn.Module = net.eval()
     return module
+
+
+def _has_all_of(net: nn.Module, adapter: Path) -> bool:
+    """Say whether every tensor of an adapter's file has a place: PEFT drops what has none."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    weights = adapter / ADAPTER_WEIGHTS
+    if not weights.is_file():  # another format of PEFT's
+        return True
+    with safe_open(weights, "np") as file:
+        # Left to itself PEFT asks a hub whether the vocabulary has grown, for half a minute.
+        return set(file.keys()) <= set(get_peft_model_state_dict(net, save_embedding_layers=False))
 
 
 def _loss(net: Any, rows: Sequence[PackedRow]) -> float:

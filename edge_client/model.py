@@ -96,7 +96,7 @@ def describe_model(name: str) -> BaseModelInfo:
     config = _config(folder)
     _check_weights(folder)
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"can't build the model in {folder}: {_first_line(error)}") from None
@@ -184,7 +184,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     config = _config(folder)
     _check_weights(folder)
     try:
-        with _quiet():
+        with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation="sdpa"
             )
@@ -206,7 +206,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"can't load the tokenizer in {folder}: {_first_line(error)}") from None
@@ -259,14 +259,16 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing while it loads: what matters comes as an error."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet(*more: str) -> Iterator[None]:
+    """Keep transformers, and `more` libraries, from printing: what matters comes as an error."""
+    loggers = [logging.getLogger(name) for name in ("transformers", *more)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

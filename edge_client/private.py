@@ -115,9 +115,9 @@ class Private:
             self._state / "private",
             self._state / "mixed",
         )
-        keep_adapter(self._adapter, mixed.private, self._job.base.name)
+        keep_adapter(self._adapter, mixed.private, self._job.base)
         whole = stacked(shared, self._adapter, weight)
-        keep_adapter(whole, mixed.mixed, self._job.base.name)
+        keep_adapter(whole, mixed.mixed, self._job.base)
         return mixed
 
     def _keep(self, adapter: Adapter, done: int) -> None:

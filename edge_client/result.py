@@ -56,12 +56,14 @@ def keep_result(
     Raises:
         StorageError: they can't be written.
     """
-    keep_adapter(adapter, state / "adapter", job.base.name)
+    keep_adapter(adapter, state / "adapter", job.base)
+    for name in ("private", "mixed"):  # an earlier job's: this one's come after
+        shutil.rmtree(state / name, ignore_errors=True)
     loss = {"merged_on_device": learner.evaluate(adapter)}
     if common is None:
         shutil.rmtree(state / "common", ignore_errors=True)  # an earlier job's
     else:
-        keep_adapter(common, state / "common", job.base.name)
+        keep_adapter(common, state / "common", job.base)
         loss["common"] = learner.evaluate(common)
     return loss
 
@@ -86,5 +88,5 @@ def train_alone(state: Path, job: Job, learner: Learning, rank: int, events: Eve
         events.emit("alone-diverged", detail=str(error))
         shutil.rmtree(state / "alone", ignore_errors=True)  # an earlier job's
         return math.nan
-    keep_adapter(adapter, state / "alone", job.base.name)
+    keep_adapter(adapter, state / "alone", job.base)
     return learner.evaluate(adapter)

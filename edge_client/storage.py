@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 from edge_client.errors import StorageError
 from protocol.adapter import Adapter
 from protocol.database import FULL, DatabaseDamaged
-from protocol.files import write_peft
+from protocol.files import write_durably, write_peft
+from protocol.messages import BaseModelInfo
+
+BASE = "base.json"
+"""Beside an adapter: which base it is of, by name and hash."""
 
 
 @contextmanager
@@ -25,14 +30,16 @@ def keeping(what: str, folder: Path, option: str = "--state") -> Iterator[None]:
         raise StorageError(_words(error, what, folder, option)) from None
 
 
-def keep_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
-    """Write an adapter where PEFT finds it.
+def keep_adapter(adapter: Adapter, folder: Path, base: BaseModelInfo) -> None:
+    """Write an adapter where PEFT finds it, with the hash of the base that it is of.
 
     Raises:
         StorageError: it can't be written.
     """
     with keeping("an adapter", folder.parent):
-        write_peft(adapter, folder, base_model=base_model)
+        write_peft(adapter, folder, base_model=base.name)
+        said = {"name": base.name, "sha256": base.sha256}
+        write_durably(folder / BASE, json.dumps(said).encode())
 
 
 def _words(error: OSError, what: str, folder: Path, option: str) -> str:

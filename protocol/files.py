@@ -14,6 +14,8 @@ from protocol.errors import StateError
 from protocol.faults import fault_point
 from protocol.tensors import encode
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names of the files of an adapter."""
 PRIVATE = 0o600
 """Mode of a file that its owner alone may read."""
 PRIVATE_UMASK = 0o077
@@ -114,8 +116,8 @@ def write_peft(adapter: Adapter, folder: Path, *, base_model: str) -> None:
     }
     tensors = {_tensor_name(name, "A"): f.a for name, f in layers.items()}
     tensors |= {_tensor_name(name, "B"): f.b for name, f in layers.items()}
-    write_durably(folder / "adapter_model.safetensors", encode(tensors, "f32"))
-    write_durably(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    write_durably(folder / ADAPTER_WEIGHTS, encode(tensors, "f32"))
+    write_durably(folder / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
 
 
 def _tensor_name(module: str, factor: str) -> str:

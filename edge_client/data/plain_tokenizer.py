@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_client.errors import ModelError
-from edge_client.ort.artifact import TOKENIZER, read_artifact
+from edge_client.ort.artifact import TOKENIZER, Artifact, read_artifact
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+    from edge_client.exports.manifest import Export
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 """Around what a template marks as the assistant's: characters that no text may hold (Unicode)."""
@@ -42,6 +44,11 @@ class PlainTokenizer:
         many = self.encoder.encode_batch_fast(text, add_special_tokens=False)
         return {"input_ids": [one.ids for one in many]}
 
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of tokens, without special ones."""
+        text: str = self.encoder.decode(ids, skip_special_tokens=True)
+        return text
+
     def get_chat_template(self) -> str:
         """Return the chat template."""
         return self.chat_template or ""
@@ -56,7 +63,7 @@ class PlainTokenizer:
             messages=conversation,
             tools=None,
             documents=None,
-            add_generation_prompt=False,
+            add_generation_prompt=options.get("add_generation_prompt", False),
             **self.special_tokens,
         )
         pieces = written.replace(_END, _BEGIN).split(_BEGIN)  # marked ones are the odd ones
@@ -96,9 +103,18 @@ def load_plain_tokenizer(folder: Path) -> PlainTokenizer:
     Raises:
         ModelError: the set is not whole, or the library can't read its tokenizer.
     """
+    return plain_tokenizer(folder, read_artifact(folder))
+
+
+def plain_tokenizer(folder: Path, artifact: Artifact | Export) -> PlainTokenizer:
+    """Load the tokenizer in a folder; `artifact` says what is not in its file.
+
+    Raises:
+        ModelError: the library can't read it.
+    """
     from tokenizers import Tokenizer
 
-    artifact, path = read_artifact(folder), folder / TOKENIZER
+    path = folder / TOKENIZER
     try:
         encoder = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special

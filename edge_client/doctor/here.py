@@ -18,7 +18,7 @@ from edge_client.backends import missing_torch
 from edge_client.doctor import Check, Level, Patient
 from edge_client.errors import EdgeError
 from edge_client.join import DEFAULT_PORT
-from edge_client.ort.runtime import missing_training
+from edge_client.ort.runtime import REPAIR, missing_training
 from edge_client.outbox import look
 from edge_client.policy.decide import Used, decide
 from edge_client.policy.owner import doubts
@@ -160,7 +160,7 @@ def onnx() -> Check:
     why = missing_training()
     if not why:
         return Check("onnx", "ok", "ONNX Runtime can train, with an artifact set of the model")
-    if importlib.util.find_spec("onnxruntime"):
+    if REPAIR in why:
         found, _, remedy = why.partition(": ")
         return Check("onnx", "warn", found, remedy)
     return Check("onnx", "ok", f"not used: {why}")

@@ -30,18 +30,16 @@ def missing_training() -> str:
 
     Another process looks, so that this one does not keep the library.
     """
+    here = (platform.system(), platform.machine(), sys.version_info[:2])
     if find_spec("onnxruntime") is None:
-        return _why_not_installed(platform.system(), platform.machine(), sys.version_info[:2])
+        return _why_not_installed(*here)
     code = "from edge_client.ort.runtime import can_train; print(can_train())"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     said = answer.stdout.strip()
     if said == "True":
         return ""
     if said == "False":
-        how = (
-            f"lies over {PACKAGE}" if _is_installed(PACKAGE) else "is installed, which can't train"
-        )
-        return f"a plain onnxruntime {how}: {REPAIR}"
+        return _why_plain(*here, over=_is_installed(PACKAGE))
     why = answer.stderr.strip().splitlines() or ["it ended without a word"]
     return f"onnxruntime can't be loaded ({why[-1][:200]}): {REPAIR}"
 
@@ -55,8 +53,21 @@ def can_train() -> bool:
     return hasattr(import_onnxruntime().capi._pybind_state, "load_checkpoint")
 
 
+def _why_plain(system: str, machine: str, python: tuple[int, int], *, over: bool) -> str:
+    """Say why a plain onnxruntime can't train; where there is no other, it is there for chat."""
+    if over:
+        return f"a plain onnxruntime lies over {PACKAGE}: {REPAIR}"
+    if _has_wheel(system, machine, python):
+        return f"a plain onnxruntime is installed, which can't train: {REPAIR}"
+    return _why_not_installed(system, machine, python)
+
+
+def _has_wheel(system: str, machine: str, python: tuple[int, int]) -> bool:
+    return (system, machine) == ("Linux", "x86_64") and python <= (3, 12)
+
+
 def _why_not_installed(system: str, machine: str, python: tuple[int, int]) -> str:
-    if (system, machine) == ("Linux", "x86_64") and python <= (3, 12):
+    if _has_wheel(system, machine, python):
         return f"{PACKAGE} is not installed: pip install {PACKAGE}=={VERSION}"
     return (
         f"there is no {PACKAGE} for {system} on {machine} with Python {python[0]}.{python[1]}, "

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from edge_client.cli import _host_name
+from edge_client.cli_models import host_name
 from edge_client.doctor import Patient
 from edge_client.doctor import broker as asking
 from edge_client.doctor import here as looking
@@ -206,7 +206,7 @@ def test_in_a_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_fleet(tmp_path) as fleet:
         fleet.join("kitchen")
         state = fleet.devices / "kitchen"
-        name, broker, tls = identity(state, name="", broker="", default_name=_host_name())
+        name, broker, tls = identity(state, name="", broker="", default_name=host_name())
         device = patient(tmp_path, broker, name=name, state=state, tls=tls)
         assert levels(device) == {"broker": "ok", "rights": "ok", "limits": "ok"}
         assert certificate(device).level == "ok"

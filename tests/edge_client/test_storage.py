@@ -17,7 +17,7 @@ from edge_client.trainer.probing import ProbeReport
 from edge_client.trust import open_trusted
 from protocol import topics
 from protocol.adapter import initial_adapter
-from protocol.messages import Round
+from protocol.messages import BaseModelInfo, Round
 from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, Incoming
 from tests.edge_client.test_outbox_download import MODULES, manifest
@@ -25,6 +25,7 @@ from tests.faults.processes import Program
 from tests.faults.small_disk import MIB, fill, mounted
 
 pytestmark = pytest.mark.timeout(120)
+TOY = BaseModelInfo(name="toy", sha256="0" * 64, parameters=1, modules=MODULES)
 FULL = "the disk is full: .* can't be kept in {}; free some space and start again"
 
 
@@ -78,13 +79,13 @@ def test_no_room_for_a_key_an_adapter_or_what_was_measured(disk: Disk) -> None:
         open_trusted(incoming, Round, disk.state)
     adapter = initial_adapter(MODULES, 8, 2.0, 0)
     with pytest.raises(StorageError, match=FULL.format(disk.state)):
-        keep_adapter(adapter, disk.state / "adapter", "toy")
+        keep_adapter(adapter, disk.state / "adapter", TOY)
     report = ProbeReport(1.0, 2.0, {})
     with pytest.raises(StorageError, match=FULL.format(disk.state)):
         _remembered(disk.state / "constants.json", inf, lambda: report)
     disk.free()
     assert open_trusted(incoming, Round, disk.state).number == 1
-    keep_adapter(adapter, disk.state / "adapter", "toy")
+    keep_adapter(adapter, disk.state / "adapter", TOY)
     assert _remembered(disk.state / "constants.json", inf, lambda: report) == report
 
 

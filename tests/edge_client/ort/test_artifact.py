@@ -15,7 +15,7 @@ import base_tiny
 from edge_client.errors import ModelError
 from edge_client.model import describe_model
 from edge_client.ort.artifact import FILES, MANIFEST, WEIGHTS, check_artifact, map_weight
-from edge_client.ort.runtime import REPAIR, _why_not_installed, missing_training
+from edge_client.ort.runtime import REPAIR, _why_not_installed, _why_plain, missing_training
 from edge_client.trainer.onnx_trainer import OnnxTrainer
 from tests.edge_client.ort.artifacts import exported, needs_onnx
 from tests.edge_client.test_torch_trainer import gpt2, llama, tiny
@@ -118,6 +118,12 @@ def test_where_there_is_no_wheel_it_says_so_and_what_to_do() -> None:
     assert "no onnxruntime-training-cpu for Linux on aarch64" in pi and "--backend torch" in pi
     assert "Python 3.13" in _why_not_installed("Linux", "x86_64", (3, 13))
     assert "pip install onnxruntime-training-cpu" in _why_not_installed("Linux", "x86_64", (3, 11))
+
+
+def test_a_plain_onnxruntime_is_no_mistake_where_there_is_no_other() -> None:
+    assert "--backend torch" in _why_plain("Linux", "aarch64", (3, 11), over=False)
+    assert REPAIR not in _why_plain("Linux", "x86_64", (3, 13), over=False)
+    assert REPAIR in _why_plain("Linux", "x86_64", (3, 11), over=False)
 
 
 def test_a_plain_onnxruntime_over_the_wheel_for_training_is_told_from_it(
