@@ -62,6 +62,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = options.out
+    onnx = _export(fleet, out)
     base = _describe(fleet.model, out)
     (out / "logs").mkdir()
     scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / base["parameters"])
@@ -92,7 +93,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             on_event(event)
             if event["event"] == "serving":
                 for device in fleet.devices:
-                    arguments = _device_arguments(device, fleet, options, event, scale)
+                    arguments = _device_arguments(device, fleet, options, event, scale, onnx)
                     processes.start(device.name, "edge_client", arguments)
             if len(history.finished) == len(fleet.devices):
                 break
@@ -233,6 +234,15 @@ def _describe(model: str, out: Path) -> dict[str, Any]:
     return described
 
 
+def _export(fleet: Fleet, out: Path) -> Path | None:
+    """Make what devices train from with ONNX Runtime, once for all, where one may train with it."""
+    if all(device.backend == "torch" for device in fleet.devices):
+        return None
+    folder = out / "onnx"
+    _ask(["export-onnx", fleet.model, "--out", str(folder)])
+    return folder
+
+
 def _ask(arguments: list[str]) -> str:
     """Return what an `edge-client` command prints."""
     command = [sys.executable, "-m", "edge_client", *arguments]
@@ -256,7 +266,12 @@ def _start_aggregator(processes: Processes, options: Options, out: Path) -> None
 
 
 def _device_arguments(
-    device: FleetDevice, fleet: Fleet, options: Options, serving: Event, scale: float
+    device: FleetDevice,
+    fleet: Fleet,
+    options: Options,
+    serving: Event,
+    scale: float,
+    onnx: Path | None,
 ) -> list[object]:
     arguments: list[object] = ["run", "--json", "--exit-when-done", "--no-wait"]
     arguments += ["--name", device.name]
@@ -272,6 +287,10 @@ def _device_arguments(
         "--profile",
         device.profile_source,
     ]
+    arguments += ["--backend", device.backend]
+    if device.backend != "torch":
+        assert onnx is not None, "exported for it"
+        arguments += ["--onnx", onnx]
     arguments += ["--state", options.out / "devices" / device.name]
     arguments += ["--memory-scale", scale, "--threads", 1, "--seed", options.seed]
     return [*arguments, "--compare-alone"] if options.compare_alone else arguments
@@ -328,6 +347,7 @@ def _device_summary(device: FleetDevice, history: History, measured: Measured) -
         "profile": device.profile.name,
         "title": device.profile.title,
         "text": device.text,
+        "backend": plan["backend"],
         "plan": plan["plan"],
         "budget_mib": plan["budget_mib"],
         **{key: end[key] for key in (*same, *counts)},

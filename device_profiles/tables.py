@@ -60,6 +60,8 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     personal = fleet.is_personal
     if not personal:  # whose column of losses a terminal of 80 characters has to show instead
         table.add_column("profile", style="dim", overflow="ellipsis")
+    if fleet.has_onnx:
+        table.add_column("with", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("predicted /\npeak MiB", justify="right", no_wrap=True)
     for heading in ("up", "down"):
@@ -67,12 +69,13 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     for heading in ("base", "local", "merged", *(["own"] if personal else [])):
         table.add_column(heading, justify="right", no_wrap=True, min_width=LOSS_WIDTH)
     for device in fleet.devices:
-        table.add_row(*_device_cells(device, personal), *_loss_cells(device.loss, personal))
+        cells = _device_cells(device, personal, fleet.has_onnx)
+        table.add_row(*cells, *_loss_cells(device.loss, personal))
     table.add_section()
     up, down = _totals(fleet)
     average = mean(d.rank_end for d in fleet.devices)
     rank = NONE if average is None else f"{average:.3g}"
-    blank = [] if personal else [""]
+    blank = [""] * (not personal) + [""] * fleet.has_onnx
     table.add_row(
         Text("mean / total", "italic"),
         *blank,
@@ -86,13 +89,14 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     return table
 
 
-def _device_cells(device: DeviceSummary, personal: bool) -> list[Text]:
+def _device_cells(device: DeviceSummary, personal: bool, backend: bool) -> list[Text]:
     predicted, peak = _number(device.predicted_mib, ".0f"), _number(device.peak_mib, ".0f")
     missed = device.memory_as_predicted is False
     memory = Text.assemble((f"{predicted} / ", "dim"), (peak, "yellow" if missed else ""))
     return [
         Text(device.name),
         *([] if personal else [Text(device.profile)]),
+        *([Text(device.backend)] if backend else []),
         Text(rank_path(device)),
         memory,
         Text(human_bytes(device.bytes_up)),
@@ -283,7 +287,9 @@ def plain_line(event: Event) -> str | None:
             rounds = _number(event.get("rounds"))
             return f"{rounds} rounds; devices plan: the first time they measure, for a minute or so"
         case "plan":
-            return f"{device}: rank {_number(event.get('rank'))}, profile {event.get('profile')}"
+            backend = f", {event['backend']}" if event.get("backend") else ""
+            rank = _number(event.get("rank"))
+            return f"{device}: rank {rank}, profile {event.get('profile')}{backend}"
         case "step" if "step" in event and event["step"] == event.get("steps"):
             number, steps = _number(event.get("round")), _number(event.get("steps"))
             return f"{device}: round {number} trained, {steps} steps, training loss {loss}"
