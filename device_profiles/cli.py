@@ -70,8 +70,9 @@ WithBackend = Annotated[
     Backend | None,
     typer.Option(
         "--backend",
-        help="What devices train with (default: what the fleet says, else torch); mixed: the half "
-        "with least memory with ONNX Runtime; auto: each with what fits best and is fastest.",
+        help="What devices train with (default: what the fleet says, else torch); mixed: half "
+        "with ONNX Runtime, from the least memory that it fits; auto: what fits best and is "
+        "fastest.",
     ),
 ]
 AsJson = Annotated[
@@ -144,7 +145,8 @@ def run(
     model = str(job.pop("model", found.model))
     found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
     if backend is not None:
-        found = with_backend(found, backend.value)
+        wanted: Any = "auto" if backend is Backend.mixed else backend.value
+        found = with_backend(found, wanted)
     if not fleet and found.job.get("rule") == "trust-predictions":
         found = with_probe(found)
     where = f"{fleet} with the command line" if fleet else "the command line"
@@ -152,7 +154,7 @@ def run(
     with run_folder(out) as folder:
         if not fleet:
             found = with_demo_text(found, folder / "text", seed=seed)
-        options = Options(folder, seed=seed, broker=broker)
+        options = Options(folder, seed=seed, broker=broker, mixed=backend is Backend.mixed)
         with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
             summary = replay(found, options, watch.take)
     watch.finish(summary, name_latest(folder))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -79,17 +78,9 @@ def demo_fleet() -> Fleet:
     return Fleet(DEFAULT_MODEL, devices)
 
 
-def with_backend(fleet: Fleet, backend: Backend | Literal["mixed"]) -> Fleet:
-    """Have all devices train with one backend; mixed: the half with least memory with onnx."""
-    by_memory = sorted(fleet.devices, key=lambda device: device.profile.memory.total_mib or inf)
-    small = [device.name for device in by_memory[: len(by_memory) // 2]]
-
-    def of(device: FleetDevice) -> Backend:
-        if backend != "mixed":
-            return backend
-        return "onnx" if device.name in small else "torch"
-
-    devices = tuple(replace(device, backend=of(device)) for device in fleet.devices)
+def with_backend(fleet: Fleet, backend: Backend) -> Fleet:
+    """Have all devices train with one backend."""
+    devices = tuple(replace(device, backend=backend) for device in fleet.devices)
     return replace(fleet, devices=devices)
 
 

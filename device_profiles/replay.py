@@ -20,6 +20,7 @@ from typing import Any
 from aggregator.config import check_settings
 from aggregator.errors import JobInUse
 from aggregator.withdraw import withdraw
+from device_profiles.backends import export_onnx, mixed, plan_arguments
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
@@ -49,6 +50,8 @@ class Options:
     memory_scale: float | None = None
     """None: 135 M / the base's parameters, at least 1."""
     compare_alone: bool = True
+    mixed: bool = False
+    """Have half of the devices train with ONNX Runtime; see `device_profiles.backends.mix`."""
 
 
 OnEvent = Callable[[Event], None]
@@ -62,7 +65,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = options.out
-    onnx = _export(fleet, out)
+    onnx = export_onnx(fleet, out, _ask)
     base = _describe(fleet.model, out)
     (out / "logs").mkdir()
     scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / base["parameters"])
@@ -77,6 +80,10 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     job = job_fields(fleet, options.seed)
     written = {**job, "model": str(out / "model.json")}
     (out / "job.json").write_text(json.dumps(written, indent=1))
+    if options.mixed:
+        fleet = mixed(fleet, out / "job.json", scale, onnx, _ask)
+        onnx_devices = [device.name for device in fleet.devices if device.backend == "onnx"]
+        on_event({"event": "mixed", "onnx": onnx_devices})
     history = History()
     names = [device.name for device in fleet.devices]
     with (
@@ -234,15 +241,6 @@ def _describe(model: str, out: Path) -> dict[str, Any]:
     return described
 
 
-def _export(fleet: Fleet, out: Path) -> Path | None:
-    """Make what devices train from with ONNX Runtime, once for all, where one may train with it."""
-    if all(device.backend == "torch" for device in fleet.devices):
-        return None
-    folder = out / "onnx"
-    _ask(["export-onnx", fleet.model, "--out", str(folder)])
-    return folder
-
-
 def _ask(arguments: list[str]) -> str:
     """Return what an `edge-client` command prints."""
     command = [sys.executable, "-m", "edge_client", *arguments]
@@ -284,15 +282,9 @@ def _device_arguments(
         serving["broker"],
         "--model",
         fleet.model,
-        "--profile",
-        device.profile_source,
     ]
-    arguments += ["--backend", device.backend]
-    if device.backend != "torch":
-        assert onnx is not None, "exported for it"
-        arguments += ["--onnx", onnx]
-    arguments += ["--state", options.out / "devices" / device.name]
-    arguments += ["--memory-scale", scale, "--threads", 1, "--seed", options.seed]
+    arguments += plan_arguments(device, scale, onnx)
+    arguments += ["--state", options.out / "devices" / device.name, "--seed", options.seed]
     return [*arguments, "--compare-alone"] if options.compare_alone else arguments
 
 

@@ -2,6 +2,7 @@
 
 Events are dicts with an "event" and, but for the aggregator's own, a "device":
 
+    mixed      onnx (names of the devices that train with it); the others train with torch
     serving    rounds                  the job is open; from the aggregator
     plan       rank, profile
     state      state (short text)
@@ -286,6 +287,8 @@ def plain_line(event: Event) -> str | None:
         case "serving":
             rounds = _number(event.get("rounds"))
             return f"{rounds} rounds; devices plan: the first time they measure, for a minute or so"
+        case "mixed":
+            return f"ONNX Runtime trains {', '.join(event['onnx']) or 'no device: it fits none'}"
         case "plan":
             backend = f", {event['backend']}" if event.get("backend") else ""
             rank = _number(event.get("rank"))
