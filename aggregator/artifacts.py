@@ -14,6 +14,7 @@ from pathlib import Path
 from aggregator.errors import ConfigError, StoreError
 from protocol import topics
 from protocol.artifact import (
+    AGAIN,
     ALL_FILES,
     MANIFEST,
     BadArtifact,
@@ -48,6 +49,8 @@ def open_set(folder: Path, job: Job) -> ArtifactManifest:
     try:
         artifact = check_artifact(folder)
         sizes = {name: (folder / name).stat().st_size for name in ALL_FILES}
+        for name in (name for name, size in sizes.items() if not size):
+            raise ConfigError(f"--onnx: {folder / name} is empty; {AGAIN}")
         if sum(map(chunk_count, sizes.values())) > ARTIFACT_CHUNKS:
             raise ConfigError(
                 f"the artifact set in {folder} has {sum(sizes.values()) / 2**20:.0f} MiB; at most "
@@ -78,10 +81,7 @@ def _describe(path: Path, size: int) -> ArtifactFile:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """Yield a file's chunks; an empty file is one empty chunk."""
     with path.open("rb") as file:
-        chunk = file.read(CHUNK_BYTES)
-        yield chunk
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 

@@ -223,6 +223,8 @@ def describe_file(data: bytes) -> FileInfo:
 class ArtifactFile(FileInfo):
     """Describe a file of an artifact set: the weights may have more chunks than others may."""
 
+    bytes: Annotated[Count, Field(ge=1)]
+    """An empty chunk would be an empty retained message, which is none."""
     chunks: Annotated[list[ChunkHash], Field(min_length=1, max_length=ARTIFACT_CHUNKS)]
 
 
