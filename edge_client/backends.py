@@ -47,8 +47,9 @@ def check_backend(backend: str, onnx: Path | None, *, may_fetch: bool = False) -
     reasons = {"torch": missing_torch(), "onnx": lacks}
     wanted = [backend] if backend != "auto" else list(reasons)
     if all(reasons[name] for name in wanted):
-        # The owner who gives no artifact set is told of torch alone.
-        told = wanted if onnx or backend != "auto" else ["torch"]
+        # The owner who has nothing of ONNX Runtime is told of torch alone.
+        has_some = onnx is not None or find_spec("onnxruntime") is not None
+        told = wanted if has_some or backend != "auto" else ["torch"]
         raise ConfigError("; ".join(reasons[name] for name in told))
 
 
