@@ -59,7 +59,9 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("device", no_wrap=True)
     personal = fleet.is_personal
-    if not personal:  # whose column of losses a terminal of 80 characters has to show instead
+    # A terminal of 80 characters has to show another column of losses, or backends, instead.
+    profile = not personal and not fleet.has_onnx
+    if profile:
         table.add_column("profile", style="dim", overflow="ellipsis")
     if fleet.has_onnx:
         table.add_column("with", no_wrap=True)
@@ -70,13 +72,13 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     for heading in ("base", "local", "merged", *(["own"] if personal else [])):
         table.add_column(heading, justify="right", no_wrap=True, min_width=LOSS_WIDTH)
     for device in fleet.devices:
-        cells = _device_cells(device, personal, fleet.has_onnx)
+        cells = _device_cells(device, profile, fleet.has_onnx)
         table.add_row(*cells, *_loss_cells(device.loss, personal))
     table.add_section()
     up, down = _totals(fleet)
     average = mean(d.rank_end for d in fleet.devices)
     rank = NONE if average is None else f"{average:.3g}"
-    blank = [""] * (not personal) + [""] * fleet.has_onnx
+    blank = [""] * (profile or fleet.has_onnx)
     table.add_row(
         Text("mean / total", "italic"),
         *blank,
@@ -90,13 +92,13 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     return table
 
 
-def _device_cells(device: DeviceSummary, personal: bool, backend: bool) -> list[Text]:
+def _device_cells(device: DeviceSummary, profile: bool, backend: bool) -> list[Text]:
     predicted, peak = _number(device.predicted_mib, ".0f"), _number(device.peak_mib, ".0f")
     missed = device.memory_as_predicted is False
     memory = Text.assemble((f"{predicted} / ", "dim"), (peak, "yellow" if missed else ""))
     return [
         Text(device.name),
-        *([] if personal else [Text(device.profile)]),
+        *([Text(device.profile)] if profile else []),
         *([Text(device.backend)] if backend else []),
         Text(rank_path(device)),
         memory,
