@@ -143,6 +143,13 @@ def serve(
             help="Port of enrolment, with --dir (0: none; default: the fleet's).", min=0, max=65535
         ),
     ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an artifact set (export-onnx), for devices without torch to fetch.",
+            envvar="TUNEFLEET_ONNX",
+        ),
+    ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
@@ -186,6 +193,7 @@ def serve(
             events,
             key=membership.key if membership else signing_key(where, key),
             membership=membership,
+            onnx=onnx,
             exit_when_done=exit_when_done,
             wait_for_broker=not no_wait,
         ).run()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from aggregator.alone import check_alone
+from aggregator.artifacts import ArtifactPublisher
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
 from aggregator.memory import read_memory, write_memory
@@ -42,7 +44,7 @@ BATCH = 32
 
 
 class Daemon:
-    """Run one job."""
+    """Run one job; `onnx` is the folder of an artifact set for devices to fetch."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Daemon:
         *,
         key: SigningKey,
         membership: Membership | None = None,
+        onnx: Path | None = None,
         exit_when_done: bool = False,
         wait_for_broker: bool = True,
     ) -> None:
@@ -87,6 +90,9 @@ class Daemon:
                 job.job, membership.jobs, membership.registry, self._intake, self._link, events
             )
         self._publisher = Publisher(job, store, self._key, self._link, self._take_in_next)
+        self._artifacts = ArtifactPublisher(
+            job, onnx, store.folder, self._key, self._link, events, self._take_in_next
+        )
 
     def run(self) -> None:
         """Serve; returns after SIGTERM, SIGINT, or the end of the job if so asked.
@@ -168,6 +174,7 @@ class Daemon:
         self._publisher.version(manifest, again=True)
         self._publisher.job()
         self._publisher.round(state, self._policy.share(state.attempt))
+        self._artifacts.connected()
 
     # -- serve -----------------------------------------------------------------------------------
 
@@ -178,6 +185,7 @@ class Daemon:
             self._say_everything()
         if (first := self._link.receive(TICK_S)) is not None:
             self._take_in(first)
+        self._artifacts.step()
         if self._sweeper is not None:
             self._sweeper.look_again()
         for delivery in self._link.refused():
@@ -203,6 +211,8 @@ class Daemon:
             fault_point("aggregator.message.answered")
 
     def _deal_with(self, incoming: Incoming) -> list[tuple[str, bytes]]:
+        if self._artifacts.takes(incoming):
+            return []
         if self._sweeper is not None and self._sweeper.takes(incoming):
             return []
         return self._intake.handle(incoming.topic, incoming.payload)

@@ -6,13 +6,17 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from aggregator.artifacts import topics_of
 from aggregator.errors import ConfigError, JobInUse
 from aggregator.kept import kept_messages
 from protocol import topics
 from protocol.errors import ProtocolError
-from protocol.messages import Status
+from protocol.messages import ArtifactManifest, Status
 from protocol.signing import open_message
 from protocol.transport import BrokerAddress, Incoming, MqttTransport, TlsFiles
+
+ALL_BUT_CHUNKS = ("+", "global/#", "candidate/#", "d/#", "onnx/manifest")
+"""Below a job: all but the chunks of an artifact set, which may be hundreds of MiB."""
 
 
 class Withdrawn(NamedTuple):
@@ -48,12 +52,19 @@ def withdraw(
     try:
         kept: list[str] = []
         online: list[str] = []
-        for incoming in kept_messages(link, job, [f"{topics.ROOT.format(job=job)}/#"]):
+        root = topics.ROOT.format(job=job)
+        for incoming in kept_messages(link, job, [f"{root}/{one}" for one in ALL_BUT_CHUNKS]):
             kept.append(incoming.topic)
+            kept += _artifact_chunks(incoming)
             online += _online_device(incoming)
         if online and not force:
             raise JobInUse(job, str(broker), sorted(online))
         left = _clear(link, kept)
+        # What no manifest speaks of: chunks of a set that was never published whole, and the like.
+        while strays := {m.topic for m in kept_messages(link, job, [f"{root}/#"])} - {*kept}:
+            left += _clear(link, sorted(strays))
+            kept += strays
+            link.unsubscribe([f"{root}/#"])
     finally:
         link.close()
     for client in [f"aggregator-{job}", *devices]:
@@ -79,6 +90,17 @@ def _is_status(topic: str) -> bool:
         return topics.match(topic).kind == "status"
     except ProtocolError:
         return False
+
+
+def _artifact_chunks(incoming: Incoming) -> list[str]:
+    """Return the topics of an artifact set's chunks, if the message is its manifest."""
+    if not incoming.topic.endswith("/onnx/manifest"):
+        return []
+    try:
+        manifest, _ = open_message(incoming.payload, incoming.topic, ArtifactManifest)
+    except ProtocolError:
+        return []
+    return topics_of(manifest)[1:]
 
 
 def _online_device(incoming: Incoming) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,26 @@ Rounds = Annotated[
         metavar="NUMBER", min=1, help="Rounds of training (default: what the fleet says, else 6)."
     ),
 ]
+
+
+class Backend(str, Enum):
+    """What devices train with."""
+
+    torch = "torch"
+    onnx = "onnx"
+    mixed = "mixed"
+    auto = "auto"
+
+
+WithBackend = Annotated[
+    Backend | None,
+    typer.Option(
+        "--backend",
+        help="What devices train with (default: what the fleet says, else torch); mixed: half "
+        "with ONNX Runtime, from the least memory that it fits; auto: what fits best and is "
+        "fastest.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print events, at the end the summary, as JSON Lines.")
 ]
@@ -72,6 +93,7 @@ def demo(
     seed: Seed = 0,
     rule: Rule = "",
     rounds: Rounds = None,
+    backend: WithBackend = None,
     broker: Broker = "",
     out: Out = Path("runs"),
     settings: Set = None,
@@ -81,7 +103,7 @@ def demo(
 
     It takes minutes and leaves a report, its figures and the adapter in runs/latest.
     """
-    run(None, seed, rule, rounds, broker, out, settings, as_json)
+    run(None, seed, rule, rounds, backend, broker, out, settings, as_json)
 
 
 @app.command()
@@ -90,6 +112,7 @@ def run(
     seed: Seed = 0,
     rule: Rule = "",
     rounds: Rounds = None,
+    backend: WithBackend = None,
     broker: Broker = "",
     out: Out = Path("runs"),
     settings: Set = None,
@@ -106,6 +129,7 @@ def run(
         demo_fleet,
         merge_settings,
         read_fleet,
+        with_backend,
         with_demo_text,
         with_probe,
     )
@@ -120,6 +144,9 @@ def run(
         job["rounds"] = rounds
     model = str(job.pop("model", found.model))
     found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
+    if backend is not None:
+        wanted: Any = "auto" if backend is Backend.mixed else backend.value
+        found = with_backend(found, wanted)
     if not fleet and found.job.get("rule") == "trust-predictions":
         found = with_probe(found)
     where = f"{fleet} with the command line" if fleet else "the command line"
@@ -127,7 +154,7 @@ def run(
     with run_folder(out) as folder:
         if not fleet:
             found = with_demo_text(found, folder / "text", seed=seed)
-        options = Options(folder, seed=seed, broker=broker)
+        options = Options(folder, seed=seed, broker=broker, mixed=backend is Backend.mixed)
         with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
             summary = replay(found, options, watch.take)
     watch.finish(summary, name_latest(folder))

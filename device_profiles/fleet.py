@@ -11,6 +11,7 @@
     name = "kitchen"
     profile = "raspberry-pi-4b-2gb"     # a recorded profile, or a .toml of one
     data = ["texts/kitchen"]            # files or folders, from the fleet file's folder
+    backend = "onnx"                    # what it trains with: torch (default), onnx or auto
 
 Everything but `model` and `device` is a setting of the job; see docs/job.md.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from aggregator.errors import ConfigError
 from aggregator.probe_text import with_probe_text
@@ -40,6 +41,8 @@ DEMO_DEVICES = (
 )
 """Name, profile and part of the standard library of each device of the demo."""
 DEFAULT_MODEL = "base-tiny"
+Backend = Literal["torch", "onnx", "auto"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class FleetDevice:
     data: tuple[Path, ...]
     text: str
     """What its text is, in words."""
+    backend: Backend = "torch"
+    """What it trains with; auto: what fits best and is fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,12 @@ def demo_fleet() -> Fleet:
         for name, profile, part in DEMO_DEVICES
     )
     return Fleet(DEFAULT_MODEL, devices)
+
+
+def with_backend(fleet: Fleet, backend: Backend) -> Fleet:
+    """Have all devices train with one backend."""
+    devices = tuple(replace(device, backend=backend) for device in fleet.devices)
+    return replace(fleet, devices=devices)
 
 
 def with_probe(fleet: Fleet) -> Fleet:
@@ -134,12 +145,17 @@ def _device(path: Path, number: int, row: Any) -> FleetDevice:
     if not isinstance(row, dict) or not {"name", "profile", "data"} <= row.keys():
         raise FleetError(f"{where} needs a name, a profile and data")
     name, data = row["name"], row["data"]
-    if unknown := row.keys() - {"name", "profile", "data", "text"}:
+    if unknown := row.keys() - {"name", "profile", "data", "text", "backend"}:
         raise FleetError(f"{where}: a device has no {sorted(unknown)[0]!r}")
     if not isinstance(name, str) or not re.fullmatch(NAME, name) or name == "aggregator":
         raise FleetError(
             f"{where}: {name!r} can't be a device's name; use 1 to 63 small letters, digits and "
             "inner dashes, and not 'aggregator'"
+        )
+    backend = row.get("backend", "torch")
+    if backend not in BACKENDS:
+        raise FleetError(
+            f"{where} ({name}): backend must be {', '.join(BACKENDS)}, not {backend!r}"
         )
     data = [data] if isinstance(data, str) else data
     if not isinstance(data, list) or not data:
@@ -152,4 +168,4 @@ def _device(path: Path, number: int, row: Any) -> FleetDevice:
     if profile.endswith(".toml"):
         profile = str((path.parent / profile).resolve())
     text = str(row.get("text", ", ".join(one.name for one in paths)))
-    return FleetDevice(name, load_profile(profile), profile, paths, text)
+    return FleetDevice(name, load_profile(profile), profile, paths, text, backend)

@@ -20,6 +20,7 @@ from typing import Any
 from aggregator.config import check_settings
 from aggregator.errors import JobInUse
 from aggregator.withdraw import withdraw
+from device_profiles.backends import export_onnx, mixed, plan_arguments
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
@@ -49,6 +50,8 @@ class Options:
     memory_scale: float | None = None
     """None: 135 M / the base's parameters, at least 1."""
     compare_alone: bool = True
+    mixed: bool = False
+    """Have half of the devices train with ONNX Runtime; see `device_profiles.backends.mix`."""
 
 
 OnEvent = Callable[[Event], None]
@@ -62,6 +65,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = options.out
+    onnx = export_onnx(fleet, out, _ask)
     base = _describe(fleet.model, out)
     (out / "logs").mkdir()
     scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / base["parameters"])
@@ -76,6 +80,10 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     job = job_fields(fleet, options.seed)
     written = {**job, "model": str(out / "model.json")}
     (out / "job.json").write_text(json.dumps(written, indent=1))
+    if options.mixed:
+        fleet = mixed(fleet, out / "job.json", scale, onnx, _ask)
+        onnx_devices = [device.name for device in fleet.devices if device.backend == "onnx"]
+        on_event({"event": "mixed", "onnx": onnx_devices})
     history = History()
     names = [device.name for device in fleet.devices]
     with (
@@ -92,7 +100,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
             on_event(event)
             if event["event"] == "serving":
                 for device in fleet.devices:
-                    arguments = _device_arguments(device, fleet, options, event, scale)
+                    arguments = _device_arguments(device, fleet, options, event, scale, onnx)
                     processes.start(device.name, "edge_client", arguments)
             if len(history.finished) == len(fleet.devices):
                 break
@@ -256,7 +264,12 @@ def _start_aggregator(processes: Processes, options: Options, out: Path) -> None
 
 
 def _device_arguments(
-    device: FleetDevice, fleet: Fleet, options: Options, serving: Event, scale: float
+    device: FleetDevice,
+    fleet: Fleet,
+    options: Options,
+    serving: Event,
+    scale: float,
+    onnx: Path | None,
 ) -> list[object]:
     arguments: list[object] = ["run", "--json", "--exit-when-done", "--no-wait"]
     arguments += ["--name", device.name]
@@ -269,11 +282,9 @@ def _device_arguments(
         serving["broker"],
         "--model",
         fleet.model,
-        "--profile",
-        device.profile_source,
     ]
-    arguments += ["--state", options.out / "devices" / device.name]
-    arguments += ["--memory-scale", scale, "--threads", 1, "--seed", options.seed]
+    arguments += plan_arguments(device, scale, onnx)
+    arguments += ["--state", options.out / "devices" / device.name, "--seed", options.seed]
     return [*arguments, "--compare-alone"] if options.compare_alone else arguments
 
 
@@ -328,6 +339,7 @@ def _device_summary(device: FleetDevice, history: History, measured: Measured) -
         "profile": device.profile.name,
         "title": device.profile.title,
         "text": device.text,
+        "backend": plan["backend"],
         "plan": plan["plan"],
         "budget_mib": plan["budget_mib"],
         **{key: end[key] for key in (*same, *counts)},

@@ -81,6 +81,8 @@ class DeviceSummary(_Record):
     rank_end: int | None = None
     held_rank: int | None = None
     """Rank of the common adapter that the device keeps."""
+    backend: str = ""
+    """What it trained with: torch or onnx."""
     plan: str = ""
     """Short text of the training plan: micro-batch, tokens, accumulation, checkpointing, dtype."""
     loss: Losses = Losses()
@@ -191,6 +193,11 @@ class Summary(_Record):
     """Means over the text of the whole fleet, on a sample; `local` over all devices' adapters."""
     devices: tuple[DeviceSummary, ...] = ()
     history: tuple[Round, ...] = ()
+
+    @property
+    def has_onnx(self) -> bool:
+        """Whether a device trained with ONNX Runtime."""
+        return any(device.backend == "onnx" for device in self.devices)
 
     @property
     def is_personal(self) -> bool:

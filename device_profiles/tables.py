@@ -2,6 +2,7 @@
 
 Events are dicts with an "event" and, but for the aggregator's own, a "device":
 
+    mixed      onnx (names of the devices that train with it); the others train with torch
     serving    rounds                  the job is open; from the aggregator
     plan       rank, profile
     state      state (short text)
@@ -58,8 +59,12 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("device", no_wrap=True)
     personal = fleet.is_personal
-    if not personal:  # whose column of losses a terminal of 80 characters has to show instead
+    # A terminal of 80 characters has to show another column of losses, or backends, instead.
+    profile = not personal and not fleet.has_onnx
+    if profile:
         table.add_column("profile", style="dim", overflow="ellipsis")
+    if fleet.has_onnx:
+        table.add_column("with", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("predicted /\npeak MiB", justify="right", no_wrap=True)
     for heading in ("up", "down"):
@@ -67,12 +72,13 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     for heading in ("base", "local", "merged", *(["own"] if personal else [])):
         table.add_column(heading, justify="right", no_wrap=True, min_width=LOSS_WIDTH)
     for device in fleet.devices:
-        table.add_row(*_device_cells(device, personal), *_loss_cells(device.loss, personal))
+        cells = _device_cells(device, profile, fleet.has_onnx)
+        table.add_row(*cells, *_loss_cells(device.loss, personal))
     table.add_section()
     up, down = _totals(fleet)
     average = mean(d.rank_end for d in fleet.devices)
     rank = NONE if average is None else f"{average:.3g}"
-    blank = [] if personal else [""]
+    blank = [""] * (profile or fleet.has_onnx)
     table.add_row(
         Text("mean / total", "italic"),
         *blank,
@@ -86,13 +92,14 @@ def loss_table(summary: Summary | Mapping[str, Any]) -> Table:
     return table
 
 
-def _device_cells(device: DeviceSummary, personal: bool) -> list[Text]:
+def _device_cells(device: DeviceSummary, profile: bool, backend: bool) -> list[Text]:
     predicted, peak = _number(device.predicted_mib, ".0f"), _number(device.peak_mib, ".0f")
     missed = device.memory_as_predicted is False
     memory = Text.assemble((f"{predicted} / ", "dim"), (peak, "yellow" if missed else ""))
     return [
         Text(device.name),
-        *([] if personal else [Text(device.profile)]),
+        *([Text(device.profile)] if profile else []),
+        *([Text(device.backend)] if backend else []),
         Text(rank_path(device)),
         memory,
         Text(human_bytes(device.bytes_up)),
@@ -282,8 +289,12 @@ def plain_line(event: Event) -> str | None:
         case "serving":
             rounds = _number(event.get("rounds"))
             return f"{rounds} rounds; devices plan: the first time they measure, for a minute or so"
+        case "mixed":
+            return f"ONNX Runtime trains {', '.join(event['onnx']) or 'no device: it fits none'}"
         case "plan":
-            return f"{device}: rank {_number(event.get('rank'))}, profile {event.get('profile')}"
+            backend = f", {event['backend']}" if event.get("backend") else ""
+            rank = _number(event.get("rank"))
+            return f"{device}: rank {rank}, profile {event.get('profile')}{backend}"
         case "step" if "step" in event and event["step"] == event.get("steps"):
             number, steps = _number(event.get("round")), _number(event.get("steps"))
             return f"{device}: round {number} trained, {steps} steps, training loss {loss}"

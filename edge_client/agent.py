@@ -14,6 +14,7 @@ from edge_client.adapters import Adapters
 from edge_client.config import Settings
 from edge_client.discover import discover_job, enter_job, link_of
 from edge_client.download import Source
+from edge_client.equipping import Equipping
 from edge_client.errors import EdgeError
 from edge_client.holding import Holding
 from edge_client.learner import Learning
@@ -51,7 +52,7 @@ class Agent:
     def __init__(
         self, settings: Settings, events: EventLog, *, equip: Equip = TrainingEquipment
     ) -> None:
-        self._settings, self._equip, self._events = settings, equip, events
+        self._settings, self._events = settings, events
         self.ended = ""
         """Why `run` has returned."""
         self._outbox = Outbox(settings.state)
@@ -60,8 +61,9 @@ class Agent:
         self._boot = self._outbox.next_boot()
         self._stopping = self._done = False
         self._waiting = Waiting(events)
+        self._equipping = Equipping(settings, equip, events, self._waiting)
         short = ShortMemory(settings.system_root, training_mib)
-        self._polite = Polite(settings, self._outbox, self._is_stopping, events, also=[short])
+        self._polite = Polite(settings, self._outbox, lambda: self._stopping, events, also=[short])
         self._link: MqttTransport | None = None
         self._standing: Standing | None = None
         self._job_name = ""
@@ -124,7 +126,7 @@ class Agent:
         settings = self._settings
         what = f"job {settings.job}" if settings.job else "a job"
         self._events.emit("state", state=f"waiting for {what}")
-        job = discover_job(settings, self._key.public, self._is_stopping, self._waiting)
+        job = discover_job(settings, self._key.public, lambda: self._stopping, self._waiting)
         if not job:
             return
         self._job_name = job
@@ -132,13 +134,18 @@ class Agent:
         self._standing = Standing(settings, job, self._boot, self._key)
         self._link = link_of(settings, self._standing.will, self._waiting)
         self._sender = Sender(self._link, self._key, self._outbox, self._events)
-        enter_job(settings, job, self._link, self._standing, self._is_stopping, self._waiting)
+        enter_job(settings, job, self._link, self._standing, lambda: self._stopping, self._waiting)
 
-    def _begin(self, job: Job) -> None:
-        """Plan for a job and load its base model; an unfit device says so and ends."""
-        self._job = job
+    def _begin(self) -> None:
+        """Plan for a job and load its base model, if it may; an unfit device says so and ends."""
+        job = self._offered
+        if self._job is not None or job is None or not self._may(self._equipping.needs):
+            return
+        equipment = self._equipping.equipment(job, self._connection, lambda: self._may("transfer"))
+        if equipment is None:  # what it takes is being fetched
+            return
+        self._job, self._equipment = job, equipment
         self._events.emit("state", state="planning", detail="measuring, minutes the first time")
-        self._equipment = self._equip(self._settings, job)
         self._plan = plan = self._make_plan(job.job)
         self._learner = learner = self._equipment.learner(plan, self._step_down, self._polite)
         self._rank_start = plan.rank
@@ -201,6 +208,8 @@ class Agent:
             if self._adapters is not None and self._adapters.expects(found):
                 assert self._round is not None, "which needs it"
                 self._adapters.take(found, incoming, self._round)
+            elif self._equipping.expects(found):
+                self._equipping.take(found, incoming)
             elif found.kind == "job":
                 self._on_job(open_trusted(incoming, Job, state))
             elif found.kind == "round":
@@ -221,8 +230,7 @@ class Agent:
     def _on_job(self, job: Job) -> None:
         self._outbox.check_job(job)
         self._offered = job
-        if self._job is None and self._may("train"):
-            self._begin(job)
+        self._begin()
 
     def _on_round(self, now: Round) -> None:
         self._outbox.check_round(now)
@@ -246,9 +254,8 @@ class Agent:
     # -- what is to be done ----------------------------------------------------------------------
 
     def _advance(self) -> None:
-        self._polite.usage.note_bytes(self._connection.bytes_sent + self._connection.bytes_received)
-        if self._job is None and self._offered is not None and self._may("train"):
-            self._begin(self._offered)
+        self._polite.usage.note_link(self._connection)
+        self._begin()
         adapters, now = self._adapters, self._round
         if adapters is None or now is None or self._learner is None:
             return
@@ -276,6 +283,7 @@ class Agent:
 
     def _may(self, activity: Activity) -> bool:
         """Ask whether the owner allows something now; a device that waits says for what."""
+        self._polite.usage.note_link(self._connection)
         reasons = self._polite.against(activity)
         if self._polite.is_news(reasons):
             state = "waiting" if reasons else "idle" if self._plan else "planning"
@@ -382,9 +390,6 @@ class Agent:
         self._events.emit(
             "bytes", up=self._connection.bytes_sent, down=self._connection.bytes_received
         )
-
-    def _is_stopping(self) -> bool:
-        return self._stopping
 
     def _stop(self) -> None:
         """Stop now; what is trained goes on from there at the next start."""

@@ -13,13 +13,17 @@ from math import inf
 from pathlib import Path
 
 from edge_client.config import Settings
-from edge_client.errors import ConfigError, EdgeError, ModelError, NoPlanFits
+from edge_client.errors import ArtifactWanted, ConfigError, EdgeError, ModelError, NoPlanFits
 from edge_client.model import find_model, model_hash
 from edge_client.ort.artifact import check_artifact
 from edge_client.ort.runtime import missing_training
 from edge_client.plan import Backend, Plan, preference
 from protocol.messages import Job
 
+_NO_SET = (
+    "--backend onnx needs the model's artifact set: make it with `edge-client export-onnx MODEL "
+    "--out DIR` on a computer with torch, copy it here and give --onnx DIR"
+)
 TORCH_PACKAGES = ("torch", "transformers", "peft")
 ONNX_EXPORT_PACKAGES = ("onnx", "onnxruntime", "optimum.exporters.onnx", "optimum.onnxruntime")
 
@@ -32,17 +36,21 @@ class Backends:
     missing: dict[Backend, str]
 
 
-def check_backend(backend: str, onnx: Path | None) -> None:
+def check_backend(backend: str, onnx: Path | None, *, may_fetch: bool = False) -> None:
     """Refuse settings with which nothing could be trained, before a job is there.
+
+    With `may_fetch` a missing artifact set is no reason: the job may offer one.
 
     Raises:
         ConfigError: says what is missing, and what to do.
     """
-    reasons = {"torch": missing_torch(), "onnx": _missing_onnx(onnx)}
+    lacks = missing_training() if may_fetch else _missing_onnx(onnx)
+    reasons = {"torch": missing_torch(), "onnx": lacks}
     wanted = [backend] if backend != "auto" else list(reasons)
     if all(reasons[name] for name in wanted):
-        # The owner who gives no artifact set is told of torch alone.
-        told = wanted if onnx or backend != "auto" else ["torch"]
+        # The owner who has nothing of ONNX Runtime is told of torch alone.
+        has_some = onnx is not None or find_spec("onnxruntime") is not None
+        told = wanted if has_some or backend != "auto" else ["torch"]
         raise ConfigError("; ".join(reasons[name] for name in told))
 
 
@@ -94,6 +102,7 @@ def find_backends(settings: Settings, job: Job) -> Backends:
     """Return what this device can learn a job with: one backend at least.
 
     Raises:
+        ArtifactWanted: an artifact set is all that is missing.
         ConfigError: the backend that the owner wants can't be used.
         ModelError: the base model is not there, or is another one than the job's.
     """
@@ -110,8 +119,12 @@ def find_backends(settings: Settings, job: Job) -> Backends:
             except (ConfigError, ModelError) as error:
                 refused[name] = error
     if not folders:
-        # An artifact set that was given and is no good says more than that torch is not there.
-        raise refused["onnx" if settings.onnx and "onnx" in refused else next(iter(refused))]
+        # A set that is no good, or could be fetched, says more than that torch is missing.
+        onnx = refused.get("onnx")
+        wanted = isinstance(onnx, ArtifactWanted) and (
+            settings.backend == "onnx" or bool(missing_torch())
+        )
+        raise onnx if onnx and (settings.onnx or wanted) else next(iter(refused.values()))
     return Backends(folders, {name: str(error) for name, error in refused.items()})
 
 
@@ -172,12 +185,7 @@ def missing_torch(what: str = "training") -> str:
 def _missing_onnx(folder: Path | None) -> str:
     if why := missing_training():
         return f"--backend onnx: {why}"
-    if folder is None:
-        return (
-            "--backend onnx needs the model's artifact set: make it with `edge-client export-onnx "
-            "MODEL --out DIR` on a computer with torch, copy it here and give --onnx DIR"
-        )
-    return ""
+    return _NO_SET if folder is None else ""
 
 
 def _torch_folder(settings: Settings, job: Job) -> Path:
@@ -195,9 +203,10 @@ def _torch_folder(settings: Settings, job: Job) -> Path:
 
 def _onnx_folder(settings: Settings, job: Job) -> Path:
     """Return the folder of an artifact set of the job's base model."""
-    if why := _missing_onnx(settings.onnx):
-        raise ConfigError(why)
-    assert settings.onnx is not None, "that would be missing"
+    if why := missing_training():
+        raise ConfigError(f"--backend onnx: {why}")
+    if settings.onnx is None:
+        raise ArtifactWanted(_NO_SET)
     artifact = check_artifact(settings.onnx)
     if artifact.base_sha256 != job.base.sha256 or artifact.modules != dict(job.base.modules):
         raise ModelError(

@@ -6,6 +6,7 @@ TunefleetError
     ├── ModelError             the base model is not there, or not one that can be trained
     ├── DataError              the owner's text is missing, unreadable or too short
     ├── ConfigError            a setting is missing, unknown or out of bounds
+    │   └── ArtifactWanted     to train with ONNX Runtime it lacks only the model's artifact set
     ├── NameTaken              another device takes part by this one's name
     ├── OtherAggregator        the job's aggregator is not the one that this device trusts
     ├── StorageError           what must be kept can't be: the disk is full, or a file is damaged
@@ -38,6 +39,10 @@ class DataError(EdgeError):
 
 class ConfigError(EdgeError):
     """A setting is missing, unknown or out of bounds."""
+
+
+class ArtifactWanted(ConfigError):
+    """To train with ONNX Runtime a device lacks the model's artifact set, and nothing else."""
 
 
 class NameTaken(EdgeError):

@@ -37,7 +37,7 @@ def read_options(given: Mapping[str, Any], host_name: str) -> Settings:
     profile = given["profile"]
     found = load_profile(profile) if profile else measure_profile()
     check_paths(given["data"])  # found out later only after minutes of measuring
-    check_backend(given["backend"].value, given["onnx"])
+    check_backend(given["backend"].value, given["onnx"], may_fetch=True)
     return Settings(
         name=device,
         broker=address,

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from protocol.artifact import ALL_FILES
 from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_count, chunk_hash, file_hash, split
 from protocol.factors import Factoring
 from protocol.tensors import Encoding
@@ -27,6 +28,7 @@ Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 Text = Annotated[str, StringConstraints(max_length=500)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 UploadId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+ArtifactId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 ChunkHash = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{22}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 Rank = Annotated[int, Field(ge=1, le=4096)]
@@ -37,6 +39,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Bitmap = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,1024}$")]
 ENTRIES = 32
 MODULES = 4096
+ARTIFACT_CHUNKS = 8192
+"""1 GiB; the manifest, which has a hash of each, is of 230 KB then."""
 PersonalRule = Literal["trust-weights", "trust-validation", "trust-predictions"]
 """Rules whose devices get adapters of their own."""
 CANDIDATES = 64
@@ -223,6 +227,41 @@ def describe_file(data: bytes) -> FileInfo:
     return FileInfo(
         bytes=len(data), sha256=file_hash(data), chunks=[chunk_hash(c) for c in split(data)]
     )
+
+
+class ArtifactFile(FileInfo):
+    """Describe a file of an artifact set: the weights may have more chunks than others may."""
+
+    bytes: Annotated[Count, Field(ge=1)]
+    """An empty chunk would be an empty retained message, which is none."""
+    chunks: Annotated[list[ChunkHash], Field(min_length=1, max_length=ARTIFACT_CHUNKS)]
+
+
+class ArtifactManifest(Message):
+    """An artifact set that devices may fetch, to train with ONNX Runtime (protocol.artifact)."""
+
+    protocol: Literal[1] = 1
+    job: Name
+    artifact: ArtifactId
+    """`protocol.artifact.artifact_id` of its manifest.json."""
+    base_sha256: Sha256
+    """The hash of the base that it is of, as the job has it."""
+    files: Annotated[dict[Text, ArtifactFile], Field(max_length=ENTRIES), FEW]
+    """All of protocol.artifact.ALL_FILES, in that order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ArtifactManifest:
+        if list(self.files) != list(ALL_FILES):
+            raise ValueError(f"its files are not {', '.join(ALL_FILES)}")
+        if any(file.chunk_bytes != CHUNK_BYTES for file in self.files.values()):
+            raise ValueError(f"its chunks are not of {CHUNK_BYTES} bytes")
+        if sum(len(file.chunks) for file in self.files.values()) > ARTIFACT_CHUNKS:
+            raise ValueError(f"it has more than {ARTIFACT_CHUNKS} chunks")
+        return self
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files.values())
 
 
 class GlobalManifest(Message):

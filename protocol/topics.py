@@ -42,6 +42,10 @@ TABLE: Mapping[str, Topic] = {
     "candidate_chunk": Topic(
         f"{ROOT}/candidate/{{version}}/{{number}}/{{band}}/{{index}}", "aggregator", True, "chunk"
     ),
+    "onnx_manifest": Topic(f"{ROOT}/onnx/manifest", "aggregator", True, "ArtifactManifest"),
+    "onnx_chunk": Topic(
+        f"{ROOT}/onnx/{{artifact}}/{{file}}/{{index}}", "aggregator", True, "chunk"
+    ),
     "status": Topic(f"{ROOT}/d/{{device}}/status", "device", True, "Status"),
     "upload_manifest": Topic(
         f"{ROOT}/d/{{device}}/up/{{upload}}/manifest", "device", False, "UploadManifest"
@@ -74,6 +78,8 @@ _FIELDS = {
     "band": r"\d{1,5}-\d{1,5}",
     "index": r"\d{1,4}",
     "upload": r"[0-9a-f]{32}",
+    "artifact": r"[0-9a-f]{32}",
+    "file": r"[a-z]{1,16}\.[a-z]{1,16}",
 }
 
 

@@ -80,7 +80,8 @@ def access_rules() -> str:
     rule keeps retained messages from a device's, so it clears them there (it can't sign for a
     device), and it has to find what the broker keeps to take a job off.
     """
-    mine = {"job": "+", "version": "+", "number": "+", "band": "+", "index": "+", "upload": "+"}
+    levels = ("job", "version", "number", "band", "index", "upload", "artifact", "file")
+    mine = dict.fromkeys(levels, "+")
     rules = [f"user {AGGREGATOR}"]
     rules += [f"topic readwrite {topics.subscription(kind)}" for kind in topics.TABLE]
     rules.append("")

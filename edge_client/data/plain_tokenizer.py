@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_client.errors import ModelError
-from edge_client.ort.artifact import TOKENIZER, Artifact, read_artifact
+from edge_client.ort.artifact import read_artifact
+from protocol.artifact import TOKENIZER, Artifact
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_client.errors import ModelError
-from edge_client.ort.artifact import TOKENIZER, file_hash
+from protocol.artifact import TOKENIZER, sha256_of
 
 MANIFEST, GRAPH = "tunefleet.json", "model.onnx"
 FOLDER = "exports"
@@ -83,7 +83,7 @@ def check_export(folder: Path) -> Export:
     for name in sorted(needed | set(export.files)):
         file = folder / name
         try:
-            found = file_hash(file)
+            found = sha256_of(file)
         except OSError as error:
             raise ModelError(f"can't read {file}: {error.strerror}; {AGAIN}") from None
         if found != export.files.get(name):

@@ -13,8 +13,8 @@ from edge_client.exports.manifest import GRAPH, MANIFEST, Export, Kind
 from edge_client.exports.merge import write_merged
 from edge_client.kept import Kept, find_base
 from edge_client.model import BASE_TINY, model_hash
-from edge_client.ort.artifact import file_hash
 from edge_client.storage import keeping
+from protocol.artifact import sha256_of
 
 LIBRARIES = ("tunefleet", "torch", "transformers", "peft", "optimum-onnx", "onnx")
 
@@ -76,7 +76,7 @@ def _write(kept: Kept, base: Path, merged: Path, whole: Path, kind: Kind) -> Exp
         stop_tokens=written.stop_tokens,
         context_tokens=written.context_tokens,
         versions={library: found for library in LIBRARIES if (found := _version(library))},
-        files={path.name: file_hash(path) for path in sorted(whole.iterdir())},
+        files={path.name: sha256_of(path) for path in sorted(whole.iterdir())},
     )
 
 

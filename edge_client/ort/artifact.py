@@ -1,59 +1,20 @@
-"""An artifact set on disk: what an export leaves and a device reads.
-
-    train.onnx            the training graph
-    weights.safetensors   the frozen base in float32, which the graph points into
-    tokenizer.json        the tokenizer as transformers would use it
-    manifest.json         what it is of, and a SHA-256 of each file
-
-It has no rank: the factors are inputs, of whatever rank a device trains.
-"""
+"""An artifact set on disk as a device reads it; `protocol.artifact` says what is in it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_client.errors import ModelError
+from protocol import artifact
+from protocol.artifact import Artifact, BadArtifact
 
-MANIFEST, GRAPH, WEIGHTS, TOKENIZER = (
-    "manifest.json", "train.onnx", "weights.safetensors", "tokenizer.json",
-)  # fmt: skip
-FILES = (GRAPH, WEIGHTS, TOKENIZER)
-_AGAIN = "make it with: edge-client export-onnx MODEL --out DIR, or copy it again"
 TRAINED, FROZEN, FACTORS = "trained", "frozen", ("a", "b")
-
-
-class Artifact(BaseModel):
-    """Hold what the manifest of an artifact set says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1] = 1
-    name: str
-    """The base model's name."""
-    base_sha256: str
-    """The base model's hash, as a job has it."""
-    modules: dict[str, tuple[int, int]]
-    """Target module → (d_out, d_in)."""
-    head: str
-    """Name of the output head's weight in the file of weights."""
-    bos_token_id: int | None
-    eos_token_id: int | None
-    chat_template: str | None
-    special_tokens: dict[str, str]
-    """Names of special tokens, as chat templates use them, and the tokens."""
-    opset: int
-    versions: dict[str, str]
-    """Libraries that made it."""
-    files: dict[str, str]
-    """File → SHA-256."""
 
 
 def factor_name(part: str, module: str, factor: str) -> str:
@@ -72,15 +33,10 @@ def read_artifact(folder: Path) -> Artifact:
     Raises:
         ModelError: it is not there, or is no manifest.
     """
-    path = folder / MANIFEST
     try:
-        return Artifact.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}; {_AGAIN}") from None
-    except ValidationError as error:
-        why = error.errors()[0]
-        where = ".".join(str(part) for part in why["loc"])
-        raise ModelError(f"{path} is no manifest ({where}: {why['msg']}); {_AGAIN}") from None
+        return artifact.read_artifact(folder)
+    except BadArtifact as error:
+        raise ModelError(str(error)) from None
 
 
 def check_artifact(folder: Path) -> Artifact:
@@ -89,29 +45,10 @@ def check_artifact(folder: Path) -> Artifact:
     Raises:
         ModelError: a file is missing, or is another.
     """
-    artifact = read_artifact(folder)
-    for name in FILES:
-        file = folder / name
-        try:
-            found = file_hash(file)
-        except OSError as error:
-            raise ModelError(f"can't read {file}: {error.strerror}; {_AGAIN}") from None
-        if found != artifact.files.get(name):
-            raise ModelError(f"{file} is not what {MANIFEST} says (its hash differs); {_AGAIN}")
-    return artifact
-
-
-def file_hash(path: Path) -> str:
-    """Return a file's SHA-256, read in pieces.
-
-    Raises:
-        OSError: it can't be read.
-    """
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            total.update(piece)
-    return total.hexdigest()
+    try:
+        return artifact.check_artifact(folder)
+    except BadArtifact as error:
+        raise ModelError(str(error)) from None
 
 
 def weight_entries(path: Path) -> dict[str, tuple[dict[str, Any], int, int]]:

@@ -21,21 +21,18 @@ from edge_client.model import (
     load_tokenizer,
     model_hash,
 )
-from edge_client.ort.artifact import (
-    FACTORS,
+from edge_client.ort.artifact import FACTORS, TRAINED, factor_name, weight_entries
+from edge_client.ort.forward import OPSET, trace_forward
+from edge_client.ort.gradient import build_training_graph
+from protocol.artifact import (
     FILES,
     GRAPH,
     MANIFEST,
     TOKENIZER,
-    TRAINED,
     WEIGHTS,
     Artifact,
-    factor_name,
-    file_hash,
-    weight_entries,
+    sha256_of,
 )
-from edge_client.ort.forward import OPSET, trace_forward
-from edge_client.ort.gradient import build_training_graph
 
 LIBRARIES = ("tunefleet", "torch", "transformers", "onnx", "onnxruntime-training-cpu")
 
@@ -70,7 +67,7 @@ def export_artifact(name: str, folder: Path) -> Artifact:
         **tokenizer_fields(tokenizer),
         opset=OPSET,
         versions={library: version(library) for library in LIBRARIES},
-        files={file: file_hash(folder / file) for file in FILES},
+        files={file: sha256_of(folder / file) for file in FILES},
     )
     (folder / MANIFEST).write_text(artifact.model_dump_json(indent=1))
     return artifact

@@ -8,6 +8,7 @@ from datetime import datetime
 
 from edge_client.outbox import Outbox
 from edge_client.policy.decide import Used
+from protocol.transport import MqttTransport
 
 KEPT_EVERY_S = 30.0
 """A kill forgets what was used in so long."""
@@ -23,6 +24,10 @@ class Usage:
         self._bytes, self._training_s = 0, 0.0
         self._link_bytes = 0
         self._next = time.monotonic() + KEPT_EVERY_S
+
+    def note_link(self, link: MqttTransport) -> None:
+        """Note what has gone through the agent's link since that was made."""
+        self.note_bytes(link.bytes_sent + link.bytes_received)
 
     def note_bytes(self, of_link: int) -> None:
         """Note what has gone through the agent's link since that was made, up and down together."""

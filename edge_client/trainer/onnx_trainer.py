@@ -19,9 +19,7 @@ from edge_client.data import Batch, block_causal_mask
 from edge_client.ort.artifact import (
     FACTORS,
     FROZEN,
-    GRAPH,
     TRAINED,
-    WEIGHTS,
     factor_name,
     gradient_name,
     map_weight,
@@ -33,6 +31,7 @@ from edge_client.prune import head_rank, penalty_gradient
 from edge_client.trainer.adamw import AdamW, clip
 from edge_client.trainer.base import Between, OnStep, TrainReport, step_batches
 from protocol.adapter import Adapter, Factors
+from protocol.artifact import GRAPH, WEIGHTS
 from protocol.factors import Trained
 from protocol.messages import Pruning, Training
 from protocol.probe import TopLogits

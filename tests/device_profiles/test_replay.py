@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ import pytest
 
 import base_tiny
 from aggregator.kept import kept_messages
+from device_profiles.backends import mix
 from device_profiles.demo_text import write_demo_text
-from device_profiles.errors import ReplayError
+from device_profiles.errors import FleetError, ReplayError
+from device_profiles.fleet import FleetDevice, demo_fleet, read_fleet
 from device_profiles.replay import name_latest, new_run_folder, run_folder
 from edge_client.data import read_examples, split_examples
 from protocol.transport import BrokerAddress, MqttTransport
+from tests.edge_client.ort.artifacts import needs_onnx
 
 FLEET = """
 rounds = 2
@@ -142,6 +146,62 @@ def test_a_replay_measures_the_devices_own_adapters(
         if kept.read_bytes() != common.read_bytes():  # it may do better with the common one
             assert losses[name]["personal"] != pytest.approx(losses[name]["merged"], abs=1e-6)
     assert {"base", "local", "merged", "personal"} == summary["across"].keys()
+
+
+@needs_onnx
+@pytest.mark.timeout(600)
+def test_a_mixed_replay_ends_with_the_same_kind_of_table(
+    tmp_path: Path, mosquitto: BrokerAddress
+) -> None:
+    write_demo_text(tmp_path / "text", seed=0)
+    fleet = FLEET.replace("raspberry-pi-4b-2gb", "raspberry-pi-4b-4gb")
+    (tmp_path / "fleet.toml").write_text(fleet)
+    out, broker = tmp_path / "runs", f"mqtt://{mosquitto.host}:{mosquitto.port}"
+    command = ["run", tmp_path / "fleet.toml", "--broker", broker, "--out", out]
+    done = fleet_replay(*command, "--backend", "mixed", "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    assert "ONNX Runtime trains small" in done.stdout
+    assert re.search(r"device +with +rank", done.stdout)
+    summary = json.loads((out / "latest" / "summary.json").read_text())
+    devices = {device["name"]: device for device in summary["devices"]}
+    assert {name: d["backend"] for name, d in devices.items()} == {
+        "small": "onnx",
+        "large": "torch",
+    }
+    assert "onnx" in devices["small"]["plan"]
+    for device in devices.values():
+        assert device["loss"]["merged"] < device["loss"]["base"]
+        assert device["peak_mib"] <= device["budget_mib"]
+    assert devices["small"]["floor_mib"] < devices["large"]["floor_mib"] / 2
+    (round_one,) = summary["history"]
+    assert set(round_one["devices"]) == set(devices), "one round holds updates of both"
+
+
+def test_half_of_a_fleet_trains_with_onnx_from_the_least_memory_that_it_fits() -> None:
+    fleet = demo_fleet()
+    asked: list[str] = []
+
+    def fits(device: FleetDevice) -> bool:
+        assert device.backend == "onnx"
+        asked.append(device.name)
+        return device.name not in ("pi-3b-plus", "pi-4b-2gb")
+
+    found = {device.name: device.backend for device in mix(fleet, fits).devices}
+    assert [n for n, b in found.items() if b == "onnx"] == ["pi-4b-4gb", "pi-5", "jetson-nano"]
+    assert set(found.values()) == {"torch", "onnx"}
+    assert asked == ["pi-3b-plus", "pi-4b-2gb", "pi-4b-4gb", "jetson-nano", "pi-5"]
+
+
+def test_a_fleet_file_says_what_a_device_trains_with(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for part in ("markup", "email"):
+        (tmp_path / "text" / part).write_text("text")
+    path = tmp_path / "fleet.toml"
+    path.write_text(f'{FLEET}backend = "onnx"\n')
+    assert [device.backend for device in read_fleet(path).devices] == ["torch", "onnx"]
+    path.write_text(f'{FLEET}backend = "tensorflow"\n')
+    with pytest.raises(FleetError, match=r"device 2 \(large\): backend must be torch, onnx, auto"):
+        read_fleet(path)
 
 
 def test_latest_names_the_last_run_unless_something_else_goes_by_that_name(tmp_path: Path) -> None:

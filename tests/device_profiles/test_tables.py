@@ -78,6 +78,20 @@ def test_the_table_holds_a_row_a_device_and_the_mean() -> None:
     assert words(text, "mean").endswith("5.20 MB 512 B 3.200 2.500 2.400")
 
 
+def test_the_table_says_what_each_device_trained_with_where_not_all_had_torch() -> None:
+    pi4, laptop = SUMMARY["devices"]
+    mixed = {**SUMMARY, "devices": [{**pi4, "backend": "onnx"}, {**laptop, "backend": "torch"}]}
+    text = shown(loss_table(mixed))
+    assert words(text, "pi4").startswith("[red]pi4[/red] onnx 16 → 11")
+    assert words(text, "laptop").startswith("laptop torch 64")
+    assert words(text, "mean").endswith("5.20 MB 512 B 3.200 2.500 2.400")
+    assert "raspberry" not in text, "no room for it where 80 characters are all"
+    alike = {**SUMMARY, "devices": [{**pi4, "backend": "torch"}]}
+    assert "torch" not in shown(loss_table(alike))
+    told = plain_line({"event": "mixed", "onnx": ["pi4"]})
+    assert told == "ONNX Runtime trains pi4"
+
+
 def test_the_best_loss_is_bold_in_each_row() -> None:
     text = shown(loss_table(SUMMARY), styles=True)
     assert re.search(r"\x1b\[1m *2\.200\x1b", text)

@@ -30,6 +30,8 @@ FIELDS = {
     "index": "3",
     "number": "7",
     "upload": "0123456789abcdef" * 2,
+    "artifact": "fedcba9876543210" * 2,
+    "file": "weights.safetensors",
 }
 
 

@@ -20,6 +20,10 @@ pytestmark = [pytest.mark.timeout(60), LEAVES_SOCKET]
 
 UPLOAD = "0" * 32
 OWN = {"job": "notes", "device": "kitchen"}
+ONNX = [
+    topics.topic("onnx_manifest", job="notes"),
+    topics.topic("onnx_chunk", job="notes", artifact=UPLOAD, file="train.onnx", index=0),
+]
 OTHERS = [
     topics.topic("job", job="notes"),
     topics.topic("round", job="notes"),
@@ -30,6 +34,7 @@ OTHERS = [
     topics.topic("upload_manifest", job="notes", device="desk", upload=UPLOAD),
     topics.topic("upload_chunk", job="notes", device="desk", upload=UPLOAD, index=0),
     topics.topic("control", job="notes", device="desk"),
+    *ONNX,
     "anything/else",
     "$SYS/broker/load",
 ]
@@ -56,7 +61,7 @@ def test_a_device_reads_what_is_for_it_and_nothing_else(fleet: Fleet) -> None:
     kitchen.subscribe(["#"])
     aggregator = fleet.aggregator()
     aggregator.subscribe([topics.subscription("status"), topics.subscription("upload_chunk")])
-    mine = [*OTHERS[:4], topics.topic("control", **OWN)]
+    mine = [*OTHERS[:4], *ONNX, topics.topic("control", **OWN)]
     for topic in [*mine, topics.topic("control", job="notes", device="desk")]:
         aggregator.publish(topic, b"x").check()
     desk.publish(topics.topic("status", job="notes", device="desk"), b"x").check()

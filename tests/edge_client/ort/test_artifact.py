@@ -14,9 +14,10 @@ import pytest
 import base_tiny
 from edge_client.errors import ModelError
 from edge_client.model import describe_model
-from edge_client.ort.artifact import FILES, MANIFEST, WEIGHTS, check_artifact, map_weight
+from edge_client.ort.artifact import check_artifact, map_weight
 from edge_client.ort.runtime import REPAIR, _why_not_installed, _why_plain, missing_training
 from edge_client.trainer.onnx_trainer import OnnxTrainer
+from protocol.artifact import FILES, MANIFEST, WEIGHTS
 from tests.edge_client.ort.artifacts import exported, needs_onnx
 from tests.edge_client.test_torch_trainer import gpt2, llama, tiny
 
