@@ -75,7 +75,6 @@ class Agent:
         self._rank_start = 0
         self._learner: Learning | None = None
         self._private: Private | None = None
-        self._own: OwnChanges | None = None
         self._adapters: Adapters | None = None
         self._base_loss = float("nan")
         self._evaluated: tuple[Source | None, float] = None, self._base_loss
@@ -152,19 +151,14 @@ class Agent:
         settings, link, events = self._settings, self._connection, self._events
         if rank := settings.private_rank:
             self._private = Private(job, settings.name, rank, settings.state, events)
-        self._own = OwnChanges(job, settings.state)
         self._adapters = Adapters(
             settings, job, link, self._outbox, learner, events, reach=self._reach
         )
         for problem in learner.text.problems[:20]:
-            self._events.emit("skipped", where=problem)
-        self._events.emit(
-            "plan",
-            profile=self._settings.profile.name,
-            plan=str(plan),
-            train_tokens=learner.text.train_tokens,
-            **plan.as_dict(),
-        )
+            events.emit("skipped", where=problem)
+        tokens = learner.text.train_tokens
+        whose = {"profile": settings.profile.name, "plan": str(plan), "train_tokens": tokens}
+        events.emit("plan", **whose, **plan.as_dict())
         self._base_loss = learner.evaluate(None)
         self._events.emit("base", loss=self._base_loss)
         self._say("idle")
@@ -320,8 +314,8 @@ class Agent:
         manifest, data, own_loss = make_answer(
             now, held, learned, learner, held_out_loss=loss, trust=trust
         )
-        if self._own is not None and job.is_personal:
-            self._own.note(now.number, adapter, learned)
+        if job.is_personal:
+            OwnChanges(job, self._settings.state).note(now.number, adapter, learned)
         self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss)
         checkpoint.forget(self._settings.state)
         self._say("uploading")
@@ -331,9 +325,8 @@ class Agent:
     def _finish(self, learner: Learning, held: Holding) -> None:
         """Keep the result, report, compare if asked, and end or wait for another job."""
         assert held.adapter is not None and self._plan is not None
-        assert self._own is not None
         state, own = self._settings.state, held.personal
-        share = settle(learner, held, self._own)
+        share = settle(learner, held, OwnChanges(held.job, state))
         loss = {"base": self._base_loss}
         loss |= keep_result(state, held.job, learner, held.adapter, held.common)
         if self._settings.compare_alone:
