@@ -49,13 +49,14 @@ def measure_profile(root: Path = Path("/"), *, name: str | None = None) -> Devic
     if live and platform.system() != "Linux":
         return _measure_elsewhere(name)
     cpu = read_cpuinfo(root)
+    architecture = (platform.machine() if live else "") or read_architecture(cpu)
     board = read_board(root) or board_in_cpuinfo(cpu) or UNKNOWN_DEVICE
     return DeviceProfile(
         name=slug(name or board),
         title=board,
         board_or_model=board,
-        architecture=(platform.machine() if live else "") or read_architecture(cpu),
-        cpu_features=read_features(cpu),
+        architecture=architecture,
+        cpu_features=read_features(cpu, architecture),
         cores=read_cores(root, cpu),
         memory=read_memory(root),
         storage_free_mib=_storage_free_mib() if live else None,

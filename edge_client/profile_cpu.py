@@ -17,7 +17,7 @@ from edge_client.profile_linux import read_int, read_text
 MOST_CORES = 4096  # as the schema allows; more than any machine has
 
 # The kernel's word → ours. Only what decides how a kernel library computes.
-_FEATURES = {
+_ARM_FEATURES = {
     "neon": "neon",
     "asimd": "neon",
     "asimdhp": "fp16",
@@ -26,6 +26,8 @@ _FEATURES = {
     "bf16": "bf16",
     "sve": "sve",
     "sve2": "sve2",
+}
+_X86_FEATURES = {
     "avx": "avx",
     "avx2": "avx2",
     "fma": "fma",
@@ -76,11 +78,17 @@ def read_cpuinfo(root: Path) -> CpuInfo:
     return CpuInfo(tuple({**machine, **one} for one in processors), machine)
 
 
-def read_features(info: CpuInfo) -> tuple[str, ...]:
-    """Return the features that every core has, sorted, in our words."""
+def read_features(info: CpuInfo, architecture: str) -> tuple[str, ...]:
+    """Return the features that every core has, sorted, in our words.
+
+    Only those of the `architecture` count: an emulated one may be shown its host's cpuinfo.
+    """
     words = [_words(one) for one in info.processors if _words(one)]
     common = set.intersection(*words) if words else set()
-    return tuple(sorted({_FEATURES[word] for word in common if word in _FEATURES}))
+    known = {} if architecture.startswith(("aarch", "arm")) else _X86_FEATURES
+    if architecture not in ("x86_64", "i686"):
+        known = known | _ARM_FEATURES
+    return tuple(sorted({known[word] for word in common if word in known}))
 
 
 def _words(processor: dict[str, str]) -> set[str]:

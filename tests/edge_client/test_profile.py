@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from device_profiles.schema import DeviceProfile, bundled_names, load_profile
 from edge_client.profile import measure_profile, native_bf16, slug
+from edge_client.profile_cpu import CpuInfo, read_features
 from tests.edge_client.small_tree import put
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -392,3 +393,13 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         os.mkfifo(tmp_path / name)
     assert measure_profile(tmp_path).memory.total_mib is None
+
+
+def test_an_emulated_cpu_has_no_features_of_its_hosts() -> None:
+    """User-mode emulation of Arm shows the /proc/cpuinfo of the x86 computer that it runs on."""
+    host = CpuInfo(({"processor": "0", "flags": "fpu lm avx2 fma amx_bf16 avx512_bf16"},), {})
+    board = CpuInfo(({"processor": "0", "features": "fp asimd asimddp bf16"},), {})
+    assert read_features(host, "aarch64") == read_features(host, "armv7l") == ()
+    assert read_features(host, "x86_64") == ("amx_bf16", "avx2", "avx512_bf16", "fma")
+    assert read_features(board, "aarch64") == ("bf16", "dotprod", "neon")
+    assert read_features(board, "x86_64") == ()
