@@ -86,8 +86,15 @@ def test_old_rounds_and_forged_ones_are_refused(
 
     # The broker keeps the last of these: to a device that starts anew it is the first it hears.
     say(link, sealed(key, 4, 3))
+    # What the one before had not acknowledged when it was killed may come once more ahead of it.
     second = device.start()
-    assert "older than round 5" in second.wait_for("refused")["reason"]
+    reasons = [second.wait_for("refused")["reason"]]
+    if "version 3" in reasons[0]:
+        while len(second.of("refused")) < 2:
+            with second._news:
+                assert second._news.wait(10), reasons
+        reasons = [second.of("refused")[1]["reason"]]
+    assert "older than round 5" in reasons[0]
     say(link, sealed(key, 6, 5))
     second.wait_for("round", round=6)
     assert [e["round"] for e in second.of("round")] == [6]
