@@ -305,7 +305,8 @@ class Agent:
                 "step", round=now.number, step=step, steps=job.training.steps, loss=round(loss, 4)
             )
 
-        place = {"round_number": now.number, "attempt": now.attempt}
+        drawn = self._outbox.drawn_rows(now.job)
+        place = {"round_number": now.number, "attempt": now.attempt, "drawn_rows": drawn}
         learned = learner.train(adapter, rank=self._rank, **place, on_step=on_step)
         self._tokens += learned.report.tokens
         if cut := learned.pruned():
@@ -316,7 +317,8 @@ class Agent:
         )
         if job.is_personal:
             OwnChanges(job, self._settings.state).note(now.number, adapter, learned)
-        self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss)
+        drawn = learned.report.drawn_rows
+        self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss, drawn_rows=drawn)
         checkpoint.forget(self._settings.state)
         self._say("uploading")
         if self._may("transfer"):
