@@ -65,6 +65,16 @@ def find_model(name: str) -> Path:
         raise ModelError(_not_found(name, _hub_words(error))) from None
 
 
+def model_name(name: str) -> str:
+    """Return what a fleet calls a model that `find_model` finds by `name`.
+
+    A folder goes by its own name; the built-in one and a hub's by theirs, for that finds them on
+    every device (a hub's model lies in a folder that is called by a hash).
+    """
+    folder = Path(name).expanduser()
+    return folder.name if name != BASE_TINY and folder.is_dir() else name
+
+
 def _not_found(name: str, why: str) -> str:
     return (
         f"the model {name!r} is neither a folder on this computer nor to be had from a hub "
@@ -101,7 +111,7 @@ def describe_model(name: str) -> BaseModelInfo:
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"can't build the model in {folder}: {_first_line(error)}") from None
     return BaseModelInfo(
-        name=BASE_TINY if name == BASE_TINY else folder.name,
+        name=model_name(name),
         sha256=model_hash(folder),
         parameters=sum(p.numel() for p in model.parameters()),
         modules=find_targets(model),
