@@ -338,7 +338,7 @@ def serve(connection: Connection) -> None:
     offer_to_oom_killer()
     restrain_libraries()
     make_peaks_predictable()
-    threading.Thread(target=_end_with_agent, name="agent", daemon=True).start()
+    threading.Thread(target=end_with_agent, name="agent", daemon=True).start()
     worker = Worker(lambda value: ask(connection, Reply(value, progress=True)))
     while True:
         try:
@@ -350,7 +350,7 @@ def serve(connection: Connection) -> None:
             return  # the agent has gone: so does its training
 
 
-def _end_with_agent() -> None:
+def end_with_agent() -> None:
     """End in the middle of a step or of measuring, which can take hours, once the agent is dead."""
     agent = multiprocessing.parent_process()
     assert agent is not None, "the child's main"
