@@ -128,7 +128,7 @@ def _bytes_here(name: str) -> int:
 def _download(name: str, connection: Connection) -> None:
     """Say where the model is, or what is wrong: the child's main."""
     threading.Thread(target=end_with_agent, name="agent", daemon=True).start()
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # the agent says how it goes
     answer: Path | ModelError

@@ -71,8 +71,8 @@ def find_model(name: str, *, downloads: bool = True) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        here = {"local_files_only": not downloads}
-        return Path(snapshot_download(name, allow_patterns=patterns, **here))
+        found = snapshot_download(name, allow_patterns=patterns, local_files_only=not downloads)
+        return Path(found)
     except Exception as error:  # a hub fails in many ways, and its words fill a screen
         raise ModelError(_not_found(name, _hub_words(error))) from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import signal
 import threading
 import time
@@ -37,17 +38,18 @@ pytestmark = [
 ]
 NAME = "me/tiny"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-PIECE = 1 << 16
+PIECE = 1 << 20
 FILES = {
     path.name: path.read_bytes()
     for path in sorted(base_tiny.PATH.iterdir())
     if path.suffix in (".json", ".safetensors")
 }
-WEIGHTS = "model.safetensors"
+BIG = "large.txt"
+FILES[BIG] = random.Random(0).randbytes(48 * PIECE)  # the hub's library writes 10 MiB at a time
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub that has base-tiny; it gives `piece_s` for each piece of the weights, and counts."""
+    """A hub that has base-tiny; it gives `piece_s` for each piece of a large file, and counts."""
 
     daemon_threads = True
     piece_s = 0.0
@@ -87,14 +89,14 @@ class Answering(BaseHTTPRequestHandler):
         self._head(206 if first else 200, data[first:], more)
         if not with_data:
             return
-        if name == WEIGHTS:
+        if name == BIG:
             self.server.asked_from.append(first)
         for start in range(first, len(data), PIECE):
             piece = data[start : start + PIECE]
             self.wfile.write(piece)
             self.wfile.flush()
             self.server.sent += len(piece)
-            if name == WEIGHTS:
+            if name == BIG:
                 time.sleep(self.server.piece_s)
 
     def _head(self, status: int, data: bytes, more: dict[str, str]) -> None:
@@ -164,7 +166,7 @@ def test_a_download_pauses_goes_on_and_is_counted(tmp_path: Path, hub: Hub) -> N
     assert device.equipping.equipment(device.job, device._link, lambda: True) is None
     assert (device.equipping.needs, hub.sent) == ("transfer", 0), "it asks before a byte is sent"
 
-    assert device.go_on(lambda: device.used > 10 * PIECE) is None
+    assert device.go_on(lambda: device.used > 15 * PIECE) is None
     (event,) = [json.loads(line) for line in device.said.getvalue().splitlines()]
     assert (event["event"], event["state"], event["detail"]) == (
         "state", "downloading", f"the model {NAME}",
@@ -181,7 +183,7 @@ def test_a_download_pauses_goes_on_and_is_counted(tmp_path: Path, hub: Hub) -> N
     other = Device(tmp_path)  # after a restart
     ready = other.go_on(lambda: False)
     assert model_hash(ready.folders["torch"]) == device.job.base.sha256
-    assert hub.asked_from[-1] >= 8 * PIECE, "it goes on from what there is"
+    assert hub.asked_from[-1] >= 10 * PIECE, "it goes on from what there is"
     whole = sum(map(len, FILES.values()))
     assert device.used + other.used == pytest.approx(whole, abs=16 * 4096)
     assert not (tmp_path / PARTIAL).exists()
@@ -213,7 +215,7 @@ def test_an_agent_keeps_to_the_days_bytes_and_ends_while_it_downloads(
     described = job()
     (tmp_path / "job.json").write_text(described.model_dump_json())
     (tmp_path / "notes.txt").write_text("Some text of its owner's. " * 500)
-    (tmp_path / "cap.toml").write_text("mib_a_day = 1\n")
+    (tmp_path / "cap.toml").write_text("mib_a_day = 10\n")
     serve = ["serve", tmp_path / "job.json", "--state", tmp_path / "server", "--json"]
     run = ["run", "--json", "--name", "phone", "--broker", mosquitto, "--job", "notes"]
     run += ["--data", tmp_path / "notes.txt", "--state", tmp_path / "phone"]
@@ -226,7 +228,7 @@ def test_an_agent_keeps_to_the_days_bytes_and_ends_while_it_downloads(
             assert "MiB" in first.wait_for("state", state="waiting")["detail"]
             first.end(signal.SIGTERM)
         used = look(tmp_path / "phone", datetime.now().date().isoformat()).bytes
-        assert 2**20 <= used < 2**20 + 64 * PIECE
+        assert 10 * PIECE <= used < 48 * PIECE
         hub.piece_s = 5.0
         with Program("edge_client", run, tmp_path, "again") as second:
             second.wait_for("state", state="downloading")
