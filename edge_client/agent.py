@@ -61,9 +61,10 @@ class Agent:
         self._boot = self._outbox.next_boot()
         self._stopping = self._done = False
         self._waiting = Waiting(events)
-        self._equipping = Equipping(settings, equip, events, self._waiting)
         short = ShortMemory(settings.system_root, training_mib)
         self._polite = Polite(settings, self._outbox, lambda: self._stopping, events, also=[short])
+        used = self._polite.usage.note_download
+        self._equipping = Equipping(settings, equip, events, self._waiting, used)
         self._link: MqttTransport | None = None
         self._standing: Standing | None = None
         self._job_name = ""
@@ -138,7 +139,10 @@ class Agent:
     def _begin(self) -> None:
         """Plan for a job and load its base model, if it may; an unfit device says so and ends."""
         job = self._offered
-        if self._job is not None or job is None or not self._may(self._equipping.needs):
+        if self._job is not None or job is None:
+            return
+        if not self._may(self._equipping.needs):
+            self._equipping.pause()
             return
         equipment = self._equipping.equipment(job, self._connection, lambda: self._may("transfer"))
         if equipment is None:  # what it takes is being fetched
@@ -305,7 +309,8 @@ class Agent:
                 "step", round=now.number, step=step, steps=job.training.steps, loss=round(loss, 4)
             )
 
-        place = {"round_number": now.number, "attempt": now.attempt}
+        drawn = self._outbox.drawn_rows(now.job)
+        place = {"round_number": now.number, "attempt": now.attempt, "drawn_rows": drawn}
         learned = learner.train(adapter, rank=self._rank, **place, on_step=on_step)
         self._tokens += learned.report.tokens
         if cut := learned.pruned():
@@ -316,7 +321,8 @@ class Agent:
         )
         if job.is_personal:
             OwnChanges(job, self._settings.state).note(now.number, adapter, learned)
-        self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss)
+        drawn = learned.report.drawn_rows
+        self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss, drawn_rows=drawn)
         checkpoint.forget(self._settings.state)
         self._say("uploading")
         if self._may("transfer"):
@@ -392,6 +398,7 @@ class Agent:
         self._polite.stop_training()
 
     def _close(self) -> None:
+        self._equipping.pause()
         if self._learner is not None:
             self._learner.stop()
         if self._link is not None:

@@ -13,8 +13,15 @@ from math import inf
 from pathlib import Path
 
 from edge_client.config import Settings
-from edge_client.errors import ArtifactWanted, ConfigError, EdgeError, ModelError, NoPlanFits
-from edge_client.model import find_model, model_hash
+from edge_client.errors import (
+    ArtifactWanted,
+    ConfigError,
+    EdgeError,
+    ModelError,
+    ModelWanted,
+    NoPlanFits,
+)
+from edge_client.model import find_model, is_of_hub, is_partial, model_hash
 from edge_client.ort.artifact import check_artifact
 from edge_client.ort.runtime import missing_training
 from edge_client.plan import Backend, Plan, preference
@@ -98,16 +105,17 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def find_backends(settings: Settings, job: Job) -> Backends:
+def find_backends(settings: Settings, job: Job, *, downloads: bool = True) -> Backends:
     """Return what this device can learn a job with: one backend at least.
 
     Raises:
+        ModelWanted: without `downloads`: the base model would have to be.
         ArtifactWanted: an artifact set is all that is missing.
         ConfigError: the backend that the owner wants can't be used.
         ModelError: the base model is not there, or is another one than the job's.
     """
     finders: dict[Backend, Callable[[], Path]] = {
-        "torch": lambda: _torch_folder(settings, job),
+        "torch": lambda: _torch_folder(settings, job, downloads),
         "onnx": lambda: _onnx_folder(settings, job),
     }
     folders: dict[Backend, Path] = {}
@@ -116,6 +124,8 @@ def find_backends(settings: Settings, job: Job) -> Backends:
         if settings.backend in ("auto", name):
             try:
                 folders[name] = find()
+            except ModelWanted:
+                raise
             except (ConfigError, ModelError) as error:
                 refused[name] = error
     if not folders:
@@ -188,10 +198,13 @@ def _missing_onnx(folder: Path | None) -> str:
     return _NO_SET if folder is None else ""
 
 
-def _torch_folder(settings: Settings, job: Job) -> Path:
+def _torch_folder(settings: Settings, job: Job, downloads: bool) -> Path:
     """Return the folder of the job's base model on this device."""
     require_torch()
-    folder = find_model(settings.model or job.base.name)
+    name = settings.model or job.base.name
+    if not downloads and is_of_hub(name):
+        return _folder_here(name, settings, job)
+    folder = find_model(name)
     found = model_hash(folder)
     if found != job.base.sha256:
         raise ModelError(
@@ -199,6 +212,18 @@ def _torch_folder(settings: Settings, job: Job) -> Path:
             f"job's {job.base.sha256[:12]}…); give the right one with --model"
         )
     return folder
+
+
+def _folder_here(name: str, settings: Settings, job: Job) -> Path:
+    """Return what was downloaded of a hub's model, if that is whole and the job's."""
+    try:
+        folder = find_model(name, downloads=False)
+        whole = (folder / "config.json").is_file() and not is_partial(name, settings.state)
+        if whole and model_hash(folder) == job.base.sha256:
+            return folder
+    except ModelError:
+        pass
+    raise ModelWanted(name)
 
 
 def _onnx_folder(settings: Settings, job: Job) -> Path:

@@ -1,4 +1,7 @@
-"""From a job to what a device learns it with: what the job offers for that is fetched first."""
+"""From a job to what a device learns it with: what that takes is fetched first.
+
+A model comes from a hub (`hub.py`), an artifact set from the job (`artifacts.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import replace
 
 from edge_client.artifacts import ArtifactFetch
 from edge_client.config import Settings
-from edge_client.errors import ArtifactWanted
+from edge_client.errors import ArtifactWanted, ModelError, ModelWanted
+from edge_client.hub import ModelDownload
 from edge_client.policy.decide import Activity
 from edge_client.prepare import Equip, Equipment
 from protocol.events import EventLog
@@ -21,21 +25,32 @@ PATIENCE_TICKS = 20
 
 
 class Equipping:
-    """Equip a device for one job."""
+    """Equip a device for one job; `used` hears of bytes that do not come over its link."""
 
     def __init__(
-        self, settings: Settings, equip: Equip, events: EventLog, waiting: Waiting
+        self,
+        settings: Settings,
+        equip: Equip,
+        events: EventLog,
+        waiting: Waiting,
+        used: Callable[[int], None],
     ) -> None:
         self._settings, self._equip = settings, equip
-        self._events, self._waiting = events, waiting
+        self._events, self._waiting, self._used = events, waiting, used
+        self._download: ModelDownload | None = None
         self._fetch: ArtifactFetch | None = None
         self._ticks = 0
 
     @property
     def needs(self) -> Activity:
         """What it has to be allowed to do now."""
-        is_fetching = self._fetch is not None and self._fetch.folder is None
-        return "transfer" if is_fetching else "train"
+        under_way = [one for one in (self._fetch, self._download) if one is not None]
+        return "transfer" if any(one.folder is None for one in under_way) else "train"
+
+    def pause(self) -> None:
+        """Download nothing until `equipment` is asked for again."""
+        if self._download is not None:
+            self._download.stop()
 
     def equipment(
         self, job: Job, link: MqttTransport, may_transfer: Callable[[], bool]
@@ -45,9 +60,16 @@ class Equipping:
         Raises:
             EdgeError: the device can't learn this job; says why.
         """
+        if self._download is not None:
+            return self._downloaded(self._download, job)
         if self._fetch is None:
             try:
                 return self._equip(self._settings, job)
+            except ModelWanted as wanted:
+                self._download = ModelDownload(
+                    wanted.name, self._settings.state, self._events, self._used
+                )
+                return None
             except ArtifactWanted:
                 self._fetch = ArtifactFetch(job, self._settings, link, self._events, may_transfer)
             self._fetch.begin()
@@ -57,6 +79,19 @@ class Equipping:
             self._fetch.go_on()
         else:
             self._wait(job)
+        return None
+
+    def _downloaded(self, download: ModelDownload, job: Job) -> Equipment | None:
+        """Go on with the model's download; return the equipment with it once it is here."""
+        settings = self._settings
+        if download.folder is not None:
+            return self._equip(replace(settings, model=str(download.folder)), job)
+        try:
+            download.go_on()
+        except ModelError:
+            if settings.backend != "auto" or settings.onnx is None:
+                raise
+            return self._equip(replace(settings, backend="onnx"), job)
         return None
 
     def expects(self, found: Match) -> bool:

@@ -4,6 +4,7 @@ TunefleetError
 └── EdgeError                  something on this device keeps it from taking part
     ├── NoPlanFits             no rank, batch and length fit the memory there is
     ├── ModelError             the base model is not there, or not one that can be trained
+    │   └── ModelWanted        it is not there, and a hub may have it
     ├── DataError              the owner's text is missing, unreadable or too short
     ├── ConfigError            a setting is missing, unknown or out of bounds
     │   └── ArtifactWanted     to train with ONNX Runtime it lacks only the model's artifact set
@@ -31,6 +32,14 @@ class NoPlanFits(EdgeError):
 
 class ModelError(EdgeError):
     """The base model is not there, or is not one that can be trained here."""
+
+
+class ModelWanted(ModelError):
+    """The base model is not on this device, or not whole; a hub may have it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the model {name!r} is not on this computer")
+        self.name = name
 
 
 class DataError(EdgeError):

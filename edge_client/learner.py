@@ -97,7 +97,14 @@ class Learning(Protocol):
     text: TextReport
 
     def train(
-        self, held: Adapter, *, rank: int, round_number: int, attempt: int, on_step: OnStep
+        self,
+        held: Adapter,
+        *,
+        rank: int,
+        round_number: int,
+        attempt: int,
+        drawn_rows: int,
+        on_step: OnStep,
     ) -> Learned: ...
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]: ...
     def train_private(
@@ -158,16 +165,27 @@ class Learner:
         self.text: TextReport = self._persist(lambda: self._report)
 
     def train(
-        self, held: Adapter, *, rank: int, round_number: int, attempt: int, on_step: OnStep
+        self,
+        held: Adapter,
+        *,
+        rank: int,
+        round_number: int,
+        attempt: int,
+        drawn_rows: int,
+        on_step: OnStep,
     ) -> Learned:
-        """Train `rank` of the held directions for one round, or what of them the plan allows."""
-        return self._persist(lambda: self._round(held, rank, round_number, attempt, on_step))
+        """Train `rank` of the held directions for one round, or what of them the plan allows.
+
+        Its text begins after the `drawn_rows` that earlier rounds have drawn.
+        """
+        place = round_number, attempt
+        return self._persist(lambda: self._round(held, rank, place, drawn_rows, on_step))
 
     def _round(
-        self, held: Adapter, rank: int, round_number: int, attempt: int, on_step: OnStep
+        self, held: Adapter, rank: int, place: tuple[int, int], drawn_rows: int, on_step: OnStep
     ) -> Learned:
         held, rank = held.truncated(self.plan.held), min(rank, self.plan.rank)
-        factors = trained_factors(self._job.training.factors, round_number)
+        factors = trained_factors(self._job.training.factors, place[0])
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             steps = self._job.training.steps
@@ -179,12 +197,11 @@ class Learner:
                 steps,
                 on_step,
                 factors=factors,
-                place=(round_number, attempt),
+                place=place,
+                drawn_rows=drawn_rows,
             )
 
-        return learn(
-            self._job, self._device, held, rank, round_number, train, blocks=self.plan.blocks
-        )
+        return learn(self._job, self._device, held, rank, place[0], train, blocks=self.plan.blocks)
 
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
         """Train what the whole job trains, on the same text, with no exchange and in one go.
@@ -301,6 +318,7 @@ class Learner:
         prune: bool = True,
         factors: Trained = "both",
         place: tuple[int, int] = (0, 0),
+        drawn_rows: int | None = None,
     ) -> tuple[Adapter, TrainReport]:
         """Train for so many steps; `place` is the round and its attempt, where it is of one."""
         settings, rate = self._job.training, learning_rate(self._job, rank)
@@ -325,6 +343,7 @@ class Learner:
                 sampling=stream == "fleet" and LOSS_BEFORE in asked_for(self._job.rule_settings),
                 factors=factors,
                 keeping=Keeping(self._kept, identity, self._kept_s),
+                drawn_rows=drawn_rows,
                 on_progress=progress,
             )
         return answer

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 BASE_TINY = "base-tiny"
+PARTIAL = "model.downloading"
+"""In the state folder while a model is on its way: the hub's cache may hold a part of it."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _HUB_WORDS = {
     "ImportError": "huggingface_hub is not installed",
@@ -39,8 +41,17 @@ _HUB_WORDS = {
 """Kind of error of huggingface_hub and what it is built on → what it means; special ones first."""
 
 
-def find_model(name: str) -> Path:
+def is_of_hub(name: str) -> bool:
+    """Say whether a model's name can be the id that a hub has it by, and is no folder here."""
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return is_id and not Path(name).is_dir()
+
+
+def find_model(name: str, *, downloads: bool = True) -> Path:
     """Return the folder of a model: the built-in `base-tiny`, a folder, or a hub id.
+
+    Without `downloads` no hub is asked: a hub's model is what was downloaded of it before, which
+    may be a part.
 
     Raises:
         ModelError: there is no such folder, and no hub gave the model; says why.
@@ -54,15 +65,34 @@ def find_model(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json: it is not a model folder")
         return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_of_hub(name):
         raise ModelError(_not_found(name, "a hub id has the form owner/name"))
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        found = snapshot_download(name, allow_patterns=patterns, local_files_only=not downloads)
+        return Path(found)
     except Exception as error:  # a hub fails in many ways, and its words fill a screen
         raise ModelError(_not_found(name, _hub_words(error))) from None
+
+
+def is_partial(name: str, state: Path) -> bool:
+    """Say whether a device's download of a model was begun and has not come to its end."""
+    try:
+        return (state / PARTIAL).read_text() == name
+    except OSError:
+        return False
+
+
+def model_name(name: str) -> str:
+    """Return what a fleet calls a model that `find_model` finds by `name`.
+
+    A folder goes by its own name; the built-in one and a hub's by theirs, for that finds them on
+    every device (a hub's model lies in a folder that is called by a hash).
+    """
+    folder = Path(name).expanduser()
+    return folder.name if name != BASE_TINY and folder.is_dir() else name
 
 
 def _not_found(name: str, why: str) -> str:
@@ -101,7 +131,7 @@ def describe_model(name: str) -> BaseModelInfo:
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"can't build the model in {folder}: {_first_line(error)}") from None
     return BaseModelInfo(
-        name=BASE_TINY if name == BASE_TINY else folder.name,
+        name=model_name(name),
         sha256=model_hash(folder),
         parameters=sum(p.numel() for p in model.parameters()),
         modules=find_targets(model),

@@ -97,11 +97,18 @@ class Outbox:
         self._db.close()
 
     def put(
-        self, manifest: UploadManifest, data: bytes, *, rank: int, own_loss: float | None = None
+        self,
+        manifest: UploadManifest,
+        data: bytes,
+        *,
+        rank: int,
+        own_loss: float | None = None,
+        drawn_rows: int = 0,
     ) -> None:
         """Keep a finished update, and what the device goes on with, in one transaction.
 
-        That is its rank, and the loss of what it trained (see `own_loss`).
+        That is its rank, the loss of what it trained (see `own_loss`), and how far it is in its
+        text.
         """
         with self._db.transaction():
             self._db.run(
@@ -112,6 +119,7 @@ class Outbox:
                 data,
             )
             self._set(f"rank of {manifest.job}", rank)
+            self._set(f"drawn rows of {manifest.job}", drawn_rows)
             self._set(f"round of {manifest.job}", manifest.round)
             self._set(f"attempt of {manifest.job}", manifest.attempt)
             self._set(f"refused in {manifest.job}", 0)
@@ -156,6 +164,10 @@ class Outbox:
     def rank(self, job: str, default: int) -> int:
         """Return the rank that the device goes on with in a job."""
         return self._number(f"rank of {job}", default)
+
+    def drawn_rows(self, job: str) -> int:
+        """Return how many rows of its text the device has drawn for a job's rounds, in all."""
+        return self._number(f"drawn rows of {job}", 0)
 
     def own_loss(self, job: str, version: int) -> float | None:
         """Return the loss of what the device trained, on its trust split, in nats a token.

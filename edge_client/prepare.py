@@ -48,12 +48,13 @@ class TrainingEquipment:
     """Learn a job by training its base model on the owner's text.
 
     Raises:
+        ModelWanted: the model has to be downloaded first.
         ModelError: the model is not there, or is another model than the job's.
     """
 
     def __init__(self, settings: Settings, job: Job) -> None:
         self._settings, self._job = settings, job
-        self._backends = find_backends(settings, job)
+        self._backends = find_backends(settings, job, downloads=False)
 
     def plan(self, *, below_mib: float = inf) -> Plan:
         """Measure what training takes on this device, and choose how to train.

@@ -143,10 +143,13 @@ class BatchStream:
     The order of an epoch follows from the seed and its number alone. A batch that the epoch's
     last rows don't fill is completed from the next one, so each row comes once an epoch and
     every batch is full. What is drawn doesn't depend on the micro-batch: a smaller one
-    (when memory ran short) goes on with the very next row.
+    (when memory ran short) goes on with the very next row. `drawn_rows` are behind it already:
+    of whatever rows there were, so a stream of another text or length goes on from that many too.
     """
 
-    def __init__(self, rows: Sequence[PackedRow], micro_batch: int, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[PackedRow], micro_batch: int, seed: int, *, drawn_rows: int = 0
+    ) -> None:
         if not rows:
             raise DataError("there is no row to train on; give more text")
         if micro_batch < 1:
@@ -155,7 +158,7 @@ class BatchStream:
         self._micro_batch = micro_batch
         self._seed = seed
         self._fingerprint = _fingerprint(rows)
-        self._drawn = 0
+        self._drawn = drawn_rows
         self._epoch = -1
         self._order: list[int] = []
 
@@ -168,13 +171,12 @@ class BatchStream:
         Raises:
             DataError: the rows aren't those of the state.
         """
-        stream = cls(rows, micro_batch, state["seed"])
+        stream = cls(rows, micro_batch, state["seed"], drawn_rows=state["drawn_rows"])
         if stream._fingerprint != state["fingerprint"]:
             raise DataError(
                 "the text, the tokenizer or the sequence length is not what it was when training "
                 "stopped, so it cannot go on from there; start this round's training anew"
             )
-        stream._drawn = state["drawn_rows"]
         return stream
 
     def state(self) -> StreamState:

@@ -12,7 +12,7 @@ from edge_client.errors import ConfigError, ModelError
 from edge_client.exports.manifest import GRAPH, MANIFEST, Export, Kind
 from edge_client.exports.merge import write_merged
 from edge_client.kept import Kept, find_base
-from edge_client.model import BASE_TINY, model_hash
+from edge_client.model import BASE_TINY, model_hash, model_name
 from edge_client.storage import keeping
 from protocol.artifact import sha256_of
 
@@ -32,11 +32,12 @@ def write_export(kept: Kept, model: str, out: Path, kind: Kind) -> Export:
     """
     _check_place(out)
     base = find_base(kept, model)
+    name = BASE_TINY if kept.base == BASE_TINY else model_name(model or kept.base)
     with keeping("the export", out, "OUT"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
             whole = Path(temporary) / "whole"
-            export = _write(kept, base, Path(temporary) / "merged", whole, kind)
+            export = _write(kept, base, name, Path(temporary) / "merged", whole, kind)
             (whole / MANIFEST).write_text(export.model_dump_json(indent=1))
             if out.exists():
                 shutil.rmtree(out)
@@ -54,7 +55,7 @@ def _check_place(out: Path) -> None:
         raise ConfigError(f"{out} holds something else than an export; name another folder")
 
 
-def _write(kept: Kept, base: Path, merged: Path, whole: Path, kind: Kind) -> Export:
+def _write(kept: Kept, base: Path, name: str, merged: Path, whole: Path, kind: Kind) -> Export:
     """Write all files but the manifest into `whole`, and return that."""
     written = write_merged(base, kept.folder, merged)
     if kind == "merged":
@@ -68,7 +69,7 @@ def _write(kept: Kept, base: Path, merged: Path, whole: Path, kind: Kind) -> Exp
         _write_onnx(merged, whole, kind)
     return Export(
         kind=kind,
-        base=BASE_TINY if kept.base == BASE_TINY else base.name,
+        base=name,
         base_sha256=model_hash(base),
         adapter=kept.name,
         adapter_sha256=kept.sha256,

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from edge_client.data.plain_tokenizer import tokenizer_fields
 from edge_client.errors import ModelError
 from edge_client.model import (
-    BASE_TINY,
     find_model,
     find_targets,
     load_model,
     load_tokenizer,
     model_hash,
+    model_name,
 )
 from edge_client.ort.artifact import FACTORS, TRAINED, factor_name, weight_entries
 from edge_client.ort.forward import OPSET, trace_forward
@@ -60,7 +60,7 @@ def export_artifact(name: str, folder: Path) -> Artifact:
     (folder / GRAPH).write_bytes(training.SerializeToString())
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     artifact = Artifact(
-        name=BASE_TINY if name == BASE_TINY else base.name,
+        name=model_name(name),
         base_sha256=model_hash(base),
         modules=targets,
         head=head,

@@ -35,6 +35,11 @@ class Usage:
         self._link_bytes = of_link
         self._keep_seldom()
 
+    def note_download(self, more: int) -> None:
+        """Note bytes that came to this device by another way than the agent's link."""
+        self._bytes += more
+        self._keep_seldom()
+
     def note_training(self, seconds: float) -> None:
         self._training_s += seconds
         self._keep_seldom()

@@ -31,6 +31,8 @@ class TrainReport:
     seconds: float
     sample_losses: tuple[float, float] | None = None
     """On the same rows of its training text before and after, if that was asked for."""
+    drawn_rows: int = 0
+    """How far its stream of text is: rows drawn in all, also by trainings before this one."""
 
 
 class Resumable(Protocol):

@@ -39,14 +39,7 @@ class TrainingProcess:
         self._process: BaseProcess = context.Process(
             target=serve, args=(theirs,), name="training", daemon=True
         )
-        # A child inherits which signals are blocked: Ctrl-C, which a terminal sends to both, is
-        # the agent's to deal with. The tracker, if it were started here, would undo that.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_child(self._process)
         theirs.close()
         assert self._process.pid is not None, "it was started"
         self._limit_mib = limit_mib
@@ -126,6 +119,20 @@ class TrainingProcess:
         if code is not None and code < 0:
             return WorkerError(f"the training process ended by signal {-code}")
         return WorkerError(f"the training process ended with status {code}")
+
+
+def start_child(process: BaseProcess) -> None:
+    """Start a child that Ctrl-C, which a terminal sends to both, does not reach.
+
+    That is the agent's to deal with. A child inherits which signals are blocked; the tracker, if it
+    were started here, would undo that.
+    """
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_training() -> None:

@@ -185,12 +185,14 @@ class Worker:
         sampling: bool = False,
         factors: Trained = "both",
         keeping: Keeping | None = None,
+        drawn_rows: int | None = None,
     ) -> tuple[Adapter, TrainReport]:
         """Train `factors` of what is loaded, reading on where `stream` stopped; then unload it.
 
-        A stream is the fleet's, or the local comparison's. With `sampling` the loss on some of the
-        training text, as much as a step takes, is measured before and after. With `keeping` it goes
-        on from what is kept of it, and pauses when the agent says so.
+        A stream is the fleet's, or the local comparison's. It stopped at `drawn_rows`, where the
+        agent has kept that; else where this process has left it. With `sampling` the loss on some
+        of the training text, as much as a step takes, is measured before and after. With `keeping`
+        it goes on from what is kept of it, and pauses when the agent says so.
 
         Raises:
             TrainingPaused: it has; what it had loaded is unloaded.
@@ -203,8 +205,10 @@ class Worker:
         kept, left = read_kept(keeping, rows, plan.micro_batch) if keeping else (None, None)
         if left is not None:
             self._streams[stream] = left
-        elif stream not in self._streams:
-            self._streams[stream] = BatchStream(rows, plan.micro_batch, seed=self._seed)
+        elif drawn_rows is not None or stream not in self._streams:
+            self._streams[stream] = BatchStream(
+                rows, plan.micro_batch, seed=self._seed, drawn_rows=drawn_rows or 0
+            )
         batches = self._streams[stream]
         sample = rows[: max(1, settings.tokens_per_step // plan.seq_len)]
         before = kept.loss_before if kept else self._loss(sample) if sampling else None
@@ -243,7 +247,7 @@ class Worker:
             raise
         adapter = trainer.adapter()
         self._unload()
-        return adapter, report
+        return adapter, replace(report, drawn_rows=batches.state()["drawn_rows"])
 
     def evaluate(self, split: str) -> float:
         """Return the loss on a split of the base with what is loaded; then unload it."""
@@ -334,7 +338,7 @@ def serve(connection: Connection) -> None:
     offer_to_oom_killer()
     restrain_libraries()
     make_peaks_predictable()
-    threading.Thread(target=_end_with_agent, name="agent", daemon=True).start()
+    threading.Thread(target=end_with_agent, name="agent", daemon=True).start()
     worker = Worker(lambda value: ask(connection, Reply(value, progress=True)))
     while True:
         try:
@@ -346,7 +350,7 @@ def serve(connection: Connection) -> None:
             return  # the agent has gone: so does its training
 
 
-def _end_with_agent() -> None:
+def end_with_agent() -> None:
     """End in the middle of a step or of measuring, which can take hours, once the agent is dead."""
     agent = multiprocessing.parent_process()
     assert agent is not None, "the child's main"

@@ -229,7 +229,8 @@ def test_who_has_all_it_takes_asks_for_nothing_and_who_waits_is_told_for_what(
     log = EventLog(as_json=True, stream=said)
     link = connect("test-laptop")
     ready: Any = object()
-    equipping = Equipping(device.settings, lambda *_: ready, log, Waiting(log))
+    used: list[int] = []
+    equipping = Equipping(device.settings, lambda *_: ready, log, Waiting(log), used.append)
     assert equipping.equipment(JOB, link, lambda: True) is ready
     assert (equipping.needs, link.receive(0.5), link.bytes_received) == ("train", None, 0)
 
@@ -241,7 +242,7 @@ def test_who_has_all_it_takes_asks_for_nothing_and_who_waits_is_told_for_what(
     connect("test-withdraw").publish(MANIFEST_TOPIC, b"", retain=True).check()
     for waits in (True, False):
         settings = replace(device.settings, wait_for_broker=waits)
-        equipping = Equipping(settings, lacks, log, Waiting(log))
+        equipping = Equipping(settings, lacks, log, Waiting(log), used.append)
         for _ in range(PATIENCE_TICKS):
             assert equipping.equipment(JOB, link, lambda: True) is None
         if waits:

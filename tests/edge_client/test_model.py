@@ -69,6 +69,27 @@ def test_an_adapter_that_is_none(tmp_path: Path) -> None:
         evaluate_peft("base-tiny", [tmp_path], [tmp_path], max_tokens=64, seed=0)
 
 
+def test_a_model_of_a_hub_goes_by_its_id_and_a_folder_by_its_name(
+    folder: Path, tmp_path: Path
+) -> None:
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    kept = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(folder, kept / "snapshots" / revision)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(revision)
+    ended = subprocess.run(
+        [sys.executable, "-m", "edge_client", "describe", "me/tiny"],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["name"] == "me/tiny"
+    assert describe_model(str(folder)).name == "model"
+    assert describe_model("base-tiny").name == "base-tiny"
+
+
 # -- what is no model here, nor at a hub -----------------------------------------------------------
 
 

@@ -54,8 +54,9 @@ def test_an_update_waits_over_a_restart_until_it_is_dropped(tmp_path: Path) -> N
     outbox = Outbox(tmp_path / "state")
     assert outbox.pending() == []
     assert (outbox.rank("notes", 16), outbox.trained_round("notes")) == (16, 0)
+    assert outbox.drawn_rows("notes") == 0
     for number in (3, 1, 2):
-        outbox.put(manifest(number), b"data %d" % number, rank=8)
+        outbox.put(manifest(number), b"data %d" % number, rank=8, drawn_rows=number * 10)
     outbox.close()
     outbox = Outbox(tmp_path / "state")
     assert outbox.pending() == [manifest(number).upload for number in (1, 2, 3)]
@@ -64,6 +65,8 @@ def test_an_update_waits_over_a_restart_until_it_is_dropped(tmp_path: Path) -> N
     assert (found.manifest, found.data) == (manifest(2), b"data 2")
     assert outbox.rank("notes", 16) == 8
     assert outbox.rank("other", 16) == 16
+    assert outbox.drawn_rows("notes") == 20
+    assert outbox.drawn_rows("other") == 0
     outbox.drop(manifest(2).upload)
     outbox.drop(manifest(2).upload)
     assert outbox.get(manifest(2).upload) is None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.faults.device import ramp
+from tests.faults.device import ROWS, ramp
 
 Line = dict[str, Any]
 TOLERANCE = 2e-5
@@ -153,6 +153,12 @@ class Auditor:
         rounds = [line["round"] for line in lines if line["what"] == "trained"]
         if rounds != sorted(rounds):
             found.problems.append(f"{name} went back to an older round: {rounds[-10:]}")
+        done: set[str] = set()
+        for line in lines:
+            if line["what"] == "done":
+                done.add(line["upload"])
+            elif line["what"] == "trained" and line["drawn_rows"] < ROWS * len(done):
+                found.problems.append(f"{name} went back in its text in round {line['round']}")
 
     def _round(
         self, number: int, ledgers: dict[str, list[Line]], records: Records, found: Found

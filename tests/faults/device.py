@@ -36,6 +36,8 @@ from protocol.probe import TopLogits
 
 TICK_S = 0.05
 """The agent looks this often for what is to be done: rounds here take parts of a second."""
+ROWS = 3
+"""So many rows of text each training draws, had there been any."""
 
 
 class Ledger:
@@ -86,16 +88,24 @@ class MarkingLearner:
         self.mark = 0.0
 
     def train(
-        self, held: Adapter, *, rank: int, round_number: int, attempt: int, on_step: OnStep
+        self,
+        held: Adapter,
+        *,
+        rank: int,
+        round_number: int,
+        attempt: int,
+        drawn_rows: int,
+        on_step: OnStep,
     ) -> Learned:
-        self._ledger.note("trained", round=round_number, digest=digest(held))
+        self._ledger.note("trained", round=round_number, digest=digest(held), drawn_rows=drawn_rows)
         self.mark = random.SystemRandom().choice((-1, 1)) * random.SystemRandom().uniform(
             1e-3, 3e-3
         )
         tokens = random.SystemRandom().randint(500, 1500)
 
         def train(received: Adapter, _: Adapter | None) -> tuple[Adapter, TrainReport]:
-            return marked(received, self.mark), TrainReport(1, tokens, 1.0, 0.0)
+            report = TrainReport(1, tokens, 1.0, 0.0, drawn_rows=drawn_rows + ROWS)
+            return marked(received, self.mark), report
 
         return learn(self._job, self._device, held, rank, round_number, train)
 
@@ -135,7 +145,13 @@ class WatchedOutbox(Outbox):
     agent: WatchedAgent
 
     def put(
-        self, manifest: UploadManifest, data: bytes, *, rank: int, own_loss: float | None = None
+        self,
+        manifest: UploadManifest,
+        data: bytes,
+        *,
+        rank: int,
+        own_loss: float | None = None,
+        drawn_rows: int = 0,
     ) -> None:
         self.ledger.note(
             "made",
@@ -146,7 +162,7 @@ class WatchedOutbox(Outbox):
             examples=manifest.examples,
             mark=self.agent.mark,
         )
-        super().put(manifest, data, rank=rank, own_loss=own_loss)
+        super().put(manifest, data, rank=rank, own_loss=own_loss, drawn_rows=drawn_rows)
 
 
 class WatchedAgent(Agent):

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from edge_client.outbox import Outbox
 from protocol import topics
 from protocol.messages import UploadManifest
 from protocol.signing import open_message
@@ -88,6 +89,9 @@ def test_a_device_killed_while_uploading_goes_on_from_its_outbox(fleet: SmallFle
     assert [kitchen.wait(), desk.wait(), aggregator.wait()] == [0, 0, 0]
     assert [e["round"] for e in kitchen.of("step")] == [2, 2], "round 1 was trained already"
     fleet.counted_once(aggregator)
+    outbox = Outbox(fleet.job_file.parent / "kitchen")
+    assert outbox.drawn_rows("small") == 4, "round 2 went on in the text where round 1 had stopped"
+    outbox.close()
     uploads.close()
     answers.close()
 
