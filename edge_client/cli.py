@@ -255,26 +255,20 @@ def doctor(
     from dataclasses import asdict
 
     from edge_client.calibrate import cache_folder
-    from edge_client.config import check_name
-    from edge_client.doctor import Patient
     from edge_client.doctor.broker import checks_at_broker
+    from edge_client.doctor.find import find_patient
     from edge_client.doctor.here import checks_here
-    from edge_client.membership import identity, state_folder
-    from edge_client.policy.owner import find_policy
 
-    check_name(name or host_name())
-    folder = state or state_folder(name, host_name())
-    device, address, tls = identity(folder, name=name, broker=broker, default_name=host_name())
-    patient = Patient(
-        name=device,
-        state=folder,
+    patient = find_patient(
+        name=name,
+        host_name=host_name(),
+        state=state,
+        broker=broker,
+        policy=policy,
         cache=cache or cache_folder(),
-        broker=address,
-        tls=tls,
         data=tuple(data or ()),
         model=model,
         memory_cap_mib=memory_cap_mib,
-        policy=find_policy(folder, policy),
     )
     checks = []
     for look in (checks_here, checks_at_broker):
