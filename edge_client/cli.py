@@ -41,6 +41,11 @@ def profile(
         raise ConfigError(
             f"--root {root} is not a folder" if not profile_name else "name a profile or --root"
         )
+    if root and not (root / "proc").is_dir():
+        raise ConfigError(
+            f"--root {root}: there is no proc/ in it; name the folder in which a device's /proc, "
+            "/sys and /dev were recorded"
+        )
     found = load_profile(profile_name) if profile_name else measure_profile(root or Path("/"))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
@@ -291,8 +296,10 @@ def status(
     from datetime import datetime
 
     from edge_client.condition import in_words, read_condition
+    from edge_client.config import check_name
     from edge_client.membership import state_folder
 
+    check_name(name or host_name())
     folder = state or state_folder(name, host_name())
     condition = read_condition(folder, datetime.now())
     if as_json:

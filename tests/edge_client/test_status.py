@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from edge_client import cli
 from edge_client.condition import UNTOLD, in_words, read_condition
 from edge_client.errors import ConfigError, StorageError
 from edge_client.outbox import Outbox
@@ -161,3 +162,9 @@ def test_an_agent_that_has_ended_says_why(tmp_path: Path, how: str) -> None:
     assert condition.ended.startswith(why)
     assert ('"ended"' in said) == (how != "SIGKILL")
     assert not condition.running
+
+
+@pytest.mark.parametrize("name", ["X Y", "../../etc"])
+def test_a_name_that_is_none_is_refused_as_run_does(name: str) -> None:
+    with pytest.raises(ConfigError, match="can't be a device's name"):
+        cli.status(name=name)
