@@ -210,16 +210,16 @@ def install_service(
     print_only: Annotated[bool, typer.Option("--print", help="Print the unit alone.")] = False,
 ) -> None:
     """Write a systemd unit that runs this device, and say how to start it."""
-    from click import Context
     from typer.main import get_command
 
-    from edge_client.install import install, make_service
+    from edge_client.install import install, make_service, not_found_by
     from edge_client.options import read_options
     from edge_client.surroundings import surroundings
     from edge_client.unit import device_unit
 
     command = get_command(app).commands["run"]  # type: ignore[attr-defined]
-    with command.make_context("edge-client run", context.args, parent=Context(command)) as parsed:
+    # By this command's name and not by `run`, for mistakes are told with it.
+    with command.make_context(context.info_name, context.args, parent=context.parent) as parsed:
         given = [
             name
             for name in parsed.params
@@ -228,15 +228,20 @@ def install_service(
     options = {parameter.name: parameter.opts[0] for parameter in command.params}
     settings = read_options(parsed.params, host_name())
     values = {name: parsed.params[name] for name in given}
-    service, folder = make_service(settings, values, options, system=system)
+    service, folder = make_service(
+        settings, values, options, system=system, default_name=host_name()
+    )
+    if hidden := not_found_by(service, values):
+        typer.echo(f"note: {hidden}", err=True)
     if print_only:
         typer.echo(device_unit(service), nl=False)
         if service.secrets:
             names = ", ".join(surroundings(os.environ)[1])
             typer.echo(f"note: put {names} into {service.secrets}, for you alone", err=True)
         return
+    commands = install(service, folder)
     typer.echo("the unit is written; now:")
-    for line in install(service, folder):
+    for line in commands:
         typer.echo(f"  {line}")
 
 
