@@ -41,6 +41,11 @@ def profile(
         raise ConfigError(
             f"--root {root} is not a folder" if not profile_name else "name a profile or --root"
         )
+    if root and not (root / "proc").is_dir():
+        raise ConfigError(
+            f"--root {root}: there is no proc/ in it; name the folder in which a device's /proc, "
+            "/sys and /dev were recorded"
+        )
     found = load_profile(profile_name) if profile_name else measure_profile(root or Path("/"))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
@@ -205,16 +210,16 @@ def install_service(
     print_only: Annotated[bool, typer.Option("--print", help="Print the unit alone.")] = False,
 ) -> None:
     """Write a systemd unit that runs this device, and say how to start it."""
-    from click import Context
     from typer.main import get_command
 
-    from edge_client.install import install, make_service
+    from edge_client.install import install, make_service, not_found_by
     from edge_client.options import read_options
     from edge_client.surroundings import surroundings
     from edge_client.unit import device_unit
 
     command = get_command(app).commands["run"]  # type: ignore[attr-defined]
-    with command.make_context("edge-client run", context.args, parent=Context(command)) as parsed:
+    # By this command's name and not by `run`, for mistakes are told with it.
+    with command.make_context(context.info_name, context.args, parent=context.parent) as parsed:
         given = [
             name
             for name in parsed.params
@@ -223,15 +228,20 @@ def install_service(
     options = {parameter.name: parameter.opts[0] for parameter in command.params}
     settings = read_options(parsed.params, host_name())
     values = {name: parsed.params[name] for name in given}
-    service, folder = make_service(settings, values, options, system=system)
+    service, folder = make_service(
+        settings, values, options, system=system, default_name=host_name()
+    )
+    if hidden := not_found_by(service, values):
+        typer.echo(f"note: {hidden}", err=True)
     if print_only:
         typer.echo(device_unit(service), nl=False)
         if service.secrets:
             names = ", ".join(surroundings(os.environ)[1])
             typer.echo(f"note: put {names} into {service.secrets}, for you alone", err=True)
         return
+    commands = install(service, folder)
     typer.echo("the unit is written; now:")
-    for line in install(service, folder):
+    for line in commands:
         typer.echo(f"  {line}")
 
 
@@ -255,26 +265,20 @@ def doctor(
     from dataclasses import asdict
 
     from edge_client.calibrate import cache_folder
-    from edge_client.config import check_name
-    from edge_client.doctor import Patient
     from edge_client.doctor.broker import checks_at_broker
+    from edge_client.doctor.find import find_patient
     from edge_client.doctor.here import checks_here
-    from edge_client.membership import identity, state_folder
-    from edge_client.policy.owner import find_policy
 
-    check_name(name or host_name())
-    folder = state or state_folder(name, host_name())
-    device, address, tls = identity(folder, name=name, broker=broker, default_name=host_name())
-    patient = Patient(
-        name=device,
-        state=folder,
+    patient = find_patient(
+        name=name,
+        host_name=host_name(),
+        state=state,
+        broker=broker,
+        policy=policy,
         cache=cache or cache_folder(),
-        broker=address,
-        tls=tls,
         data=tuple(data or ()),
         model=model,
         memory_cap_mib=memory_cap_mib,
-        policy=find_policy(folder, policy),
     )
     checks = []
     for look in (checks_here, checks_at_broker):
@@ -297,8 +301,10 @@ def status(
     from datetime import datetime
 
     from edge_client.condition import in_words, read_condition
+    from edge_client.config import check_name
     from edge_client.membership import state_folder
 
+    check_name(name or host_name())
     folder = state or state_folder(name, host_name())
     condition = read_condition(folder, datetime.now())
     if as_json:

@@ -67,9 +67,8 @@ class Settings:
         Raises:
             ConfigError: a setting is out of bounds; says which, and what it may be.
         """
-        cap = self.memory_cap_mib
+        check_memory_cap(self.memory_cap_mib)
         bounds: list[tuple[str, bool, str]] = [
-            ("--memory-cap", cap is None or 1 <= cap <= 1e9, "from 1 to 1e9 MiB"),
             ("--memory-scale", 0 < self.memory_scale <= 1e9, "above 0, to 1e9"),
             ("--threads", 0 <= self.threads <= 1024, "from 1 to 1024, or 0: measured"),
             ("--seed", 0 <= self.seed < 1 << 48, "from 0 to below 2^48"),
@@ -100,6 +99,16 @@ def check_name(name: str) -> str:
     if not re.fullmatch(NAME, name):
         raise ConfigError(f"{name!r} can't be a device's name: use {NAMES}")
     return name
+
+
+def check_memory_cap(cap_mib: float | None) -> None:
+    """Refuse a cap that no training could keep.
+
+    Raises:
+        ConfigError: it is out of bounds, or no number.
+    """
+    if cap_mib is not None and not 1 <= cap_mib <= 1e9:
+        raise ConfigError("--memory-cap must be from 1 to 1e9 MiB")
 
 
 def check_cache(folder: Path) -> Path:

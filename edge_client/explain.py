@@ -54,11 +54,12 @@ def why(chosen: Plan, planning: Planning, every: Sequence[Plan]) -> str:
     like = [p for p in every if (p.rank, p.held) == (chosen.rank, chosen.held) and fits(p)]
     if len(like) > 1:
         parts.append(
-            f"of the {len(like)} ways to train that which fit it is the fastest by measurement "
+            f"{len(like)} plans of that rank fit (by rows at a time, number format and "
+            f"checkpointing), and this one is the fastest as measured "
             f"({chosen.predicted_tokens_s:.0f} tokens/s)"
         )
     else:
-        parts.append("no other way to train that fits")
+        parts.append("no other plan of that rank fits")
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 

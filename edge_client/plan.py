@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
+from math import ceil, inf
 from typing import Literal
 
 from edge_client.errors import NoPlanFits
@@ -195,7 +195,9 @@ def choose_plan(
         clearly = [plan for plan in fitting if plan.predicted_mib <= STEP_DOWN * below_mib]
         if fitting:
             return max(clearly or fitting, key=lambda plan: preference(plan, wanted.shared_rank))
-    raise NoPlanFits(_why_none(calibration, budget_mib, *least, below_mib))
+    needs_mib, above_mib = least
+    cap_mib = budget_mib + (needs_mib - above_mib) * memory_scale
+    raise NoPlanFits(_why_none(calibration, budget_mib, needs_mib, above_mib, cap_mib, below_mib))
 
 
 def fits(plan: Plan) -> bool:
@@ -345,9 +347,13 @@ def _why_none(
     total_mib: float,
     least_mib: float,
     budget_mib: float,
+    cap_mib: float,
     below_mib: float,
 ) -> str:
-    """Say why there is no plan; the smallest would take `least_mib` above the floor."""
+    """Say why there is no plan; the smallest would take `least_mib` above the floor.
+
+    `budget_mib` is there for it. It would fit a process that may take `cap_mib` in all.
+    """
     if not calibration.activations and not calibration.floor_mib:  # it was ended before
         return (
             f"the libraries alone take more than the {total_mib:.0f} MiB that there are; free "
@@ -368,8 +374,8 @@ def _why_none(
     there = f"{budget_mib:.0f} MiB there" if budget_mib > 0 else "nothing there"
     return (
         f"the smallest plan needs {least_mib:.0f} MiB above a floor of "
-        f"{calibration.floor_mib:.0f} MiB, this device has {there}; free memory, raise "
-        "--memory-cap if it is given, or take a smaller base model"
+        f"{calibration.floor_mib:.0f} MiB, this device has {there}; free memory, give "
+        f"--memory-cap {ceil(cap_mib)} at least if it is given, or take a smaller base model"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +23,7 @@ from edge_client.notify import notify
 FILE = "status.json"
 WRITTEN_EVERY_S = 5.0
 """Steps are written down as often at most: memory cards wear out."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _PARTS: Mapping[str, Mapping[str, type]] = {
     "job": {"name": str},
@@ -50,9 +52,9 @@ class Report:
     """Write down an agent's events in its state folder, and tell the service manager."""
 
     def __init__(self, state: Path, device: str) -> None:
-        this = psutil.Process()
+        pid = os.getpid()
         self._path = state / FILE
-        self._now: dict[str, Any] = {"device": device, "pid": this.pid, "began": this.create_time()}
+        self._now: dict[str, Any] = {"device": device, "pid": pid, "began": began(pid)}
         self._next = 0.0
 
     def take(self, event: Mapping[str, Any]) -> None:
@@ -95,9 +97,25 @@ def agent_runs(state: Path) -> bool:
 def is_running(told: Mapping[str, Any]) -> bool:
     """Say whether the process that wrote this down still is."""
     try:
-        return bool(psutil.Process(told["pid"]).create_time() == told["began"])
-    except (KeyError, TypeError, ValueError, OverflowError, psutil.Error):
+        return began(told["pid"]) == told["began"]
+    except (KeyError, TypeError, ValueError, OverflowError, OSError, psutil.Error):
         return False
+
+
+def began(pid: int) -> str | float:
+    """Return what tells a process from another that had its number, or will.
+
+    On Linux the boot and the clock ticks since then (proc(5)): the time of day at which a process
+    began moves when the clock is set, as it is on a board without a battery after each start.
+
+    Raises:
+        OSError, psutil.Error: there is no such process.
+    """
+    if not sys.platform.startswith("linux"):
+        return float(psutil.Process(pid).create_time())
+    stat = Path(f"/proc/{int(pid)}/stat").read_bytes()
+    ticks = stat.rpartition(b")")[2].split()[19]  # the 22nd; the name before may hold anything
+    return f"{BOOT.read_text().strip()}/{int(ticks)}"
 
 
 def read_told(state: Path) -> tuple[dict[str, Any], str]:

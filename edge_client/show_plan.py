@@ -16,7 +16,11 @@ from edge_client.errors import NoPlanFits
 from edge_client.explain import alternatives, on_accelerators, why
 from edge_client.plan import Backend, Plan, fits, sequence_lengths
 from edge_client.prepare import Planning, block_choices, planning, wanted_of
+from edge_client.saying import saying
 from protocol.messages import Job
+
+SILENT_S = 1.0
+"""What was measured before is there at once, and needs no word."""
 
 
 def show_plan(settings: Settings, job: Job, *, explain: bool, as_json: bool) -> None:
@@ -63,7 +67,10 @@ def _choose_with(
     refused: NoPlanFits | None = None
     first: Planning | None = None
     for blocks in block_choices(settings, job):
-        found = planning(settings, job, model, blocks, backend)
+        of = f"the last {blocks} blocks" if blocks else "the model"
+        what = f"measuring how this device trains {of} with {backend}: minutes the first time"
+        with saying(what, after_s=SILENT_S):
+            found = planning(settings, job, model, blocks, backend)
         first = first or found
         try:
             return found.best(), found, None
@@ -135,7 +142,8 @@ def _table(chosen: Plan | None, found: Planning, every: Sequence[Plan]) -> Table
     for heading in ("", "rank", "held", "rows", "length", "way", "MiB", "tokens/s", "fits"):
         right = heading not in ("", "way", "fits")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for plan in alternatives(chosen, every, found.wanted.shared_rank):
+    told = alternatives(chosen, every, found.wanted.shared_rank)
+    for plan in told:
         over_mib = plan.needs_mib - plan.budget_mib
         table.add_row(
             "→" if plan == chosen else "",
@@ -149,10 +157,13 @@ def _table(chosen: Plan | None, found: Planning, every: Sequence[Plan]) -> Table
             "yes" if fits(plan) else f"{max(1.0, over_mib):.0f} over",
             style="bold" if plan == chosen else None,
         )
-    table.caption = (
+    caption = (
         "rows: at a time × times a step; MiB: predicted, of the whole process; over: what is "
         "missing, with a headroom"
     )
+    if left := len(every) - len(told):
+        caption += f"; {left} more plans of this length are left out (--json has them all)"
+    table.caption = caption
     return table
 
 

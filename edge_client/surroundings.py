@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 FILE = "service.env"
-PATHS = ("HF_HOME", "HF_HUB_CACHE", "XDG_DATA_HOME", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-"""Where base models, the owner's policy and the certificates for downloads are."""
+CACHES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+"""Where base models are, which may be fetched there."""
+PATHS = (*CACHES, "XDG_DATA_HOME", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+"""These, and where the owner's policy and the certificates for downloads are."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 """In small letters or capitals."""
 OTHERS = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TZ")

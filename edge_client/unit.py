@@ -7,7 +7,7 @@ works by system call filters and cgroups alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from edge_client.policy.owner import Policy
 from protocol.systemd import ADDRESS_FAMILIES, SANDBOX, SYSTEM_CALLS, argument, quoted
 
 NAME = "tunefleet-device.service"
+TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
+"""Of these a service of the system has its own, which are empty: PrivateTmp."""
 AGENT_MIB = 384
 """What the agent takes beside its training process, with room for adapters on their way."""
 NICE, CPU_WEIGHT = 10, 20
@@ -53,6 +55,8 @@ class Service:
     """Variables that it is to have, and anybody on this computer may read."""
     secrets: Path | None = None
     """File of the variables that nobody else may read; None: there are none."""
+    name: str = NAME
+    """What its unit is called: a second device of this computer needs another."""
 
 
 def device_unit(service: Service) -> str:
@@ -91,6 +95,13 @@ CPUWeight={policy.cpu_weight or CPU_WEIGHT}
 [Install]
 WantedBy={"multi-user.target" if system else "default.target"}
 """
+
+
+def hidden_folder(service: Service, paths: Iterable[Path]) -> Path | None:
+    """Return the first of the paths that the service would not find; None: it finds them all."""
+    if not service.user:
+        return None
+    return next((p for p in paths if any(p.resolve().is_relative_to(t) for t in TEMPORARY)), None)
 
 
 def _environment(service: Service) -> str:

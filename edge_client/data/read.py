@@ -22,7 +22,7 @@ from edge_client.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Name a row that was left out: its file, its line from 1, and why."""
+    """Name a row that was left out: its file, its line from 1 (0: all of the file), and why."""
 
     file: Path
     line: int
@@ -30,12 +30,13 @@ class Problem:
 
     def __str__(self) -> str:
         """Return it as a person reads it, say "notes.jsonl:3: 'text' is empty"."""
-        return f"{self.file}:{self.line}: {self.why}"
+        place = f"{self.file}:{self.line}" if self.line else f"{self.file}"
+        return f"{place}: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Hold the examples that were read and the rows that were left out."""
+    """Hold the examples that were read, and the rows and files that were left out."""
 
     examples: list[Example]
     problems: list[Problem]
@@ -45,14 +46,15 @@ def read_examples(paths: Sequence[Path], progress: Callable[[], object] = lambda
     """Read the files named, and those in the folders named, each once.
 
     A folder is read with its subfolders, in the order of the names; hidden files, and files of a
-    kind that isn't read, are passed over in it. `progress` is called after each file.
+    kind that isn't read, are passed over in it. A file that this user may not read, or that has
+    gone since its folder was looked into, is left out. `progress` is called after each file.
 
     Raises:
-        DataError: a path is missing or unreadable, a file named is of a kind that isn't read,
-            pyarrow is wanting for a .parquet file, or there is no example in any of them.
+        DataError: a path is missing, a file named is of a kind that isn't read, pyarrow is wanting
+            for a .parquet file, or there is no example in any of them.
     """
     reading = Reading([], [])
-    for file in _files(paths):
+    for file in _files(paths, reading.problems):
         try:
             for found in _READERS[file.suffix.lower()](file):
                 if isinstance(found, Example):
@@ -60,7 +62,7 @@ def read_examples(paths: Sequence[Path], progress: Callable[[], object] = lambda
                 else:
                     reading.problems.append(found)
         except OSError as error:
-            raise _unreadable(file, error) from error
+            reading.problems.append(_unreadable(file, error))
         progress()
     if not reading.examples:
         raise DataError(_nothing_in(paths, reading.problems))
@@ -71,17 +73,20 @@ def check_paths(paths: Sequence[Path]) -> None:
     """Look whether there is something to read at all, without reading it.
 
     Raises:
-        DataError: a path is missing or unreadable, a file named is of a kind that isn't read, or
-            there is no file, or no byte in any.
+        DataError: a path is missing, a file named is of a kind that isn't read, or there is no
+            file that can be read, or no byte in any.
     """
-    sizes = []
-    for file in _files(paths):
+    sizes: list[int] = []
+    problems: list[Problem] = []
+    for file in _files(paths, problems):
         try:
             with file.open("rb") as stream:
                 sizes.append(len(stream.read(1)))
         except OSError as error:
-            raise _unreadable(file, error) from error
+            problems.append(_unreadable(file, error))
     if not any(sizes):
+        if problems:
+            raise DataError(_nothing_in(paths, problems))
         where = ", ".join(map(str, paths))
         bad = "each of its files is empty" if sizes else "no file of a kind that is read"
         raise DataError(f"nothing to learn from in {where} ({bad}); what is read: {ACCEPTED}")
@@ -93,31 +98,34 @@ def _nothing_in(paths: Sequence[Path], problems: Sequence[Problem]) -> str:
     bad = "no rows at all"
     if problems:
         first = f"the first {problems[0]}" if len(problems) > 1 else f"{problems[0]}"
-        bad = f"{counted(len(problems), 'bad row')}, {first}"
+        files = sum(problem.line == 0 for problem in problems)
+        kinds = {"bad row": len(problems) - files, "unreadable path": files}
+        bad = " and ".join(counted(number, kind) for kind, number in kinds.items() if number)
+        bad = f"{bad}, {first}"
     return f"nothing to learn from in {where} ({bad}); what is read: {ACCEPTED}"
 
 
-def _unreadable(path: Path | str, error: OSError) -> DataError:
+def _unreadable(path: Path | str, error: OSError) -> Problem:
     why = error.strerror or error
-    return DataError(f"cannot read {path} ({why}); check the path and its permissions")
+    return Problem(Path(path), 0, f"cannot read it ({why}); check its permissions")
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files to read, each once though two paths lead to it."""
+def _files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
+    """Return the files to read, each once though two paths lead to it; name what can't be seen."""
     files: dict[Path, Path] = {}
     for path in paths:
         try:
-            for file in _files_at(path):
+            for file in _files_at(path, problems):
                 files.setdefault(file.resolve(), file)
         except OSError as error:  # a folder on the way that this user may not look into
-            raise _unreadable(error.filename or path, error) from error
+            problems.append(_unreadable(error.filename or path, error))
     return list(files.values())
 
 
-def _files_at(path: Path) -> list[Path]:
+def _files_at(path: Path, problems: list[Problem]) -> list[Path]:
     """Return the file that a path is, or those below it."""
     if path.is_dir():
-        return _files_below(path)
+        return _files_below(path, problems)
     if not path.exists():
         raise DataError(f"there is no file or folder {path}; check the path")
     if path.suffix.lower() not in _READERS:
@@ -126,17 +134,26 @@ def _files_at(path: Path) -> list[Path]:
     return [path]
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path, problems: list[Problem]) -> list[Path]:
     """Return the readable kinds of file in a folder and its subfolders, in order of name."""
 
-    def refuse(error: OSError) -> None:
-        raise _unreadable(error.filename, error) from error
+    def leave_out(error: OSError) -> None:
+        problems.append(_unreadable(error.filename, error))
 
     files = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(f for f in files if f.suffix.lower() in _READERS and f.is_file())
+    for root, folders, names in os.walk(folder, onerror=leave_out):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        files += [Path(root, each) for each in names if not each.startswith(".")]
+    return sorted(f for f in files if f.suffix.lower() in _READERS and _is_file(f, problems))
+
+
+def _is_file(path: Path, problems: list[Problem]) -> bool:
+    """Say whether something in a folder is a file, or a link to one."""
+    try:
+        return path.is_file()
+    except OSError as error:  # a link to where this user may not look
+        problems.append(_unreadable(path, error))
+        return False
 
 
 def _from_row(row: object, file: Path, line: int) -> Example | Problem:

@@ -79,12 +79,13 @@ def split_examples(
 
 
 def _left_out(problems: Sequence[Problem]) -> str:
-    """Return how many rows were left out and why the first was; nothing if none was."""
+    """Return how many rows and files were left out and why the first was; nothing if none was."""
     if not problems:
         return ""
     if len(problems) == 1:
-        return f"; 1 row was left out: {problems[0]}"
-    return f"; {len(problems)} rows were left out, the first: {problems[0]}"
+        return f"; 1 {'row' if problems[0].line else 'file'} was left out: {problems[0]}"
+    noun = "rows" if all(problem.line for problem in problems) else "rows and files"
+    return f"; {len(problems)} {noun} were left out, the first: {problems[0]}"
 
 
 def _nearest(ends: Sequence[int], wanted: float, cuts: range) -> int:

@@ -1,6 +1,7 @@
 """`edge-client doctor`: whether a device has all it needs, and what to do where it has not.
 
-here.py    this computer: clock, certificate, disk, memory, data, packages, policy
+find.py    the device as `run` would find it, as far as its files can be read
+here.py    this computer: clock, certificate, keys, disk, memory, data, packages, policy
 broker.py  the broker: is it there, does it let this device in, what does it take
 """
 
@@ -44,3 +45,7 @@ class Patient:
     model: str
     memory_cap_mib: float | None
     policy: Policy
+    bad_membership: str = ""
+    """Why it is not known which fleet it has joined; empty: it is, or it has joined none."""
+    bad_policy: str = ""
+    """Why the owner's policy is not known."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from edge_client.doctor import Check, Patient
 from edge_client.errors import StorageError
 from edge_client.report import agent_runs
+from edge_client.saying import saying
 from protocol import topics
 from protocol.chunks import CHUNK_BYTES
 from protocol.errors import BrokerUnreachable, DeliveryRefused, TransportError
@@ -35,6 +32,8 @@ def checks_at_broker(patient: Patient) -> list[Check]:
     A broker that takes the name from the certificate knows one connection of it: while the agent
     runs nothing is tried, for that would put it off.
     """
+    if patient.bad_membership:
+        return [Check("broker", "warn", "not tried: who this device is there is not known")]
     try:
         if patient.tls is not None and agent_runs(patient.state):
             said = "not tried while the agent runs: see edge-client status"
@@ -46,7 +45,8 @@ def checks_at_broker(patient: Patient) -> list[Check]:
             temporary=patient.tls is None,
         )
         until = time.monotonic() + ANSWER_S
-        with saying(f"waiting for an answer of {patient.broker}, {ANSWER_S:.0f} s at most"):
+        what = f"waiting for an answer of {patient.broker}, {ANSWER_S:.0f} s at most"
+        with saying(what, after_s=SILENT_S):
             link.connect(TIMEOUT_S, stopping=lambda: time.monotonic() > until)
     except BrokerUnreachable as error:
         silent = "no answer" in error.why
@@ -62,18 +62,6 @@ def checks_at_broker(patient: Patient) -> list[Check]:
         return [Check("broker", "fail", str(error), "look at the broker's log")]
     finally:
         link.close()
-
-
-@contextmanager
-def saying(what: str) -> Iterator[None]:
-    """Say on stderr what the block waits for, if it takes long."""
-    timer = threading.Timer(SILENT_S, lambda: print(f"{what} …", file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def rights(link: MqttTransport, patient: Patient) -> Check:

@@ -28,9 +28,11 @@ from edge_client.profile import measure_profile
 from edge_client.report import read_told
 from edge_client.trust import trusted_key
 from protocol.enrolment import PATH_CA
-from protocol.errors import TransportError, TunefleetError
+from protocol.errors import StateError, TransportError, TunefleetError
+from protocol.signing import SigningKey
 from protocol.tls import TlsFiles, check_validity
 
+KEY = "device.key"
 YEARS = (2025, 2100)
 APART = timedelta(minutes=2)
 """By more than this two clocks show different times."""
@@ -47,7 +49,9 @@ BYTES_PER_MIB = 2**20
 
 def checks_here(patient: Patient) -> Iterator[Check]:
     """Look at this computer; each check comes when it is done, for some take their time."""
-    looks: list[Callable[[Patient], Check]] = [clock, certificate, aggregator, disk, memory]
+    if patient.bad_membership:
+        yield Check("fleet", "fail", patient.bad_membership)
+    looks: list[Callable[[Patient], Check]] = [clock, certificate, aggregator, key, disk, memory]
     for look_at in looks:
         yield look_at(patient)
     yield packages()
@@ -102,6 +106,21 @@ def aggregator(patient: Patient) -> Check:
     if key is None:
         return Check("trust", "ok", "no aggregator yet: the first that is heard is believed")
     return Check("trust", "ok", f"the aggregator with the key {key[:12]}…")
+
+
+def key(patient: Patient) -> Check:
+    """See whether the key that its messages are signed with is there, and is one."""
+    path = patient.state / KEY
+    try:
+        if path.exists():
+            SigningKey.load(path)
+            return Check("key", "ok", f"{KEY} is a key")
+    except (StateError, OSError) as error:
+        return Check("key", "fail", str(error))
+    if patient.tls is None:
+        return Check("key", "ok", "none yet: it is made at the first start")
+    remedy = "bring it back from a backup, or join again with a new token"
+    return Check("key", "fail", f"{path}, which the fleet knows this device by, is gone", remedy)
 
 
 def disk(patient: Patient) -> Check:
@@ -196,6 +215,8 @@ def data(patient: Patient) -> Check:
 
 def policy(patient: Patient) -> Check:
     """Say whether the owner lets it train and transfer at this moment."""
+    if patient.bad_policy:
+        return Check("policy", "fail", patient.bad_policy)
     now = datetime.now()
     try:
         totals = look(patient.state, now.date().isoformat())
@@ -215,7 +236,7 @@ def policy(patient: Patient) -> Check:
 def _fleet_time(patient: Patient) -> datetime | None:
     """Ask the aggregator's enrolment, at its usual port, what time it is; None: no answer."""
     tls: TlsFiles | None = patient.tls
-    if tls is None:
+    if tls is None or patient.bad_membership:  # where it is isn't known
         return None
     try:
         link = http.client.HTTPSConnection(

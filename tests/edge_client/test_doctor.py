@@ -20,9 +20,12 @@ from edge_client.doctor import Patient
 from edge_client.doctor import broker as asking
 from edge_client.doctor import here as looking
 from edge_client.doctor.broker import checks_at_broker
+from edge_client.doctor.find import find_patient
 from edge_client.doctor.here import certificate, clock, data, disk, memory
+from edge_client.errors import ConfigError
 from edge_client.membership import identity, tls_files
 from edge_client.policy.owner import Policy
+from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress
 from tests.security.fleet import LEAVES_SOCKET, running_fleet
 
@@ -66,7 +69,7 @@ def test_the_command_on_a_device_that_is_well_but_for_its_policy(
     found = {check["name"]: check for check in json.loads(ended.stdout)}
     assert ended.returncode == 0
     assert list(found) == [
-        "clock", "TLS", "trust", "disk", "memory", "packages", "onnx", "data", "policy",
+        "clock", "TLS", "trust", "key", "disk", "memory", "packages", "onnx", "data", "policy",
         "broker", "rights", "limits",
     ]  # fmt: skip
     assert "outside the owner's hours" in found["policy"]["found"]
@@ -115,9 +118,9 @@ def test_checks_are_shown_as_they_are_made_the_broker_last(tmp_path: Path) -> No
         ]  # fmt: skip
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
             assert running.stdout is not None
-            lines = [running.stdout.readline() for _ in range(9)]
+            lines = [running.stdout.readline() for _ in range(10)]
             running.kill()
-    assert lines[0].startswith("ok    clock") and "policy" in lines[8]
+    assert lines[0].startswith("ok    clock") and "policy" in lines[9]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,57 @@ def test_a_policy_that_hardly_ever_lets_it_train_is_said(
     assert found.level == "warn" and f"hardly ever train so ({name} = " in found.remedy
     usual = Policy(minutes_a_day=240.0, mib_a_day=100.0, idle_below=0.9, temperature_below=110.0)
     assert "hardly" not in looking.policy(patient(tmp_path, policy=usual)).remedy
+
+
+def find(state: Path, **options: Any) -> Patient:
+    given: dict[str, Any] = {
+        "name": "", "host_name": "kitchen", "state": state, "broker": "", "policy": None,
+        "cache": state / "cache", "data": (), "model": "", "memory_cap_mib": None,
+    }  # fmt: skip
+    return find_patient(**{**given, **options})
+
+
+def test_a_wrong_policy_and_a_damaged_membership_are_findings_among_others(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("minutes_a_day = 'many'")
+    (tmp_path / "fleet.json").write_text('{"device": "kit')
+    (tmp_path / "device.key").write_bytes(b"xy")
+    command = [sys.executable, "-m", "edge_client", "doctor", "--state", str(tmp_path), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    found = {check["name"]: check for check in json.loads(ended.stdout)}
+    assert list(found) == [
+        "fleet", "clock", "TLS", "trust", "key", "disk", "memory", "packages", "onnx", "data",
+        "policy", "broker",
+    ]  # fmt: skip
+    said = {name: check["found"] for name, check in found.items() if check["level"] == "fail"}
+    assert "fleet.json is damaged" in said["fleet"] and "minutes_a_day" in said["policy"]
+    assert "holds no key (32 bytes)" in said["key"]
+    assert found["broker"]["level"] == "warn" and "not tried" in found["broker"]["found"]
+
+
+def test_a_broker_in_fleet_json_that_is_none_and_joining_not_finished(tmp_path: Path) -> None:
+    (tmp_path / "fleet.json").write_text('{"device": "kitchen", "broker": "ftp://x"}')
+    assert "ftp://x" in find(tmp_path).bad_membership
+    (tmp_path / "fleet.json").unlink()
+    (tmp_path / "tls.key").touch()
+    begun = find(tmp_path)
+    assert "has not finished" in begun.bad_membership
+    assert certificate(begun).level == "fail"
+
+
+def test_the_key_of_a_device(tmp_path: Path) -> None:
+    device = patient(tmp_path)
+    assert looking.key(device).level == "ok" and "none yet" in looking.key(device).found
+    lost = patient(tmp_path, tls=tls_files(device.state))
+    assert looking.key(lost).level == "fail" and "join again" in looking.key(lost).remedy
+    SigningKey.load_or_create(device.state / "device.key")
+    assert looking.key(lost).level == "ok"
+
+
+@pytest.mark.parametrize("cap", [float("nan"), -5.0, 0.0])
+def test_a_cap_that_run_refuses_is_refused(tmp_path: Path, cap: float) -> None:
+    with pytest.raises(ConfigError, match="--memory-cap must be from 1"):
+        find(tmp_path, memory_cap_mib=cap)
 
 
 @LEAVES_SOCKET

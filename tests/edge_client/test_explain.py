@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from device_profiles.schema import Accelerator, load_profile
+from edge_client import show_plan
 from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.explain import alternatives, on_accelerators, why
 from edge_client.plan import Wanted, fits
@@ -44,7 +47,7 @@ def test_the_chosen_one_leads_what_is_shown_and_what_does_not_fit_ends_it(budget
     [
         (660, "so they are cut to"),
         (676, "of the shared adapter's 64 directions can be held, and rank"),
-        (10_000, "the largest rank of the job (64) fits; of the 30 ways"),
+        (10_000, "the largest rank of the job (64) fits; 30 plans of that rank fit (by"),
     ],
 )
 def test_one_sentence_says_why(budget: float, said: str) -> None:
@@ -82,6 +85,8 @@ def test_all_that_is_printed_is_readable_at_80_columns(
     assert "…" not in printed
     assert "→" in printed
     assert "exported model" in printed
+    left = len(every) - len(alternatives(best, every, 64))
+    assert f"{left} more plans of this length are left out" in " ".join(printed.split())
 
 
 def test_the_json_has_every_plan_and_what_each_accelerator_is_for() -> None:
@@ -148,3 +153,20 @@ def test_no_plan_at_all_is_said_in_one_line() -> None:
     with pytest.raises(NoPlanFits) as caught:
         planned(500).best()
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_measured_for_long_is_said_beside_what_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(*_: object) -> Planning:
+        time.sleep(0.5)
+        return planned(4000)
+
+    monkeypatch.setattr(show_plan, "planning", slow)
+    monkeypatch.setattr(show_plan, "block_choices", lambda *_: [0])
+    monkeypatch.setattr(show_plan, "SILENT_S", 0.05)
+    nothing: Any = None
+    assert show_plan._choose_with(nothing, nothing, Path(), "torch")[0] is not None
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "measuring how this device trains the model with torch: minutes" in printed.err

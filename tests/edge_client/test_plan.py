@@ -214,6 +214,23 @@ def test_nothing_fits_says_what_would_and_what_to_do() -> None:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_cap_that_is_named_is_the_least_that_does(scale: float) -> None:
+    wanted = Wanted(SHAPES, LADDER, 64, TRAINING)
+
+    def plan(budget_mib: float) -> Plan:
+        return choose_plan(
+            wanted, CALIBRATION, budget_mib=budget_mib, threads=4, memory_scale=scale
+        )
+
+    with pytest.raises(NoPlanFits) as caught:
+        plan(5)
+    cap = int(str(caught.value).split("--memory-cap ")[1].split()[0])
+    assert plan(cap)
+    with pytest.raises(NoPlanFits):
+        plan(cap - 1)
+
+
 @given(budgets, st.floats(1, 100))
 def test_a_scaled_budget_divides_only_what_depends_on_the_model(
     budget: float, scale: float
@@ -269,7 +286,7 @@ def test_memory_budget_table(
 
 
 def test_a_cap_below_the_floor_is_said_without_negative_sizes() -> None:
-    with pytest.raises(NoPlanFits, match=r"this device has nothing there; .*raise --memory-cap"):
+    with pytest.raises(NoPlanFits, match=r"this device has nothing there; .*give --memory-cap"):
         choose(100)
 
 

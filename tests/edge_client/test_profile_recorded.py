@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_client import cli
+from edge_client.errors import ConfigError
 from edge_client.profile import measure_profile, native_bf16
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -77,3 +79,9 @@ def test_recorded_cores(
     profile = measure_profile(tmp_path)
     assert {group.kind: group.count for group in profile.cores} == cores
     assert profile.architecture == architecture
+
+
+def test_a_folder_without_a_recorded_proc_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sys").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no proc/ in it; name the folder"):
+        cli.profile(root=tmp_path)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from edge_client import install as installing
 from edge_client import notify as notifying
+from edge_client.errors import ConfigError
 from edge_client.notify import alive, notify
 from edge_client.policy.owner import Policy
 from edge_client.unit import NAME, Service, device_unit
@@ -27,6 +29,7 @@ def edge_client(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HF_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     folder = tmp_path / "my $notes of 100%"
@@ -126,6 +129,65 @@ def test_print_writes_nothing_and_mistakes_come_now(home: Path) -> None:
     assert "there is no file or folder" in nowhere.stderr
     unknown = edge_client("install-service", "--data", data, "--colour", "red")
     assert unknown.returncode == 2 and "No such option: --colour" in unknown.stderr
+    assert "install-service [OPTIONS]" in unknown.stderr and "run [OPTIONS]" not in unknown.stderr
+
+
+def test_a_second_device_leaves_the_firsts_unit_as_it_is(home: Path) -> None:
+    units = home / "XDG_CONFIG_HOME" / "systemd" / "user"
+    install = ("install-service", "--data", home / "my $notes of 100%")
+    assert edge_client(*install, "--threads", 2).returncode == 0
+    first = (units / NAME).read_text()
+    refused = edge_client(*install, "--state", home / "other")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert f"is the unit of the device with its state in {home}" in refused.stderr
+    assert "--name" in refused.stderr and (units / NAME).read_text() == first
+    second = edge_client(*install, "--name", "second", "--state", home / "other")
+    assert "enable --now tunefleet-device-second.service" in second.stdout
+    assert str(home / "other") in (units / "tunefleet-device-second.service").read_text()
+    assert (units / NAME).read_text() == first
+    assert edge_client(*install).returncode == 0, "its own it may change"
+    assert (units / NAME).read_text() != first and not list(units.glob("*.tmp"))
+
+
+def test_a_system_unit_of_another_device_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installing, "SYSTEM_UNITS", tmp_path)
+    for state in (tmp_path / "first", tmp_path / "second"):
+        service = Service(
+            ["run", "--state", str(state)], [state, tmp_path / "cache"], Policy(), None, user="me"
+        )
+        if state.name == "second":
+            with pytest.raises(ConfigError, match=r"with its state in .*first; give this"):
+                installing.install(service, state)
+            assert not state.exists()
+        else:
+            installing.install(service, state)
+            shutil.copy(state / NAME, tmp_path / NAME)
+
+
+def test_a_system_service_may_write_where_models_are_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
+    data = home / "my $notes of 100%"
+    printed = edge_client("install-service", "--system", "--print", "--data", data)
+    (writes,) = (w for w in printed.stdout.splitlines() if w.startswith("ReadWritePaths="))
+    for name, folder in (
+        ("HF_HUB_CACHE", "hub"), ("HF_HOME", "HF_HOME"), ("XDG_CACHE_HOME", "XDG_CACHE_HOME")
+    ):  # fmt: skip
+        assert f'Environment="{name}={home / folder}"' in printed.stdout
+        assert f'"{home / folder}"' in writes
+
+
+def test_what_private_tmp_hides_is_said(tmp_path: Path) -> None:
+    shown, hidden = Path("/srv/notes"), Path("/var/tmp/../tmp/notes")
+    for user, data, said in (("me", shown, ""), ("me", hidden, "PrivateTmp"), ("", hidden, "")):
+        service = Service(["run"], [Path("/srv/state")], Policy(), None, user=user)
+        found = installing.not_found_by(service, {"data": [shown, data], "threads": 2})
+        assert said in found and bool(found) == bool(said)
+    state = Service(["run"], [Path("/tmp/state")], Policy(), None, user="me")
+    assert installing.not_found_by(state, {}).startswith("/tmp/state is below")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from edge_client import cli
 from edge_client.condition import UNTOLD, in_words, read_condition
 from edge_client.errors import ConfigError, StorageError
 from edge_client.outbox import Outbox
-from edge_client.report import FILE, Report
+from edge_client.report import FILE, Report, agent_runs
 from edge_client.taking_part import telling_failure
 from protocol.broker import free_port
 from protocol.cli import Interrupted
@@ -103,6 +105,21 @@ def test_an_outbox_that_is_gone_or_empty(state: Path) -> None:
     assert "0 counted, 0 on their way" in told(state, PLAN)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time of day is all there is")
+def test_an_agent_lives_on_when_the_clock_is_set(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(state, {"event": "state", "state": "training"})
+    when = psutil.Process().create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: when + 3600.0)
+    assert read_condition(state, datetime.now()).running and agent_runs(state)
+    fields = json.loads((state / FILE).read_text())
+    boot, _, ticks = fields["began"].partition("/")
+    for other in (f"{boot}/{int(ticks) + 1}", f"{boot[::-1]}/{ticks}"):
+        (state / FILE).write_text(json.dumps({**fields, "began": other}))
+        assert not agent_runs(state), "another process by its number, or before the last start"
+
+
 def test_why_the_last_agent_has_ended_is_kept(state: Path) -> None:
     told(state, {"event": "state", "state": "training"})
     fields = json.loads((state / FILE).read_text())
@@ -145,3 +162,9 @@ def test_an_agent_that_has_ended_says_why(tmp_path: Path, how: str) -> None:
     assert condition.ended.startswith(why)
     assert ('"ended"' in said) == (how != "SIGKILL")
     assert not condition.running
+
+
+@pytest.mark.parametrize("name", ["X Y", "../../etc"])
+def test_a_name_that_is_none_is_refused_as_run_does(name: str) -> None:
+    with pytest.raises(ConfigError, match="can't be a device's name"):
+        cli.status(name=name)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -239,13 +240,15 @@ def test_a_glance_tells_whether_there_is_something_to_read(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may read every file")
-def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
+def test_nothing_but_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     written(tmp_path / "a.txt", "x").chmod(0)
     with pytest.raises(DataError, match="cannot read"):
         read_examples([tmp_path])
 
 
-def test_a_disk_error_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_a_disk_error_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(self: Path) -> bytes:
         raise OSError(5, "Input/output error")
 
@@ -253,6 +256,41 @@ def test_a_disk_error_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(DataError, match="Input/output error"):
         read_examples([tmp_path])
+
+
+def test_what_goes_while_a_folder_is_read_is_left_out_and_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt", "d.jsonl"):
+        written(tmp_path / name, '{"text": "one"}')
+    reading = read_examples([tmp_path], lambda: (tmp_path / "b.txt").unlink(missing_ok=True))
+    assert [example.source.name for example in reading.examples] == ["a.txt", "c.txt", "d.jsonl"]
+    (problem,) = reading.problems
+    assert str(problem).startswith(f"{tmp_path / 'b.txt'}: cannot read it (No such file")
+
+
+def test_what_this_user_may_not_read_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "theirs.txt", "x")
+    written(tmp_path / "more" / "mine.txt", "y")
+    open_file = Path.open
+
+    def refuse(path: Path, *more: Any, **named: Any) -> Any:
+        if path.name == "theirs.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, *more, **named)
+
+    def read_bytes(path: Path) -> bytes:
+        with refuse(path, "rb") as file:
+            return bytes(file.read())
+
+    monkeypatch.setattr(Path, "open", refuse)  # root, who may run this, may read all
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    for look in (check_paths, read_examples):
+        with pytest.raises(DataError, match=r"1 unreadable path, .*theirs\.txt: .* denied"):
+            look([tmp_path / "theirs.txt"])
+    check_paths([tmp_path])
+    reading = read_examples([tmp_path])
+    assert (texts(reading), places(reading)) == (["y"], [("theirs.txt", 0)])
 
 
 @SHARED_FOLDER
