@@ -18,6 +18,7 @@ from edge_client.model import find_model, model_hash
 from edge_client.ort.artifact import check_artifact
 from edge_client.ort.runtime import missing_training
 from edge_client.plan import Backend, Plan, preference
+from protocol.extras import how_to_install
 from protocol.messages import Job
 
 _NO_SET = (
@@ -72,7 +73,7 @@ def check_export() -> None:
     """
     missing = [name for name in (*TORCH_PACKAGES, "onnx") if not find_spec(name)]
     if missing:
-        raise ConfigError(f"exporting needs {', '.join(missing)}: pip install 'tunefleet[export]'")
+        raise ConfigError(f"exporting needs {', '.join(missing)}; {how_to_install('export')}")
     if why := missing_training():
         raise ConfigError(f"exporting needs ONNX Runtime's build for training: {why}")
 
@@ -86,8 +87,8 @@ def check_exporting(kind: str) -> None:
     needed = TORCH_PACKAGES if kind == "merged" else (*TORCH_PACKAGES, *ONNX_EXPORT_PACKAGES)
     if missing := [name for name in needed if not _is_there(name)]:
         raise ConfigError(
-            f"exporting with --format {kind} needs {', '.join(missing)}: pip install "
-            "'tunefleet[export]'"
+            f"exporting with --format {kind} needs {', '.join(missing)}; "
+            f"{how_to_install('export')}"
         )
 
 
@@ -179,7 +180,7 @@ def missing_torch(what: str = "training") -> str:
     missing = [name for name in TORCH_PACKAGES if not find_spec(name)]
     if not missing:
         return ""
-    return f"{what} with torch needs {', '.join(missing)}: pip install 'tunefleet[edge]'"
+    return f"{what} with torch needs {', '.join(missing)}; {how_to_install('edge')}"
 
 
 def _missing_onnx(folder: Path | None) -> str:
