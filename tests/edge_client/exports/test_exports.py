@@ -123,6 +123,17 @@ def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_an_export_into_the_folder_one_is_in_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write_export(find_adapter(NONE, state()), "", out, "merged")
+    monkeypatch.chdir(out)
+    write_export(find_adapter(GLOBAL, state()), "", Path(), "merged")
+    assert check_export(out).adapter == GLOBAL
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None:
     kept = find_adapter(PERSONAL, state())
     with pytest.raises(ModelError, match="is not the base 'base-tiny' of the adapter"):
