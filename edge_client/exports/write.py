@@ -31,12 +31,12 @@ def write_export(kept: Kept, model: str, out: Path, kind: Kind) -> Export:
     """
     base = find_base(kept, model)
     with put_whole(out, "an export", lambda folder: (folder / MANIFEST).is_file(), "OUT") as whole:
-        export = _write(kept, base, whole, kind)
+        export = _write(kept, model or kept.base, base, whole, kind)
         (whole / MANIFEST).write_text(export.model_dump_json(indent=1))
     return export
 
 
-def _write(kept: Kept, base: Path, whole: Path, kind: Kind) -> Export:
+def _write(kept: Kept, model: str, base: Path, whole: Path, kind: Kind) -> Export:
     """Write all files but the manifest into `whole`, and return that."""
     merged = whole if kind == "merged" else whole.with_name("merged")
     written = write_merged(base, kept.folder, merged)
@@ -49,7 +49,7 @@ def _write(kept: Kept, base: Path, whole: Path, kind: Kind) -> Export:
         _write_onnx(merged, whole, kind)
     return Export(
         kind=kind,
-        base=BASE_TINY if kept.base == BASE_TINY else base.name,
+        base=BASE_TINY if BASE_TINY in (model, kept.folder and kept.base) else base.name,
         base_sha256=model_hash(base),
         adapter=kept.name,
         adapter_sha256=kept.sha256,
