@@ -94,7 +94,7 @@ def _tidy(out: Path) -> None:
             continue
         try:
             lock = _lock(left)
-        except BlockingIOError:  # another one is at work
+        except OSError:  # another one is at work, or it is another user's
             continue
         try:
             if (left / OLD).is_dir() and not out.exists():
@@ -112,7 +112,7 @@ def _lock(folder: Path) -> int:
     """Lock a folder for as long as this process lives and the descriptor that it returns is open.
 
     Raises:
-        BlockingIOError: another has locked it.
+        OSError: another has locked it, or it is not this user's.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
