@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protocol.cli import run_command
+from protocol.extras import how_to_install
 from protocol.link import in_url
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ def _open_fleet(
         return fleet
     if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
         raise ConfigError(
-            "enrolment needs the extra: pip install 'tunefleet[aggregator]'; or serve without it: "
+            f"enrolment needs an extra; {how_to_install('aggregator')}; or serve without it: "
             "--enroll-port 0"
         )
     from aggregator.enrol.server import EnrolmentServer
@@ -326,7 +327,7 @@ def _embedded(stack: ExitStack, port: int) -> BrokerAddress:
 
     if importlib.util.find_spec("amqtt") is None:
         raise ConfigError(
-            "the embedded broker needs the extra: pip install 'tunefleet[aggregator]'; or name a "
+            f"the embedded broker needs an extra; {how_to_install('aggregator')}; or name a "
             "broker with --broker"
         )
     from protocol.broker import EmbeddedBroker

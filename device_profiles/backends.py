@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
-from device_profiles.errors import ReplayError
+from device_profiles.errors import TooLarge
 from device_profiles.fleet import Fleet, FleetDevice
 
 Ask = Callable[[list[str]], str]
@@ -53,12 +53,15 @@ def mixed(fleet: Fleet, job: Path, scale: float, onnx: Path | None, ask: Ask) ->
     """Return the fleet with both backends; planning says whether onnx fits a device.
 
     `job` is the file of the fleet's job.
+
+    Raises:
+        ReplayError: planning failed for another reason.
     """
 
     def fits(device: FleetDevice) -> bool:
         try:
             ask(["plan", "--job", str(job), *plan_arguments(device, scale, onnx)])
-        except ReplayError:
+        except TooLarge:
             return False
         return True
 

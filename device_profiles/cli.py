@@ -70,9 +70,9 @@ WithBackend = Annotated[
     Backend | None,
     typer.Option(
         "--backend",
-        help="What devices train with (default: what the fleet says, else torch); mixed: half "
-        "with ONNX Runtime, from the least memory that it fits; auto: what fits best and is "
-        "fastest.",
+        help="What devices train with (default: what the fleet says, else torch); mixed: up to "
+        "half with ONNX Runtime, the smallest where a plan with it fits; auto: what fits best and "
+        "is fastest.",
     ),
 ]
 AsJson = Annotated[

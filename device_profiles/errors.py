@@ -29,3 +29,7 @@ class FleetError(TunefleetError):
 
 class ReplayError(TunefleetError):
     """A replay could not be carried out: a process failed, or a folder can't be written."""
+
+
+class TooLarge(ReplayError):
+    """No plan fits a device."""

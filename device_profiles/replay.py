@@ -21,12 +21,13 @@ from aggregator.config import check_settings
 from aggregator.errors import JobInUse
 from aggregator.withdraw import withdraw
 from device_profiles.backends import export_onnx, mixed, plan_arguments
-from device_profiles.errors import ReplayError
+from device_profiles.errors import ReplayError, TooLarge
 from device_profiles.fleet import Fleet, FleetDevice, merge_settings
 from device_profiles.history import History
 from device_profiles.measuring import Measured, measure
 from device_profiles.processes import Event, Processes
 from device_profiles.report import write_report
+from protocol.cli import EXIT_TOO_LARGE
 from protocol.errors import TransportError
 from protocol.lifeline import lifeline, tied_environment
 from protocol.transport import BrokerAddress
@@ -242,7 +243,12 @@ def _describe(model: str, out: Path) -> dict[str, Any]:
 
 
 def _ask(arguments: list[str]) -> str:
-    """Return what an `edge-client` command prints."""
+    """Return what an `edge-client` command prints.
+
+    Raises:
+        TooLarge: it says that no plan fits.
+        ReplayError: it failed otherwise.
+    """
     command = [sys.executable, "-m", "edge_client", *arguments]
     # Two are asked at once: more threads would spin and wait for each other.
     environment = tied_environment(OMP_NUM_THREADS="1")
@@ -251,7 +257,8 @@ def _ask(arguments: list[str]) -> str:
     )
     if answer.returncode != 0:
         why = answer.stderr.strip().splitlines() or [f"{arguments[0]} failed"]
-        raise ReplayError(why[-1].removeprefix("error: "))
+        kind = TooLarge if answer.returncode == EXIT_TOO_LARGE else ReplayError
+        raise kind(why[-1].removeprefix("error: "))
     return answer.stdout
 
 

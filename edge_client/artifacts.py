@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edge_client.config import Settings
 from edge_client.errors import ModelError
-from edge_client.ort.artifact import check_artifact
+from edge_client.ort.artifact import CACHED_SETS, check_artifact
 from edge_client.storage import keeping
 from edge_client.trust import open_trusted
 from protocol import topics
@@ -50,7 +50,7 @@ class ArtifactFetch:
         """Where the set is, once it is whole."""
         self.manifest: ArtifactManifest | None = None
         self._job, self._device, self._state = job, settings.name, settings.state
-        self._cache = settings.cache / "onnx"
+        self._cache = settings.cache / CACHED_SETS
         self._link, self._events, self._may = link, events, may
         self._topic = topics.topic("onnx_manifest", job=job.job)
         self._asked: list[str] = []
@@ -184,8 +184,15 @@ class ArtifactFetch:
             )
         there = self._cache / manifest.artifact
         with keeping("an artifact set", self._cache, "--cache"):
-            shutil.rmtree(there, ignore_errors=True)  # one that is not whole any more
-            self._partial.rename(there)
+            if there.is_dir() and not _is_whole(there, manifest):  # any more
+                shutil.rmtree(there, ignore_errors=True)
+            try:
+                self._partial.rename(there)
+            except OSError:
+                # Another device that shares the cache was faster, and trains from its own.
+                if not _is_whole(there, manifest):
+                    raise
+                shutil.rmtree(self._partial, ignore_errors=True)
         self._link.unsubscribe([self._topic])
         self.folder = there
         self._tell("fetched")

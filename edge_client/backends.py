@@ -22,9 +22,11 @@ from edge_client.errors import (
     NoPlanFits,
 )
 from edge_client.model import find_model, is_of_hub, is_partial, model_hash
-from edge_client.ort.artifact import check_artifact
+from edge_client.ort.artifact import CACHED_SETS, check_artifact, read_artifact
 from edge_client.ort.runtime import missing_training
 from edge_client.plan import Backend, Plan, preference
+from protocol.artifact import Artifact
+from protocol.extras import how_to_install
 from protocol.messages import Job
 
 _NO_SET = (
@@ -50,7 +52,10 @@ def check_backend(backend: str, onnx: Path | None, *, may_fetch: bool = False) -
 
     Raises:
         ConfigError: says what is missing, and what to do.
+        ModelError: `onnx` is no artifact set.
     """
+    if onnx is not None:
+        read_artifact(onnx)
     lacks = missing_training() if may_fetch else _missing_onnx(onnx)
     reasons = {"torch": missing_torch(), "onnx": lacks}
     wanted = [backend] if backend != "auto" else list(reasons)
@@ -79,7 +84,7 @@ def check_export() -> None:
     """
     missing = [name for name in (*TORCH_PACKAGES, "onnx") if not find_spec(name)]
     if missing:
-        raise ConfigError(f"exporting needs {', '.join(missing)}: pip install 'tunefleet[export]'")
+        raise ConfigError(f"exporting needs {', '.join(missing)}; {how_to_install('export')}")
     if why := missing_training():
         raise ConfigError(f"exporting needs ONNX Runtime's build for training: {why}")
 
@@ -93,8 +98,7 @@ def check_exporting(kind: str) -> None:
     needed = TORCH_PACKAGES if kind == "merged" else (*TORCH_PACKAGES, *ONNX_EXPORT_PACKAGES)
     if missing := [name for name in needed if not _is_there(name)]:
         raise ConfigError(
-            f"exporting with --format {kind} needs {', '.join(missing)}: pip install "
-            "'tunefleet[export]'"
+            f"exporting with --format {kind} needs {', '.join(missing)}; {how_to_install('export')}"
         )
 
 
@@ -189,7 +193,7 @@ def missing_torch(what: str = "training") -> str:
     missing = [name for name in TORCH_PACKAGES if not find_spec(name)]
     if not missing:
         return ""
-    return f"{what} with torch needs {', '.join(missing)}: pip install 'tunefleet[edge]'"
+    return f"{what} with torch needs {', '.join(missing)}; {how_to_install('edge')}"
 
 
 def _missing_onnx(folder: Path | None) -> str:
@@ -231,12 +235,30 @@ def _onnx_folder(settings: Settings, job: Job) -> Path:
     if why := missing_training():
         raise ConfigError(f"--backend onnx: {why}")
     if settings.onnx is None:
-        raise ArtifactWanted(_NO_SET)
+        if (cached := _cached_set(settings.cache, job)) is None:
+            raise ArtifactWanted(_NO_SET)
+        return cached
     artifact = check_artifact(settings.onnx)
-    if artifact.base_sha256 != job.base.sha256 or artifact.modules != dict(job.base.modules):
+    if not _is_of(artifact, job):
         raise ModelError(
             f"the artifact set in {settings.onnx} is of {artifact.name!r} (hash "
             f"{artifact.base_sha256[:12]}…), not of the job's {job.base.name!r} (hash "
             f"{job.base.sha256[:12]}…); export that one, and give it with --onnx"
         )
     return settings.onnx
+
+
+def _cached_set(cache: Path, job: Job) -> Path | None:
+    """Return a whole artifact set of the job's base model that an earlier job has left."""
+    for folder in sorted((cache / CACHED_SETS).glob("[0-9a-f]" * 32)):
+        try:
+            if _is_of(read_artifact(folder), job):  # before gigabytes are hashed
+                check_artifact(folder)
+                return folder
+        except ModelError:  # damaged
+            continue
+    return None
+
+
+def _is_of(artifact: Artifact, job: Job) -> bool:
+    return artifact.base_sha256 == job.base.sha256 and artifact.modules == dict(job.base.modules)

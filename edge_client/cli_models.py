@@ -126,7 +126,8 @@ def export(
 
     place = out or folder / FOLDER / f"{kept.name}-{form.value}"
     written = write_export(kept, model, place, form.value)
-    typer.echo(f"{written.base} with adapter {written.adapter!r}, {form.value}, is in {place}")
+    merged = "no adapter" if written.adapter == NONE else f"adapter {written.adapter!r}"
+    typer.echo(f"{written.base} with {merged}, {form.value}, is in {place}")
 
 
 def chat(

@@ -19,6 +19,7 @@ TunefleetError
 
 from __future__ import annotations
 
+from protocol.cli import EXIT_TOO_LARGE
 from protocol.errors import TunefleetError
 
 
@@ -28,6 +29,8 @@ class EdgeError(TunefleetError):
 
 class NoPlanFits(EdgeError):
     """No rank, micro-batch and sequence length fit the memory that there is."""
+
+    exit_code = EXIT_TOO_LARGE
 
 
 class ModelError(EdgeError):

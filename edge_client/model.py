@@ -91,7 +91,7 @@ def model_name(name: str) -> str:
     A folder goes by its own name; the built-in one and a hub's by theirs, for that finds them on
     every device (a hub's model lies in a folder that is called by a hash).
     """
-    folder = Path(name).expanduser()
+    folder = Path(name).expanduser().absolute()
     return folder.name if name != BASE_TINY and folder.is_dir() else name
 
 

@@ -11,6 +11,8 @@ from protocol.errors import TunefleetError
 from protocol.lifeline import end_with_parent
 
 EXIT_MISTAKE = 1
+EXIT_TOO_LARGE = 3
+"""What was asked is right, but this device has not the memory for it (2 is wrong usage)."""
 EXIT_SIGNAL = 128
 """Added to a signal's number: 130 after Ctrl-C, 143 after SIGTERM, as shells have it."""
 
@@ -24,7 +26,8 @@ class Interrupted(BaseException):
 
 
 def run_command(app: Any) -> None:
-    """Run a typer app; what went wrong ends in one clear line on stderr and exit code 1.
+    """Run a typer app; what went wrong ends in one clear line on stderr and exit code 1,
+    or the error's own.
 
     SIGINT and SIGTERM end it in one line too, where a command does not catch them itself.
     """
@@ -35,7 +38,7 @@ def run_command(app: Any) -> None:
         app()
     except TunefleetError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+        sys.exit(error.exit_code)
     except Interrupted as interrupted:
         print(f"ended by {signal.Signals(interrupted.number).name}", file=sys.stderr)
         sys.exit(EXIT_SIGNAL + interrupted.number)

@@ -26,6 +26,9 @@ import reprlib
 class TunefleetError(Exception):
     """Say what was wrong, where, and what to do; the commands print it as one line."""
 
+    exit_code = 1
+    """Of a command that it ends."""
+
 
 class ProtocolError(TunefleetError):
     """A peer sent something that the protocol does not allow."""

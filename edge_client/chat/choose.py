@@ -14,6 +14,7 @@ from edge_client.errors import ConfigError, EdgeError
 from edge_client.exports.manifest import FOLDER, Export, check_export, kept_exports
 from edge_client.kept import NAMES, NONE, Kept, best_adapter, find_adapter, find_base
 from edge_client.model import find_model, model_hash
+from protocol.extras import how_to_install
 
 Backend = Literal["torch", "onnx"]
 ONNX_PACKAGES = ("onnxruntime", "tokenizers")
@@ -147,7 +148,7 @@ def _missing(backend: Backend) -> str:
     missing = [name for name in ONNX_PACKAGES if not find_spec(name)]
     if not missing:
         return ""
-    return f"answering with ONNX Runtime needs {', '.join(missing)}: pip install 'tunefleet[chat]'"
+    return f"answering with ONNX Runtime needs {', '.join(missing)}; {how_to_install('chat')}"
 
 
 def _words(base: str, adapter: str) -> str:

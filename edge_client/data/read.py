@@ -18,6 +18,7 @@ from edge_client.data.example import (
     parse_json,
 )
 from edge_client.errors import DataError
+from protocol.extras import how_to_install
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +275,7 @@ def _read_parquet(file: Path) -> Iterator[Example | Problem]:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
-            f"reading {file} needs pyarrow, which is not installed; "
-            "install it with: pip install 'tunefleet[parquet]'"
+            f"reading {file} needs pyarrow, which is not installed; {how_to_install('parquet')}"
         ) from error
     row = 0
     try:

@@ -29,6 +29,7 @@ from edge_client.report import read_told
 from edge_client.trust import trusted_key
 from protocol.enrolment import PATH_CA
 from protocol.errors import StateError, TransportError, TunefleetError
+from protocol.extras import how_to_install
 from protocol.signing import SigningKey
 from protocol.tls import TlsFiles, check_validity
 
@@ -168,7 +169,7 @@ def packages() -> Check:
     if missing and not missing_training():
         return Check("packages", "ok", f"{', '.join(missing)} missing; ONNX Runtime trains")
     if missing:
-        remedy = "pip install 'tunefleet[edge]'"
+        remedy = how_to_install("edge")
         return Check("packages", "fail", f"{', '.join(missing)} missing", remedy)
     versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return Check("packages", "ok", ", ".join(versions))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edge_client.data.plain_tokenizer import tokenizer_fields
-from edge_client.errors import ConfigError, ModelError
+from edge_client.errors import ModelError
 from edge_client.exports.manifest import GRAPH, MANIFEST, Export, Kind
 from edge_client.exports.merge import write_merged
 from edge_client.kept import Kept, find_base
 from edge_client.model import BASE_TINY, model_hash, model_name
-from edge_client.storage import keeping
+from edge_client.whole import put_whole
 from protocol.artifact import sha256_of
 
 LIBRARIES = ("tunefleet", "torch", "transformers", "peft", "optimum-onnx", "onnx")
@@ -30,37 +29,18 @@ def write_export(kept: Kept, model: str, out: Path, kind: Kind) -> Export:
             exported in this form.
         StorageError: it can't be written.
     """
-    _check_place(out)
     base = find_base(kept, model)
-    name = BASE_TINY if kept.base == BASE_TINY else model_name(model or kept.base)
-    with keeping("the export", out, "OUT"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            whole = Path(temporary) / "whole"
-            export = _write(kept, base, name, Path(temporary) / "merged", whole, kind)
-            (whole / MANIFEST).write_text(export.model_dump_json(indent=1))
-            if out.exists():
-                shutil.rmtree(out)
-            whole.rename(out)
+    with put_whole(out, "an export", lambda folder: (folder / MANIFEST).is_file(), "OUT") as whole:
+        export = _write(kept, model or kept.base, base, whole, kind)
+        (whole / MANIFEST).write_text(export.model_dump_json(indent=1))
     return export
 
 
-def _check_place(out: Path) -> None:
-    """Refuse to write over what no export left."""
-    try:
-        taken = out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir())
-    except OSError as error:
-        raise ConfigError(f"can't write an export to {out}: {error.strerror}") from None
-    if taken:
-        raise ConfigError(f"{out} holds something else than an export; name another folder")
-
-
-def _write(kept: Kept, base: Path, name: str, merged: Path, whole: Path, kind: Kind) -> Export:
+def _write(kept: Kept, model: str, base: Path, whole: Path, kind: Kind) -> Export:
     """Write all files but the manifest into `whole`, and return that."""
+    merged = whole if kind == "merged" else whole.with_name("merged")
     written = write_merged(base, kept.folder, merged)
-    if kind == "merged":
-        merged.rename(whole)
-    else:
+    if kind != "merged":
         if not written.tokenizer.is_fast:
             raise ModelError(
                 f"the tokenizer in {base} has no form for the tokenizers library, which chats "
@@ -69,7 +49,7 @@ def _write(kept: Kept, base: Path, name: str, merged: Path, whole: Path, kind: K
         _write_onnx(merged, whole, kind)
     return Export(
         kind=kind,
-        base=name,
+        base=BASE_TINY if BASE_TINY in (model, kept.folder and kept.base) else model_name(model),
         base_sha256=model_hash(base),
         adapter=kept.name,
         adapter_sha256=kept.sha256,
@@ -91,7 +71,6 @@ def _write_onnx(merged: Path, whole: Path, kind: Kind) -> None:
 
     graph = merged.with_name("graph")
     write_graph(merged, graph, tie=False)
-    whole.mkdir()
     for path in graph.iterdir():
         if not path.name.startswith(GRAPH):
             shutil.copy(path, whole)

@@ -15,6 +15,8 @@ from protocol import artifact
 from protocol.artifact import Artifact, BadArtifact
 
 TRAINED, FROZEN, FACTORS = "trained", "frozen", ("a", "b")
+CACHED_SETS = "onnx"
+"""In the cache: folder of artifact sets that were fetched, each in one named by its id."""
 
 
 def factor_name(part: str, module: str, factor: str) -> str:

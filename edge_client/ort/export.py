@@ -21,10 +21,13 @@ from edge_client.model import (
     model_hash,
     model_name,
 )
-from edge_client.ort.artifact import FACTORS, TRAINED, factor_name, weight_entries
+from edge_client.ort.artifact import FACTORS, TRAINED, factor_name, read_artifact, weight_entries
 from edge_client.ort.forward import OPSET, trace_forward
 from edge_client.ort.gradient import build_training_graph
+from edge_client.whole import put_whole
+from protocol.adapter import Shapes
 from protocol.artifact import (
+    ALL_FILES,
     FILES,
     GRAPH,
     MANIFEST,
@@ -38,19 +41,47 @@ LIBRARIES = ("tunefleet", "torch", "transformers", "onnx", "onnxruntime-training
 
 
 def export_artifact(name: str, folder: Path) -> Artifact:
-    """Write the artifact set of a model into a folder, which is made.
+    """Write the artifact set of a model into a folder, which is made; an earlier set is replaced.
 
     Raises:
+        ConfigError: the folder holds something else than an artifact set.
         ModelError: the model can't be found, loaded or exported.
-        OSError: the folder can't be written.
+        StorageError: the folder can't be written.
     """
     base = find_model(name)
+    base_sha256 = model_hash(base)
     tokenizer = _plain_tokenizer(base)
-    model = load_model(base, torch.float32)
-    targets = find_targets(model)
+    with put_whole(folder, "an artifact set", _is_set, "--out") as whole:
+        model = load_model(base, torch.float32)
+        targets = find_targets(model)
+        head = _write(model, targets, whole)
+        tokenizer.backend_tokenizer.save(str(whole / TOKENIZER))
+        artifact = Artifact(
+            name=model_name(name),
+            base_sha256=base_sha256,
+            modules=targets,
+            head=head,
+            **tokenizer_fields(tokenizer),
+            opset=OPSET,
+            versions={library: version(library) for library in LIBRARIES},
+            files={file: sha256_of(whole / file) for file in FILES},
+        )
+        (whole / MANIFEST).write_text(artifact.model_dump_json(indent=1))
+    return artifact
+
+
+def _is_set(folder: Path) -> bool:
+    """Say whether a folder holds an artifact set and nothing else: it may be a base model too."""
+    try:
+        read_artifact(folder)
+    except ModelError:
+        return False
+    return all(path.name in ALL_FILES for path in folder.iterdir())
+
+
+def _write(model: Any, targets: Shapes, folder: Path) -> str:
+    """Write the training graph and the weights; return the output head's name."""
     head, head_weight = _head(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # until all is there
     graph, values = trace_forward(model, targets)
     values.setdefault(head, head_weight)
     trained = [factor_name(TRAINED, n, f) for n in targets for f in FACTORS]
@@ -58,19 +89,7 @@ def export_artifact(name: str, folder: Path) -> Artifact:
     save_file({n: v.contiguous() for n, v in values.items()}, folder / WEIGHTS)
     _point_to_weights(training, folder / WEIGHTS)
     (folder / GRAPH).write_bytes(training.SerializeToString())
-    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-    artifact = Artifact(
-        name=model_name(name),
-        base_sha256=model_hash(base),
-        modules=targets,
-        head=head,
-        **tokenizer_fields(tokenizer),
-        opset=OPSET,
-        versions={library: version(library) for library in LIBRARIES},
-        files={file: sha256_of(folder / file) for file in FILES},
-    )
-    (folder / MANIFEST).write_text(artifact.model_dump_json(indent=1))
-    return artifact
+    return head
 
 
 def _plain_tokenizer(base: Path) -> Any:

@@ -6,6 +6,8 @@ import io
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,7 +20,9 @@ import pytest
 
 from aggregator.artifacts import open_set, topics_of
 from device_profiles.schema import load_profile
+from edge_client import backends
 from edge_client.artifacts import WINDOW, ArtifactFetch
+from edge_client.backends import find_backends
 from edge_client.config import Settings
 from edge_client.equipping import PATIENCE_TICKS, Equipping
 from edge_client.errors import ArtifactWanted, ModelError
@@ -71,19 +75,23 @@ def publish(link: MqttTransport, folder: Path, key: SigningKey = KEY) -> dict[st
     return chunks
 
 
+def settings_of(folder: Path, broker: BrokerAddress, name: str = "phone") -> Settings:
+    return Settings(
+        name=name,
+        broker=broker,
+        data=(),
+        state=folder / "state",
+        cache=folder / "cache",
+        profile=load_profile("laptop-16gb"),
+    )
+
+
 class Device:
     """A device that fetches, and counts what it asks its owner."""
 
-    def __init__(self, folder: Path, link: MqttTransport) -> None:
+    def __init__(self, folder: Path, link: MqttTransport, name: str = "phone") -> None:
         self.link, self.may, self.said = link, True, io.StringIO()
-        self.settings = Settings(
-            name="phone",
-            broker=link.address,
-            data=(),
-            state=folder / "state",
-            cache=folder / "cache",
-            profile=load_profile("laptop-16gb"),
-        )
+        self.settings = settings_of(folder, link.address, name)
         log = EventLog(as_json=True, stream=self.said)
         self.fetch = ArtifactFetch(JOB, self.settings, link, log, lambda: self.may)
         self.fetch.begin()
@@ -251,6 +259,56 @@ def test_who_has_all_it_takes_asks_for_nothing_and_who_waits_is_told_for_what(
         else:
             with pytest.raises(ArtifactWanted, match="offers none so far"):
                 equipping.equipment(JOB, link, lambda: True)
+
+
+def test_of_two_devices_with_one_cache_the_second_leaves_the_firsts_set_alone(
+    tmp_path: Path, connect: Connect
+) -> None:
+    source = write_set(tmp_path / "set", JOB)
+    publish(connect("test-aggregator"), source)
+    second = Device(tmp_path, connect("test-second"), "second")
+    second.run(until=lambda: second.there > 0)
+    found = Device(tmp_path, connect("test-first"), "first").run()
+    assert found is not None
+    before = found.stat().st_ino
+    assert second.run() == found
+    assert found.stat().st_ino == before, "it may be training from it"
+    assert_same(found, source)
+    assert [path.name for path in found.parent.iterdir()] == [found.name], "no part is left"
+
+
+def test_a_set_that_another_job_left_is_used_while_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "missing_training", lambda: "")
+    settings = replace(settings_of(tmp_path, BrokerAddress("localhost", 1883)), backend="onnx")
+    other = JOB.model_copy(
+        update={"base": JOB.base.model_copy(update={"sha256": "1" * 64, "name": "other"})}
+    )
+    for job, name in ((other, "0" * 32), (JOB, "1" * 32)):
+        write_set(settings.cache / "onnx" / name, job)
+    found = settings.cache / "onnx" / ("1" * 32)
+    assert find_backends(settings, JOB).folders == {"onnx": found}
+    (found / WEIGHTS).write_bytes(b"cut")
+    with pytest.raises(ArtifactWanted):
+        find_backends(settings, JOB)
+
+
+def test_a_set_that_is_not_there_is_told_before_anything_begins(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Some text of its owner's. " * 500)
+    for command in ("run", "install-service"):
+        arguments = [command, "--data", tmp_path / "notes.txt", "--state", tmp_path / "state"]
+        arguments += ["--profile", "laptop-16gb", "--broker", "mqtt://localhost:1"]
+        arguments += ["--onnx", tmp_path / "nosuch"]
+        ended = subprocess.run(
+            [sys.executable, "-m", "edge_client", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=150,
+        )
+        assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
+        assert "can't read" in ended.stderr and "nosuch/manifest.json" in ended.stderr
 
 
 @pytest.mark.skipif(bool(missing_training()), reason=missing_training())

@@ -199,7 +199,7 @@ def test_without_pyarrow_it_says_what_to_install(
 ) -> None:
     written(tmp_path / "a.parquet", b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install 'tunefleet\[parquet\]'"):
+    with pytest.raises(DataError, match=r"clone .*: pip install '\.\[parquet\]' -c "):
         read_examples([tmp_path])
 
 

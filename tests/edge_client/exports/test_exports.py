@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import base_tiny
 from benchmarks.export import SMALLER, WORSE, perplexity, windows
@@ -16,6 +17,7 @@ from device_profiles.demo_text import write_demo_text
 from edge_client.chat.onnx_model import OnnxDecoder
 from edge_client.chat.providers import CPU, Candidate
 from edge_client.chat.torch_model import TorchDecoder
+from edge_client.cli import app
 from edge_client.data import read_examples
 from edge_client.errors import ConfigError, ModelError
 from edge_client.exports.manifest import GRAPH, MANIFEST, check_export
@@ -121,6 +123,24 @@ def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds something else than an export"):
         write_export(kept, "", out, "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_export_into_the_folder_one_is_in_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write_export(find_adapter(NONE, state()), "", out, "merged")
+    monkeypatch.chdir(out)
+    write_export(find_adapter(GLOBAL, state()), "", Path(), "merged")
+    assert check_export(out).adapter == GLOBAL
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_built_in_base_is_called_by_its_name(tmp_path: Path) -> None:
+    command = ["export", str(tmp_path / "out"), "--adapter", "none", "--model", "base-tiny"]
+    done = CliRunner().invoke(app, [*command, "--state", str(tmp_path / "state")])
+    assert done.output == f"base-tiny with no adapter, merged, is in {tmp_path / 'out'}\n"
+    assert check_export(tmp_path / "out").base == "base-tiny"
 
 
 def test_a_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import base_tiny
-from edge_client.errors import ModelError
-from edge_client.model import describe_model
+from edge_client.errors import ConfigError, ModelError, StorageError
+from edge_client.model import describe_model, model_hash
 from edge_client.ort.artifact import check_artifact, map_weight
 from edge_client.ort.runtime import REPAIR, _why_not_installed, _why_plain, missing_training
 from edge_client.trainer.onnx_trainer import OnnxTrainer
@@ -67,7 +69,7 @@ def test_a_damaged_set_says_which_file_and_what_to_do(
 
 
 @needs_onnx
-def test_an_export_that_stops_half_way_leaves_no_manifest(
+def test_an_export_that_stops_half_way_leaves_the_earlier_set_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edge_client.ort import export
@@ -75,12 +77,55 @@ def test_an_export_that_stops_half_way_leaves_no_manifest(
     folder = Path(shutil.copytree(exported(llama)[1], tmp_path / "set"))
 
     def full(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(export, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="the disk is full: an artifact set can't be kept"):
         export.export_artifact(str(exported(llama)[0]), folder)
-    assert not (folder / MANIFEST).exists()
+    assert check_artifact(folder).name == "llama"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@needs_onnx
+@pytest.mark.parametrize("has_manifest", [False, True])
+def test_a_base_model_is_not_written_over(tmp_path: Path, has_manifest: bool) -> None:
+    from edge_client.ort.export import export_artifact
+
+    folder = Path(shutil.copytree(base_tiny.PATH, tmp_path / "bt"))
+    if has_manifest:  # of an export of a time when it was written over
+        shutil.copy(exported(llama)[1] / MANIFEST, folder)
+    before = model_hash(folder)
+    with pytest.raises(ConfigError, match="holds something else than an artifact set"):
+        export_artifact(str(folder), folder)
+    assert model_hash(folder) == before and not (folder / WEIGHTS).exists()
+
+
+@needs_onnx
+def test_an_export_is_for_all_to_read_and_replaces_an_earlier_one(tmp_path: Path) -> None:
+    from edge_client.ort.export import export_artifact
+
+    folder = Path(shutil.copytree(exported(llama)[1], tmp_path / "set"))
+    before = os.umask(0o022)
+    try:
+        export_artifact(str(exported(gpt2)[0]), folder)
+    finally:
+        os.umask(before)
+    assert check_artifact(folder).name == "gpt2"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
+@needs_onnx
+def test_a_place_that_cant_be_written_is_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edge_client.ort import export
+
+    monkeypatch.setattr(export, "load_model", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"can't write an artifact set to .*: Not a directory"):
+        export.export_artifact("base-tiny", tmp_path / "file")
+    with pytest.raises(StorageError, match="name a folder that can be written to with --out"):
+        export.export_artifact("base-tiny", Path("/proc/x"))
 
 
 @needs_onnx
