@@ -155,10 +155,10 @@ def chat(
     ] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
     temperature: Annotated[
-        float, typer.Option(help="How freely words are chosen (0: the likeliest).", min=0, max=100)
+        float, typer.Option(help="How freely words are chosen, to 100 (0: the likeliest).")
     ] = 0.7,
     top_p: Annotated[
-        float, typer.Option(help="Share of the likeliest words to choose among.", min=0, max=1)
+        float, typer.Option(help="Share of the likeliest words to choose among, to 1.")
     ] = 0.9,
     seed: Annotated[int | None, typer.Option(help="Choose alike each time.", min=0)] = None,
     threads: Annotated[
@@ -173,9 +173,15 @@ def chat(
     from edge_client.chat.choose import Wish, choose
     from edge_client.chat.speaker import open_speaker
     from edge_client.config import most_threads
+    from edge_client.errors import ConfigError
     from edge_client.membership import state_folder
     from edge_client.profile import measure_profile
 
+    for option, value, most in (("--temperature", temperature, 100), ("--top-p", top_p, 1)):
+        if not 0 <= value <= most:  # nor is "nan"
+            raise ConfigError(f"{option} {value:g} is not a number from 0 to {most}")
+    if as_json and not bench:
+        raise ConfigError("--json goes with --bench: an answer is text")
     profile = measure_profile()
     threads = threads or most_threads(profile)
     wish = Wish(state or state_folder(name, host_name()), folder, adapter, backend.value, model)

@@ -13,7 +13,7 @@ def show_profile(profile: DeviceProfile) -> None:
     table = Table(title=profile.title, show_header=False, title_justify="left")
     for label, value in _rows(profile):
         table.add_row(label, value or "unknown")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _rows(profile: DeviceProfile) -> list[tuple[str, str]]:

@@ -114,7 +114,7 @@ def _print(
     *,
     explain: bool,
 ) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     floor_mib = found.calibration.floor_mib
     if chosen is not None:
         console.print(f"plan: {chosen}, {_threads(chosen.threads)}", soft_wrap=False)

@@ -53,7 +53,7 @@ def bench(speaker: Speaker, prompt: str | None, max_tokens: int, threads: int) -
     Raises:
         DataError: the prompt is empty or too long.
     """
-    ids = _prompt(speaker, prompt)
+    ids = _prompt(speaker, prompt, max_tokens)
     room = speaker.context_tokens - len(ids) if speaker.context_tokens else max_tokens
     most = max(2, min(max_tokens, room))
     choose = chooser(0, 1, None)
@@ -77,11 +77,11 @@ def bench(speaker: Speaker, prompt: str | None, max_tokens: int, threads: int) -
     )
 
 
-def _prompt(speaker: Speaker, prompt: str | None) -> Sequence[int]:
+def _prompt(speaker: Speaker, prompt: str | None, max_tokens: int) -> Sequence[int]:
     if prompt is not None:
         if not prompt.strip():
             raise DataError("there is nothing to answer: the text is empty")
-        return speaker.prompt([{"role": "user", "content": prompt}])
+        return speaker.prompt([{"role": "user", "content": prompt}], max(2, max_tokens))
     ids: list[int] = speaker.tokenizer([_TEXT * 10], add_special_tokens=False)["input_ids"][0]
     most = min(PROMPT_TOKENS, (speaker.context_tokens or 2 * PROMPT_TOKENS) // 2)
     return ids[:most]

@@ -17,6 +17,7 @@ from edge_client.model import find_model, model_hash
 from protocol.extras import how_to_install
 
 Backend = Literal["torch", "onnx"]
+BASES = "base-tiny, a model folder, or a hub id"
 ONNX_PACKAGES = ("onnxruntime", "tokenizers")
 
 
@@ -56,6 +57,8 @@ def choose(wish: Wish) -> Choice:
         ModelError: a model, adapter or export is damaged, or of another base.
     """
     if wish.folder is not None:
+        if wish.model:
+            raise ConfigError("--model goes without a folder: an export has its base in it")
         return _named(wish, wish.folder)
     kept = find_adapter(wish.adapter, wish.state) if wish.adapter else best_adapter(wish.state)
     ways: dict[Backend, Callable[[Wish, Kept], Choice]] = {"onnx": _by_onnx, "torch": _by_torch}
@@ -103,10 +106,9 @@ def _check_adapter(wish: Wish, folder: Path, export: Export) -> None:
     elif export.adapter == NONE:
         return
     if here is None or here.sha256 != export.adapter_sha256:
-        again = _command(wish, wish.adapter, export.kind, folder)
         raise ConfigError(
             f"the export in {folder} has another adapter ({export.adapter}) than the "
-            f"{wish.adapter} one of this device now; make it with: {again}"
+            f"{wish.adapter} one of this device now; {_advice(wish, here, export.kind, folder)}"
         )
 
 
@@ -126,8 +128,8 @@ def _by_onnx(wish: Wish, kept: Kept) -> Choice:
     ]
     if not fits:
         raise _CannotError(
-            f"{wish.state / FOLDER} holds no ONNX export of {_words('the base', kept.name)}; make "
-            f"one with: {_command(wish, kept.name, 'onnx-int8')}"
+            f"{wish.state / FOLDER} holds no ONNX export of {_words('the base', kept.name)}; "
+            f"{_advice(wish, kept, 'onnx-int8')}"
         )
     folder, export = max(fits, key=lambda pair: pair[1].kind == "onnx-int8")
     check_export(folder)
@@ -155,9 +157,24 @@ def _words(base: str, adapter: str) -> str:
     return f"{base} without an adapter" if adapter == NONE else f"{base} with adapter {adapter!r}"
 
 
-def _command(wish: Wish, adapter: str, kind: str, out: Path | None = None) -> str:
-    """Return the command that makes an export."""
+def _advice(wish: Wish, kept: Kept | None, kind: str, out: Path | None = None) -> str:
+    """Say how an export is made, also where it can't be: on a device without torch."""
+    place = wish.state / FOLDER if out is None else out
+    if not missing_torch():
+        return f"make it with: {_command(wish, kept, kind, str(wish.state), out)}"
+    more = f" and of {wish.adapter}" if wish.adapter not in ("", *NAMES) else ""
+    return (
+        f"it is made on a computer with PyTorch, from a copy of this state folder ({wish.state})"
+        f"{more}: "
+        f"{_command(wish, kept, kind, 'COPY')}; then copy what it makes to {place}"
+    )
+
+
+def _command(wish: Wish, kept: Kept | None, kind: str, state: str, out: Path | None = None) -> str:
+    """Return the command that makes an export; MODEL is what nobody said yet."""
     parts = ["edge-client", "export", *([str(out)] if out else []), "--format", kind]
-    parts += ["--adapter", adapter, "--state", str(wish.state)]
-    parts += ["--model", wish.model] if wish.model else []
-    return " ".join(quote(part) for part in parts)
+    parts += ["--adapter", wish.adapter or (kept.name if kept else NONE), "--state", state]
+    if wish.model or not (kept and kept.base):
+        parts += ["--model", wish.model or "MODEL"]
+    said = " ".join(quote(part) for part in parts)
+    return f"{said} (MODEL: {BASES})" if "MODEL" in parts else said

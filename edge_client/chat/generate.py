@@ -28,12 +28,18 @@ class Decoder(Protocol):
         """Forget all but the first `length` tokens."""
 
 
+class Stopped(Exception):
+    """What is being answered was stopped before it was whole."""
+
+
 class Reading:
     """Hold what a decoder has read, so that of a longer text it reads the rest alone."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._ids: list[int] = []
+        self.stopped = False
+        """Set it, from a signal's handler too, and the next step raises Stopped."""
 
     def read(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Read a text of at least one token, and return the logits after it."""
@@ -55,7 +61,10 @@ class Reading:
 
         Raises:
             ModelError: they are no numbers.
+            Stopped: somebody wants no more.
         """
+        if self.stopped:
+            raise Stopped
         logits = self._decoder.feed(ids)
         self._ids += ids
         if not np.isfinite(logits.max()):

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from device_profiles.schema import DeviceProfile
 from edge_client.chat.choose import Choice
-from edge_client.chat.generate import Choose, Reading, generate
+from edge_client.chat.generate import Choose, Reading, Stopped, generate
 from edge_client.chat.providers import candidates
 from edge_client.chat.text import Growing, Turn, written
 from edge_client.errors import DataError
 from edge_client.exports.manifest import GRAPH
+
+ROOM = 4
+"""One part in so many of the model's window is kept for an answer, where it may be so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Hold what was answered."""
+
+    text: str
+    is_cut: bool
+    """Whether it ended because the model's window was full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,35 +49,40 @@ class Speaker:
         """Say whether it answers turns of a conversation, and does not only continue text."""
         return bool(self.tokenizer.chat_template)
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the tokens of a conversation; its oldest turns are left out if it is too long.
+    def prompt(self, turns: Sequence[Turn], most: int) -> list[int]:
+        """Return the tokens of a conversation, with room for an answer of `most` tokens after it.
+
+        The room is at most a part of the model's window. The oldest turns are left out to make it.
 
         Raises:
             DataError: the last turn alone is too long, or is nothing.
             ConfigError: as `text.written`.
         """
+        window = self.context_tokens
+        room = 0 if window is None else max(1, min(most, window // ROOM))
         for start in range(0, len(turns), 2):
             ids = written(self.tokenizer, turns[start:])
-            if self.context_tokens is None or len(ids) < self.context_tokens:
+            if window is None or len(ids) + room <= window:
                 return ids
         raise DataError(
-            f"the text has {len(ids)} tokens, and the model takes fewer than {self.context_tokens} "
-            "with its answer; give it less"
+            f"the text has {len(ids)} tokens, and {room} are kept for its answer: the model takes "
+            f"{window} in all; give it {len(ids) + room - (window or 0)} less"
         )
 
     def answer(
         self, prompt: Sequence[int], choose: Choose, most: int, show: Callable[[str], object]
-    ) -> str:
+    ) -> Answer:
         """Answer in at most `most` tokens; what comes is shown piece by piece, and returned."""
-        if self.context_tokens is not None:
-            most = min(most, self.context_tokens - len(prompt))
+        room = most if self.context_tokens is None else self.context_tokens - len(prompt)
         growing, pieces = Growing(self.decode, prompt), []
-        for token in generate(self.reading, prompt, choose, self.stops, most):
-            pieces.append(growing.push(token))
-            show(pieces[-1])
+        with suppress(Stopped):
+            for token in generate(self.reading, prompt, choose, self.stops, min(most, room)):
+                pieces.append(growing.push(token))
+                show(pieces[-1])
+        is_cut = not self.reading.stopped and len(pieces) == room < most
         pieces.append(growing.end())
         show(pieces[-1])
-        return "".join(pieces)
+        return Answer("".join(pieces), is_cut)
 
 
 def open_speaker(choice: Choice, profile: DeviceProfile, *, provider: str, threads: int) -> Speaker:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 
-from edge_client.chat.generate import Choose
+from edge_client.chat.generate import Choose, Reading
 from edge_client.chat.speaker import Speaker
 from edge_client.chat.text import Turn
 from edge_client.errors import DataError
+from protocol.cli import Interrupted
 
 
 def talk(speaker: Speaker, prompt: str | None, choose: Choose, max_tokens: int) -> None:
@@ -29,7 +32,7 @@ def talk(speaker: Speaker, prompt: str | None, choose: Choose, max_tokens: int) 
 
 
 def _converse(speaker: Speaker, choose: Choose, max_tokens: int) -> None:
-    """Answer lines until there are no more (Ctrl-D)."""
+    """Answer lines until there are no more (Ctrl-D); Ctrl-C stops an answer, or ends at a line."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() edits lines with it
     turns: list[Turn] = []
@@ -39,26 +42,56 @@ def _converse(speaker: Speaker, choose: Choose, max_tokens: int) -> None:
         except EOFError:
             print()
             return
+        except Interrupted:
+            print()
+            raise
         if not line.strip():
             continue
         if not speaker.has_template:
             turns.clear()  # each text is continued by itself
         turns.append(_turn("user", line))
+        text = ""
         try:
-            turns.append(_turn("assistant", _answer(speaker, turns, choose, max_tokens)))
+            with _stoppable(speaker.reading):
+                text = _answer(speaker, turns, choose, max_tokens)
         except DataError as error:
-            turns.pop()
             print(f"error: {error}", file=sys.stderr)
+        if text:
+            turns.append(_turn("assistant", text))
+        else:
+            turns.pop()
+
+
+@contextlib.contextmanager
+def _stoppable(reading: Reading) -> Iterator[None]:
+    """Let Ctrl-C stop what is being answered, between two steps, and nothing else."""
+
+    def stop(*_: object) -> None:
+        reading.stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        reading.stopped = False
 
 
 def _answer(speaker: Speaker, turns: list[Turn], choose: Choose, max_tokens: int) -> str:
     """Show the answer as it comes, with a line's end after it, and return it."""
-    ids = speaker.prompt(turns)
+    ids = speaker.prompt(turns, max_tokens)
     try:
-        return speaker.answer(ids, choose, max_tokens, _show)
+        found = speaker.answer(ids, choose, max_tokens, _show)
     finally:
         with contextlib.suppress(BrokenPipeError):
             print(flush=True)
+    if found.is_cut:
+        print(
+            f"the answer was cut: with the {len(ids)} tokens before it, it fills the "
+            f"{speaker.context_tokens} that the model takes",
+            file=sys.stderr,
+        )
+    return found.text
 
 
 def _show(piece: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edge_client.explain import alternatives, on_accelerators, why
 from edge_client.plan import Wanted, fits
 from edge_client.planned_job import planned_job
 from edge_client.prepare import Planning
+from edge_client.show import show_profile
 from edge_client.show_plan import _as_dict, _print
 from tests.edge_client.test_plan import CALIBRATION, LADDER, SHAPES, TRAINING
 
@@ -87,6 +89,19 @@ def test_all_that_is_printed_is_readable_at_80_columns(
     assert "exported model" in printed
     left = len(every) - len(alternatives(best, every, 64))
     assert f"{left} more plans of this length are left out" in " ".join(printed.split())
+
+
+def test_brackets_in_what_is_told_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = planned(900)
+    best = replace(found.best(), why_backend="pip install '.[edge]'")
+    profile = load_profile("raspberry-pi-5-8gb")
+    _print(best, found, [], "Built of [bold] words.", profile, explain=True)
+    printed = capsys.readouterr().out
+    assert "Built of [bold] words." in printed and "pip install '.[edge]'" in printed
+    show_profile(profile.model_copy(update={"board_or_model": "board [8086:7d55] [red]"}))
+    assert "board [8086:7d55] [red]" in capsys.readouterr().out
 
 
 def test_the_json_has_every_plan_and_what_each_accelerator_is_for() -> None:

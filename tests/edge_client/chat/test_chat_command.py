@@ -1,4 +1,4 @@
-"""`edge-client export` and `chat` as an owner runs them: in processes of their own."""
+"""`edge-client export` and `chat` as an owner runs them, most in processes of their own."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import json
 import os
 import pty
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from edge_client.chat.choose import Wish, choose
+from edge_client.cli import app
 from edge_client.errors import ConfigError
 from edge_client.exports.manifest import GRAPH
 from edge_client.kept import GLOBAL, PERSONAL
 from edge_client.model import describe_model
 from edge_client.storage import keep_adapter
+from protocol.errors import TunefleetError
+from tests.edge_client.chat.test_talk import read_until
 from tests.edge_client.exports.models import (
     edge_client,
     exported,
@@ -50,7 +52,7 @@ def test_the_command_exports_and_both_backends_answer_alike() -> None:
         "base-tiny with adapter 'global', on ONNX Runtime (onnx, CPUExecutionProvider)",
         "['onnxruntime']",
     ]
-    torch = edge_client(*asked, "--backend", "torch")
+    torch = CliRunner().invoke(app, [*map(str, asked), "--backend", "torch"])
     assert torch.stdout == onnx.stdout, torch.stderr
     assert "base-tiny with adapter 'global', on torch" in torch.stderr
 
@@ -99,25 +101,6 @@ def test_a_terminal_is_talked_with_until_its_end() -> None:
     assert "the cat" in text and "the dog" in text and "Traceback" not in text
 
 
-@needs_optimum
-def test_ctrl_c_ends_an_answer_in_one_line() -> None:
-    folder = exported_base(llama(), "onnx")
-    command = [sys.executable, "-m", "edge_client", "chat", folder, "--prompt", "the cat"]
-    process = subprocess.Popen(
-        [*map(str, command), "--temperature", "100", "--max-tokens", "100000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
-    )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("it had answered by then")
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "ended by SIGINT" and "Traceback" not in said
-
-
 # -- what can't be done is said in one line --------------------------------------------------------
 
 
@@ -140,11 +123,14 @@ def test_mistakes_are_told_in_one_line_each(tmp_path: Path) -> None:
         ),
     ]
     for arguments, words in mistakes:
-        found = edge_client(*arguments, stdin="")
-        assert found.returncode == 1, (arguments, found.stderr)
-        (line, _) = found.stderr.splitlines()
-        assert line.startswith("error: ") and words in line, line
-        assert not found.stdout.strip()
+        told = CliRunner().invoke(app, [*map(str, arguments)], input="")
+        assert isinstance(told.exception, TunefleetError), (arguments, told.exception)
+        assert words in str(told.exception) and "\n" not in str(told.exception)
+        assert not told.stdout.strip()
+    found = edge_client(*mistakes[0][0], stdin="")
+    assert found.returncode == 1
+    (line, _) = found.stderr.splitlines()
+    assert line.startswith("error: ") and mistakes[0][1] in line, line
 
 
 @needs_optimum
@@ -184,12 +170,3 @@ def test_an_export_of_an_earlier_adapter_is_not_taken_for_the_one_of_today(tmp_p
         choose(Wish(own, backend="onnx"))
     with pytest.raises(ConfigError, match="another adapter"):
         choose(Wish(own, own / "exports" / "mine", GLOBAL))
-
-
-def read_until(master: int, sign: bytes, seconds: float = 60) -> bytes:
-    """Read a terminal until a sign comes."""
-    said, deadline = b"", time.monotonic() + seconds
-    while sign not in said:
-        assert time.monotonic() < deadline, said
-        said += os.read(master, 1000)
-    return said
