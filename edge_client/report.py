@@ -97,7 +97,7 @@ def agent_runs(state: Path) -> bool:
 def is_running(told: Mapping[str, Any]) -> bool:
     """Say whether the process that wrote this down still is."""
     try:
-        return began(told["pid"]) == told["began"]
+        return bool(began(told["pid"]) == told["began"])
     except (KeyError, TypeError, ValueError, OverflowError, OSError, psutil.Error):
         return False
 
