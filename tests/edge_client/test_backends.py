@@ -102,7 +102,14 @@ def test_onnx_without_an_artifact_set_says_how_to_make_one() -> None:
         check_backend("onnx", None)
 
 
-def test_a_device_with_neither_is_told_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("there", "told"), [(None, r"^no torch$"), (object(), r"^no torch; .*artifact set")]
+)
+def test_a_device_with_neither_is_told_of_torch_and_of_what_it_has_a_part_of(
+    there: object, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backends, "missing_torch", lambda: "no torch")
-    with pytest.raises(ConfigError, match=r"^no torch$"):
+    monkeypatch.setattr(backends, "_missing_onnx", lambda onnx: "no artifact set")
+    monkeypatch.setattr(backends, "find_spec", lambda name: there)
+    with pytest.raises(ConfigError, match=told):
         check_backend("auto", None)
