@@ -28,7 +28,7 @@ from edge_client.policy.memory import ShortMemory
 from edge_client.policy.polite import Polite, noting_pauses, training_mib
 from edge_client.prepare import Equip, Equipment, TrainingEquipment
 from edge_client.private import Private
-from edge_client.result import keep_result, settle, train_alone
+from edge_client.result import conclude
 from edge_client.sender import Sender
 from edge_client.standing import Standing
 from edge_client.storage import keeping
@@ -305,9 +305,8 @@ class Agent:
         self._say("training", detail=f"with {held.source}")
 
         def on_step(step: int, loss: float) -> None:
-            self._events.emit(
-                "step", round=now.number, step=step, steps=job.training.steps, loss=round(loss, 4)
-            )
+            told = {"step": step, "steps": job.training.steps, "loss": round(loss, 4)}
+            self._events.emit("step", round=now.number, **told)
 
         drawn = self._outbox.drawn_rows(now.job)
         place = {"round_number": now.number, "attempt": now.attempt, "drawn_rows": drawn}
@@ -331,24 +330,21 @@ class Agent:
     def _finish(self, learner: Learning, held: Holding) -> None:
         """Keep the result, report, compare if asked, and end or wait for another job."""
         assert held.adapter is not None and self._plan is not None
-        state, own = self._settings.state, held.personal
-        share = settle(learner, held, OwnChanges(held.job, state))
-        loss = {"base": self._base_loss}
-        loss |= keep_result(state, held.job, learner, held.adapter, held.common)
-        if self._settings.compare_alone:
-            loss["local"] = train_alone(state, held.job, learner, self._rank_start, self._events)
-        mixed = self._private.mix(learner, held.adapter) if self._private else None
+        result = conclude(
+            self._settings.state,
+            learner,
+            held,
+            self._events,
+            base_loss=self._base_loss,
+            alone_rank=self._rank_start if self._settings.compare_alone else None,
+            private=self._private,
+        )
         floor_mib, peak_mib = learner.memory()
         self._bytes()
         self._say("stopped", detail="the job is finished")
         self._events.emit(
             "finished",
-            adapter=str(state / "adapter"),
-            kept=str(held.source),
-            personal=own,
-            own_share=share,
-            loss=loss,
-            **({"private": mixed.as_dict()} if mixed else {}),
+            **result,
             rank_start=self._rank_start,
             rank_end=self._rank,
             held_rank=held.adapter.rank,

@@ -10,11 +10,47 @@ from edge_client.errors import TrainingDiverged
 from edge_client.holding import Holding
 from edge_client.learner import Learning
 from edge_client.own_changes import OwnChanges, best_share
+from edge_client.private import Private
 from edge_client.storage import keep_adapter
 from edge_client.trying import SPLIT
 from protocol.adapter import Adapter
 from protocol.events import EventLog
 from protocol.messages import Job
+
+
+def conclude(
+    state: Path,
+    learner: Learning,
+    held: Holding,
+    events: EventLog,
+    *,
+    base_loss: float,
+    alone_rank: int | None,
+    private: Private | None,
+) -> dict[str, object]:
+    """Keep all that a device ends a job with, and return what is told of it.
+
+    With `alone_rank` it also trains as much by itself, to compare.
+
+    Raises:
+        StorageError: something can't be written, or what was kept can't be read.
+    """
+    own = held.personal
+    share = settle(learner, held, OwnChanges(held.job, state))
+    assert held.adapter is not None, "its version is there"
+    loss = {"base": base_loss, **keep_result(state, held.job, learner, held.adapter, held.common)}
+    if alone_rank is not None:
+        loss["local"] = train_alone(state, held.job, learner, alone_rank, events)
+    told: dict[str, object] = {
+        "adapter": str(state / "adapter"),
+        "kept": str(held.source),
+        "personal": own,
+        "own_share": share,
+        "loss": loss,
+    }
+    if private is not None:
+        told["private"] = private.mix(learner, held.adapter).as_dict()
+    return told
 
 
 def settle(learner: Learning, held: Holding, own: OwnChanges) -> float:
