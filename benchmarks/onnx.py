@@ -56,7 +56,7 @@ def compare(name: str, model: Path, artifact: Path, args: Any) -> list[Claim]:
     """Measure the backends in turn, print medians, and return the claims about them."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     runs: dict[str, list[Measured]] = {backend: [] for backend in BACKENDS}
-    for _ in range(args.repeats):
+    for _ in range(1 if args.quick else args.repeats):
         for backend in BACKENDS:
             folder = artifact if backend == "onnx" else model
             sizes = {"threads": args.threads, "steps": args.steps}
@@ -124,6 +124,7 @@ def main() -> None:
     """Measure, print tables, write the claims."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="processes of each backend")
+    parser.add_argument("--quick", action="store_true", help="one process of each backend")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
