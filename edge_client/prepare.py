@@ -14,7 +14,7 @@ from edge_client.calibrate import ProbingProcess, calibrate, choose_threads
 from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.learner import Learner, Learning, Pauses, StepDown
-from edge_client.memory import resident_mib
+from edge_client.memory import Way, resident_mib
 from edge_client.plan import (
     Backend,
     Calibration,
@@ -174,15 +174,15 @@ class Planning:
     def is_unbeaten(self, plan: Plan) -> bool:
         """Say whether no plan with less memory or more of it could be better: only a faster dtype.
 
-        That is one of whole sequences, of the largest rank, by the fastest way that was measured,
-        which makes nothing again.
+        That is one of whole sequences, of the largest rank, by the fastest way that was measured.
+        Training without making blocks again must have been measured, for it is faster.
         """
         wanted = self.wanted
         return (
             plan.seq_len == wanted.training.max_tokens
             and plan.rank == max(wanted.ladder)
             and plan.held >= wanted.shared_rank
-            and not plan.checkpointing
+            and Way(plan.dtype, checkpointing=False) in self.calibration.activations
             and plan.predicted_tokens_s >= max(self.calibration.tokens_s.values())
         )
 

@@ -9,8 +9,8 @@
 # or Ubuntu with qemu-user-static, debootstrap and mosquitto, and the host's own environment (`make
 # .venv`; another one's commands: BIN=FOLDER). Uses the host's pip configuration, certificates and
 # proxies. Emulation does floating point in software, thousands of times slower than this computer:
-# the installation takes 20 minutes, planning and the round some hours. REUSE=1 keeps the last run's
-# .venv, and only adds what is new; NICE=0 gives it as much of the processor as anything else.
+# so the job's sequences are short and few. REUSE=1 keeps the last run's .venv, and only adds what is
+# new; NICE=0 gives it as much of the processor as anything else.
 set -euo pipefail
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
@@ -94,7 +94,7 @@ copy_repository() {
     if [ -d "$folder/.venv" ]; then mv "$folder/.venv" "$home/"; fi
     git -C "$repository" -c safe.directory="$repository" ls-files -z |
         tar -C "$repository" --null --files-from=- -cf - | tar -C "$home" -xf -
-    cp "$repository/docs/privacy.md" "$home/notes/" # little text: evaluating it is slow here
+    head -c 2000 "$repository/docs/privacy.md" >"$home/notes/notes.md" # evaluating it is slow here
 }
 
 # README's blocks of commands under the heading, one file each.
@@ -160,7 +160,7 @@ try_commands() {
         fi
         say "edge-client $name"
         case $name in
-            plan) echo '.venv/bin/edge-client plan --explain --model base-tiny' ;;
+            plan) echo '.venv/bin/edge-client plan --explain --job job.toml' ;;
             doctor) echo ".venv/bin/edge-client doctor --data notes/ --broker $1" ;;
         esac >"$folder/$name.sh"
         if emulated "$folder/$name.sh"; then tried+=" $name: done;"; else tried+=" $name: FAILED;"; fi
@@ -181,12 +181,14 @@ serve() {
 	rounds = 1
 	[training]
 	steps = 2
-	tokens_per_step = 256
+	tokens_per_step = 32
+	max_tokens = 32
 	[policy]
 	min_devices = 1
 	quorum = 1
 	deadline_s = $round_limit_s
 	JOB
+    cp "$folder/job.toml" "$home/"
     rm -rf "$folder/aggregator" "$root/root/.local/share/tunefleet"
     "$bin/aggregator" serve "$folder/job.toml" --broker "mqtt://$address:1883" --exit-when-done \
         --state "$folder/aggregator" --key "$folder/aggregator.key" >"$folder/aggregator.log" 2>&1 &

@@ -31,6 +31,8 @@ PROBE_STEPS = 2
 """The second has Adam's moments from the first, and is timed."""
 BRIEF_S, AGAIN = 1.0, 5
 """A step that takes less is done again, for so long or so many times: the fastest counts."""
+LONG_S = 30.0
+"""A device whose step takes longer is measured as little as can be: the rest is extrapolated."""
 SHORTEST_PROBE = 64
 """Tokens of the first probe; no fewer than a chunk of logits has."""
 LIMIT_SHARE = 0.97
@@ -116,13 +118,15 @@ class Prober:
             for checkpointing, probes in found.items():
                 # Where all fits, those between the shortest and whole sequences tell nothing new.
                 short = probes and tokens < seq_len and self._fits(checkpointing, found, longest)
-                if not short and self._fits(checkpointing, found, tokens):
+                if is_enough(probes) or (short and not is_slow(probes)):
+                    continue
+                if self._fits(checkpointing, found, tokens):
                     peak, seconds = self._probe(rows, length, checkpointing)
                     probes[tokens] = Probe(
                         tokens, PROBE_RANK, PROBE_HELD, peak - stale_mib - self._floor_mib, seconds
                     )
         enough = {way: tuple(probes.values()) for way, probes in found.items() if len(probes) > 1}
-        return enough, all(longest in probes for probes in found.values())
+        return enough, all(longest in probes or is_enough(probes) for probes in found.values())
 
     def warm(self) -> float:
         """Touch every page of the base, which may be mapped; return what is resident then."""
@@ -241,7 +245,19 @@ class Prober:
                 self._trainer.use_threads(count)
                 _, seconds = self._probe(1, THREAD_TOKENS, True)
                 took[count] = min(took[count], seconds)
+                if seconds > LONG_S:
+                    return fewest_near_fastest(took)
         return fewest_near_fastest(took)
+
+
+def is_slow(probes: dict[int, Probe]) -> bool:
+    """Say whether a step of one of the probes took very long."""
+    return any(probe.seconds > LONG_S for probe in probes.values())
+
+
+def is_enough(probes: dict[int, Probe]) -> bool:
+    """Say whether there are two probes, as a line needs, and another would take very long."""
+    return len(probes) > 1 and is_slow(probes)
 
 
 def worth_timing(took: dict[int, float]) -> list[int]:

@@ -43,14 +43,15 @@ SHAPES = {f"layers.{n}.q": (64, 64) for n in range(4)}
 class Told(Prober):
     """Probe steps whose peaks are told by a line, and kept."""
 
-    def __init__(self, limit_mib: float) -> None:
+    def __init__(self, limit_mib: float, token_s: float = 0.01) -> None:
+        self.token_s = token_s
         task = ProbeTask(Path(), "f32", WEIGHTS, 1, 256, 2.0, limit_mib=limit_mib)
         super().__init__(cast("Any", SimpleNamespace(shapes=WIDE)), task, FLOOR)
         self.peaks: list[float] = []
 
     def _probe(self, rows: int, length: int, checkpointing: bool) -> tuple[float, float]:
         self.peaks.append(FLOOR + WEIGHTS + FIXED + rows * length * SLOPE[checkpointing])
-        return self.peaks[-1], 0.01 * rows * length
+        return self.peaks[-1], self.token_s * rows * length
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,24 @@ def test_no_probe_goes_beyond_the_limit_and_what_is_told_is_worth_planning_with(
 def test_every_length_is_probed_whole_and_twice_that(length: int) -> None:
     found, _ = Told(inf).ways(length)
     assert [p.tokens for p in found[False]][-2:] == [length, 2 * length]
+
+
+@pytest.mark.parametrize(("token_s", "tokens"), [(1.0, [64, 128]), (0.3, [64, 256])])
+def test_where_steps_take_very_long_there_are_two_probes(token_s: float, tokens: list[int]) -> None:
+    prober = Told(inf, token_s)
+    found, complete = prober.ways(256)
+    assert complete, "more memory would not make it faster"
+    assert [[p.tokens for p in probes] for probes in found.values()] == [tokens, tokens]
+
+
+def test_where_a_step_takes_very_long_no_other_count_of_threads_is_timed() -> None:
+    slow, quick = Told(inf, token_s=1.0), Told(inf)
+    for prober in (slow, quick):
+        cast("Any", prober)._trainer.use_threads = lambda _: None
+    assert slow.threads(4) == 4
+    assert len(slow.peaks) == 1
+    quick.threads(4)
+    assert len(quick.peaks) > 1
 
 
 def test_the_fewest_threads_that_are_about_as_fast_are_taken() -> None:
