@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -51,6 +51,9 @@ class PolicySettings(BaseModel):
     quarantine_s: float = Field(3600.0, ge=0, le=1e9)
     keep_versions: int = Field(10, ge=0, le=1_000_000)
     late_updates: int = Field(0, ge=0, le=1_000_000)
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    buffer: int | None = Field(None, ge=1, le=1_000_000)
+    max_staleness: int | None = Field(None, ge=0, le=1_000_000)
 
     @field_validator("keep_versions")
     @classmethod
@@ -72,8 +75,34 @@ class PolicySettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_buffer(self) -> PolicySettings:
+        if self.mode == "synchronous":
+            for name in ("buffer", "max_staleness"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f'{name} needs mode = "buffered"')
+            return self
+        if self.buffer is None:
+            raise ValueError('mode = "buffered" needs buffer, the updates after which it merges')
+        if self.late_updates:
+            raise ValueError(
+                'late_updates is of synchronous rounds; with mode = "buffered" say max_staleness'
+            )
+        if self.quorum > self.buffer:
+            raise ValueError(
+                f"quorum = {self.quorum} is more than buffer = {self.buffer}, after which a round "
+                "is merged"
+            )
+        if 0 < self.keep_versions <= (most := self.policy().max_staleness):
+            raise ValueError(
+                f"max_staleness = {most} needs keep_versions = {most + 1} at least, or 0 (all): "
+                "the versions that updates start from"
+            )
+        return self
+
     def policy(self) -> Policy:
-        return Policy(**self.model_dump())
+        fields = self.model_dump(exclude={"mode"}, exclude_none=True)
+        return Policy(**fields)
 
 
 def read_job(path: Path) -> tuple[Job, Policy]:
@@ -123,7 +152,7 @@ def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
         strategy = strategy_of(job.rule)
         if strategy is not None:
             read_trust_settings(job.rule_settings)
-            _check_personal(strategy, job, where)
+            _check_personal(strategy, job, policy, where)
             return job, policy
         rule = rules.find_rule(job.rule)
         if isinstance(rule, rules.Rule):
@@ -136,12 +165,17 @@ def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
     return job, policy
 
 
-def _check_personal(strategy: Strategy, job: Job, where: str) -> None:
+def _check_personal(strategy: Strategy, job: Job, policy: Policy, where: str) -> None:
     """Refuse a job for personal adapters that can't come to any.
 
     Raises:
         ConfigError: says which setting to change.
     """
+    if policy.buffer:
+        raise ConfigError(
+            f'{where}: rule {strategy!r} needs policy.mode = "synchronous": it compares '
+            "devices of one round, which all start from one version"
+        )
     if job.remainder == "dropped":
         raise ConfigError(
             f"{where}: rule {strategy!r} needs remainder = 'frozen': what is mixed are whole "

@@ -14,23 +14,17 @@ from aggregator.alone import check_alone
 from aggregator.artifacts import ArtifactPublisher
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
-from aggregator.memory import read_memory, write_memory
-from aggregator.merge import RoundView, merge
-from aggregator.merge.round_view import completed
-from aggregator.outcome import Outcome
-from aggregator.personal import strategy_of
-from aggregator.personal.serving import merge_personal
+from aggregator.memory import write_memory
+from aggregator.merging import merge_round
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
-from aggregator.rounds import Policy, RoundState, next_action
+from aggregator.rounds import Policy, RoundState, delivered, next_action
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
-from aggregator.updates import stored_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.errors import TransportError
 from protocol.events import EventLog
-from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
@@ -173,7 +167,7 @@ class Daemon:
         assert manifest is not None, "a round's version is committed before the round is"
         self._publisher.version(manifest, again=True)
         self._publisher.job()
-        self._publisher.round(state, self._policy.share(state.attempt))
+        self._publisher.round(state, self._policy)
         self._artifacts.connected()
 
     # -- serve -----------------------------------------------------------------------------------
@@ -224,6 +218,7 @@ class Daemon:
 
     def _step(self) -> None:
         state = self._store.round()
+        counted = self._store.uploads.of_round(state.number, "counted")
         action = next_action(
             state,
             self._policy,
@@ -231,12 +226,13 @@ class Daemon:
             rounds=self._job.rounds,
             time_s=time.time(),
             online=self._ready(),
-            delivered={m.device for m in self._store.uploads.of_round(state.number, "counted")},
+            delivered=delivered(counted, state, self._policy),
             refused={
                 m.device
                 for m in self._store.uploads.of_round(state.number, "rejected")
                 if m.attempt == state.attempt
             },
+            buffered=len(counted),
         )
         if action == "open":
             self._enter(RoundState(state.number + 1, "open", state.version, self._deadline()))
@@ -258,7 +254,8 @@ class Daemon:
         """Merge the round, publish its version, and go on to the next round."""
         fault_point("aggregator.merge.before")
         started = time.monotonic()
-        outcome = merge_round(self._job, self._store, self._versions, state)
+        buffered = self._policy.buffer > 0
+        outcome = merge_round(self._job, self._store, self._versions, state, buffered=buffered)
         merged = outcome.merged
         seconds = time.monotonic() - started
         fault_point("aggregator.merge.after")
@@ -281,7 +278,7 @@ class Daemon:
             weights=merged.weights,
             residual=merged.residual,
             carried=carried,
-            late_updates=self._policy.late_updates,
+            late_updates=self._policy.behind,
             beside=outcome.commit,
         )
         fault_point("aggregator.round.committed")
@@ -310,14 +307,13 @@ class Daemon:
         self._announce(state)
 
     def _announce(self, state: RoundState) -> None:
-        share = self._policy.share(state.attempt)
-        self._publisher.round(state, share)
+        self._publisher.round(state, self._policy)
         fault_point("aggregator.round.announced")
         self._events.emit(
             "round",
             round=state.number,
             attempt=state.attempt,
-            fraction=share,
+            fraction=self._policy.share(state.attempt),
             rounds=self._job.rounds,
             state=state.state,
             version=state.version,
@@ -334,28 +330,3 @@ class Daemon:
 
     def _deadline(self) -> float:
         return time.time() + self._policy.deadline_s
-
-
-def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Outcome:
-    """Merge the counted updates of a round by the job's rule, which reads them module by module."""
-    if (strategy := strategy_of(job.rule)) is not None:
-        return merge_personal(job, strategy, store, versions, state)
-    updates = []
-    trained = trained_factors(job.training.factors, state.number)
-    for manifest in store.uploads.of_round(state.number, "counted"):
-        update = stored_update(job, versions, manifest, store.uploads.file(manifest))
-        if behind := state.number - manifest.round:
-            update = completed(update, versions.load(manifest.version))
-            update = replace(update, staleness=behind)
-            trained = "both"  # it has other rows than the previous global of what it left frozen
-        updates.append(update)
-    view = RoundView(
-        versions.load(state.version),
-        updates,
-        job.base.modules,
-        job.rank,
-        seed=job.seed + state.number,
-        memory=read_memory(store),
-        trained=trained,
-    )
-    return Outcome(merge(job.rule, view, settings=job.rule_settings))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from aggregator.enrol.registry import Registry
 from aggregator.personal.refusals import probe_limit, wrong_personal
 from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
-from aggregator.rounds import Policy
+from aggregator.rounds import Policy, wanted_no_more
 from aggregator.store import Store
 from aggregator.updates import factor_norm, read_probe, read_update, update_norm, upload_stacks
 from aggregator.versions import Versions
@@ -248,7 +248,9 @@ class Intake:
         fault_point("aggregator.upload.verified")
         now = self._store.round().number
         behind = now - manifest.round
-        self._store.uploads.count(manifest, late_for=now if behind else None)
+        buffered = self._policy.buffer > 0
+        late_for = now if behind else None
+        self._store.uploads.count(manifest, late_for=late_for, buffered=buffered)
         self._store.devices.forgive(manifest.device)
         self._events.emit(
             "counted",
@@ -265,20 +267,13 @@ class Intake:
     def _late(self, manifest: UploadManifest) -> str:
         """Say why an upload is not wanted now, through no fault of it; empty if it is."""
         now = self._store.round()
-        behind = now.number - manifest.round
-        if behind < 0:
-            return f"round {manifest.round} has not begun (it is round {now.number}, {now.state})"
-        if now.state != "open" or behind > self._policy.late_updates:
-            return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
-        if behind and self._store.uploads.has_counted(manifest.device, now.number):
-            return f"another update of this device counts in round {now.number} already"
-        if not behind and manifest.attempt > now.attempt:
-            return f"attempt {manifest.attempt} at round {now.number} has not begun"
-        if manifest.version != (started := now.version - behind):
-            return f"it starts from version {manifest.version}, the round from {started}"
-        if behind and self._store.version(started) is None:
-            return f"version {started}, from which it starts, is not kept any more"
-        return ""
+        return wanted_no_more(
+            manifest,
+            now,
+            self._policy,
+            another_counts=lambda: self._store.uploads.has_counted(manifest.device, now.number),
+            is_kept=lambda version: self._store.version(version) is not None,
+        )
 
     def _kept_out(self, device: str) -> str:
         """Say until when a device is in quarantine; empty if it is not."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from aggregator.errors import StoreError
 from aggregator.places import Place, beside, common
-from aggregator.rounds import RoundState
+from aggregator.rounds import Policy, RoundState
 from aggregator.store import Store
 from protocol import topics
 from protocol.chunks import split
@@ -42,8 +42,8 @@ class Publisher:
         topic = topics.topic("job", job=self._job.job)
         self._send([(topic, self._key.seal(self._job, topic))])
 
-    def round(self, state: RoundState, fraction: float) -> None:
-        """Publish where the job stands; `fraction` of the fleet is asked."""
+    def round(self, state: RoundState, policy: Policy) -> None:
+        """Publish where the job stands, and who is asked by the policy."""
         topic = topics.topic("round", job=self._job.job)
         message = Round(
             job=self._job.job,
@@ -51,8 +51,9 @@ class Publisher:
             state=state.state,
             version=state.version,
             deadline=state.deadline,
-            fraction=fraction,
+            fraction=policy.share(state.attempt),
             attempt=state.attempt,
+            behind=policy.max_staleness if policy.buffer else 0,
         )
         self._send([(topic, self._key.seal(message, topic))])
 

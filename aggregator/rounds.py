@@ -8,15 +8,19 @@ waiting ──enough devices──▶ open ──all of the cohort, or deadline 
 
 An extension is a new attempt at the same round: more of the fleet is asked, and who was refused is
 asked once more. What has been counted stays counted.
+
+Buffered, a round is one filling of the buffer: it is merged as soon as `buffer` updates count in
+it, whatever versions they started from, and otherwise as above, so that a buffer larger than the
+fleet waits for nobody who has delivered already. Source: FedBuff, arXiv 2106.06639.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.messages import in_cohort
+from protocol.messages import UploadManifest, in_cohort
 
 Action = Literal["open", "merge", "extend", "finish"]
 
@@ -41,6 +45,15 @@ class Policy:
     """Versions that the state keeps, the newest; 0: all."""
     late_updates: int = 0
     """Rounds by which an update may be late and still count, in the round that is open then."""
+    buffer: int = 0
+    """Updates after which a buffered round is merged; 0: rounds are synchronous."""
+    max_staleness: int = 8
+    """Versions by which an update may be behind and still count in a buffered round."""
+
+    @property
+    def behind(self) -> int:
+        """Versions by which an update may be behind the open round's and still count."""
+        return self.max_staleness if self.buffer else self.late_updates
 
     def share(self, attempt: int) -> float:
         """Return the share of the fleet that is asked in an attempt; it never falls."""
@@ -59,6 +72,14 @@ class RoundState:
     """Times the round has been extended."""
 
 
+def delivered(counted: Collection[UploadManifest], now: RoundState, policy: Policy) -> set[str]:
+    """Return who need not be waited for, of the devices whose updates count in a round.
+
+    In a buffered round a device that has delivered for an older version trains on, from this one.
+    """
+    return {m.device for m in counted if m.round == now.number or not policy.buffer}
+
+
 def next_action(
     now: RoundState,
     policy: Policy,
@@ -69,11 +90,13 @@ def next_action(
     online: Collection[str],
     delivered: Collection[str],
     refused: Collection[str] = (),
+    buffered: int = 0,
 ) -> Action | None:
     """Return what is to be done, or None to wait on.
 
     `online` are the devices that can take part, `delivered` those whose update has been counted
-    in this round, `refused` those whose update of this attempt will not be.
+    in this round (of a buffered one, those that have trained from its version), `refused` those
+    whose update of this attempt will not be. `buffered` is how many updates count in it.
     """
     if now.state == "finished":
         return None
@@ -83,10 +106,43 @@ def next_action(
         return "open" if len(online) >= policy.min_devices else None
     share = policy.share(now.attempt)
     asked = {d for d in online if in_cohort(d, job, now.number, share)}
-    enough = len(delivered) >= policy.quorum
+    if policy.buffer and buffered >= policy.buffer:
+        return "merge"
+    enough = max(len(delivered), buffered) >= policy.quorum
     heard_all = asked <= {*delivered, *refused}
     late = now.deadline is not None and time_s >= now.deadline
     if enough:
         return "merge" if heard_all or late else None
     others = {*online} - asked
     return "extend" if late or (heard_all and others) else None
+
+
+def wanted_no_more(
+    manifest: UploadManifest,
+    now: RoundState,
+    policy: Policy,
+    *,
+    another_counts: Callable[[], bool],
+    is_kept: Callable[[int], bool],
+) -> str:
+    """Say why an upload does not count now, through no fault of it; empty if it does.
+
+    `another_counts` says whether another update of the device counts in the open round, `is_kept`
+    whether a version is.
+    """
+    behind = now.number - manifest.round
+    if behind < 0:
+        return f"round {manifest.round} has not begun (it is round {now.number}, {now.state})"
+    if now.state == "open" and policy.buffer and behind > policy.behind:
+        return f"it is {behind} versions behind, and an update counts up to {policy.behind} behind"
+    if now.state != "open" or behind > policy.behind:
+        return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
+    if behind and not policy.buffer and another_counts():
+        return f"another update of this device counts in round {now.number} already"
+    if not behind and manifest.attempt > now.attempt:
+        return f"attempt {manifest.attempt} at round {now.number} has not begun"
+    if manifest.version != (started := now.version - behind):
+        return f"it starts from version {manifest.version}, the round from {started}"
+    if behind and not is_kept(started):
+        return f"version {started}, from which it starts, is not kept any more"
+    return ""

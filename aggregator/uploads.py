@@ -25,6 +25,10 @@ CREATE UNIQUE INDEX IF NOT EXISTS one_of_a_device_counts ON uploads (device, rou
 CREATE TABLE IF NOT EXISTS late (
   upload TEXT PRIMARY KEY, device TEXT NOT NULL, round INTEGER NOT NULL,
   UNIQUE (device, round)) STRICT;
+CREATE TABLE IF NOT EXISTS buffered (upload TEXT PRIMARY KEY, round INTEGER NOT NULL) STRICT;
+CREATE INDEX IF NOT EXISTS buffered_in ON buffered (round);
+CREATE VIEW IF NOT EXISTS behind AS
+  SELECT upload, round FROM late UNION ALL SELECT upload, round FROM buffered;
 CREATE TABLE IF NOT EXISTS arrived (
   upload TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (upload, number)) STRICT;
 """
@@ -61,7 +65,10 @@ class Uploads:
         return Upload(_manifest(row[0]), row[1], row[2]) if row else None
 
     def has_counted(self, device: str, round_number: int) -> bool:
-        """Say whether an update that a device trained for a round counts, or a late one in it."""
+        """Say whether an update that a device trained for a round counts, or a late one in it.
+
+        One that counts in a buffered round takes no other's place there.
+        """
         trained = "SELECT upload FROM uploads WHERE device = ? AND round = ? AND state = 'counted'"
         late = "SELECT upload FROM late WHERE device = ? AND round = ?"
         which = (device, round_number) * 2
@@ -114,13 +121,18 @@ class Uploads:
         check_file(data, manifest.file.bytes, manifest.file.sha256)
         return data
 
-    def count(self, manifest: UploadManifest, *, late_for: int | None = None) -> None:
+    def count(
+        self, manifest: UploadManifest, *, late_for: int | None = None, buffered: bool = False
+    ) -> None:
         """Keep a verified update and count it to its round: once, whatever happens.
 
-        One that comes too late for its round counts in the round `late_for`.
+        One that comes too late for its round counts in the round `late_for`: as the only one of its
+        device, or among others of it where that is `buffered`.
         """
         with self._db.transaction():
-            if late_for is not None:
+            if late_for is not None and buffered:
+                self._db.run("INSERT INTO buffered VALUES (?, ?)", manifest.upload, late_for)
+            elif late_for is not None:
                 late = manifest.upload, manifest.device, late_for
                 self._db.run("INSERT INTO late VALUES (?, ?, ?)", *late)
             self._parts.keep(manifest, self.file(manifest))
@@ -178,7 +190,7 @@ class Uploads:
     def _needed(self) -> list[UploadManifest]:
         merged = "(SELECT coalesce(max(number), 0) FROM rounds)"
         query = f"""SELECT manifest FROM uploads WHERE state = 'counted' AND (round >= {merged} OR
-          upload IN (SELECT upload FROM late WHERE round >= {merged}))"""
+          upload IN (SELECT upload FROM behind WHERE round >= {merged}))"""
         return [_manifest(row[0]) for row in self._db.rows(query)]
 
     def of_round(self, round_number: int, *states: str) -> list[UploadManifest]:
@@ -188,8 +200,8 @@ class Uploads:
         """
         marks = ", ".join("?" * len(states))
         query = f"""SELECT manifest FROM uploads WHERE state IN ({marks})
-          AND (round = ? AND upload NOT IN (SELECT upload FROM late)
-            OR upload IN (SELECT upload FROM late WHERE round = ?)) ORDER BY device"""
+          AND (round = ? AND upload NOT IN (SELECT upload FROM behind)
+            OR upload IN (SELECT upload FROM behind WHERE round = ?)) ORDER BY device, round"""
         rows = self._db.rows(query, *states, round_number, round_number)
         return [_manifest(row[0]) for row in rows]
 

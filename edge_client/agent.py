@@ -16,7 +16,7 @@ from edge_client.discover import discover_job, enter_job, link_of
 from edge_client.download import Source
 from edge_client.equipping import Equipping
 from edge_client.errors import EdgeError
-from edge_client.holding import Holding
+from edge_client.holding import Holding, goes_on_with
 from edge_client.learner import Learning
 from edge_client.notify import alive
 from edge_client.outbox import Outbox
@@ -71,6 +71,8 @@ class Agent:
         self._offered: Job | None = None
         self._job: Job | None = None
         self._round: Round | None = None
+        self._begun: Round | None = None
+        """What has been begun to be trained for and is not done: it may have been paused."""
         self._equipment: Equipment | None = None
         self._plan: Plan | None = None
         self._rank_start = 0
@@ -254,9 +256,10 @@ class Agent:
     def _advance(self) -> None:
         self._polite.usage.note_link(self._connection)
         self._begin()
-        adapters, now = self._adapters, self._round
-        if adapters is None or now is None or self._learner is None:
+        adapters = self._adapters
+        if adapters is None or self._round is None or self._learner is None:
             return
+        now = goes_on_with(self._begun, self._round)
         pending = self._outbox.pending(self._job_name)  # those of another can't be answered here
         if adapters.needs(now) or pending:
             if not self._may("transfer"):
@@ -297,6 +300,7 @@ class Agent:
             return
         held, job, adapter = adapters.held, adapters.held.job, adapters.held.adapter
         assert adapter is not None, "its version is there"
+        self._begun = now
         if self._evaluated[0] != held.source:  # training that goes on after a pause has been here
             loss = self._base_loss if adapter.is_zero else learner.evaluate(adapter)
             self._evaluated = held.source, loss
@@ -323,6 +327,7 @@ class Agent:
         drawn = learned.report.drawn_rows
         self._outbox.put(manifest, data, rank=learned.rank, own_loss=own_loss, drawn_rows=drawn)
         checkpoint.forget(self._settings.state)
+        self._begun = None
         self._say("uploading")
         if self._may("transfer"):
             self._sender.offer(manifest.upload)

@@ -8,7 +8,7 @@ from edge_client.download import Source
 from protocol.adapter import Adapter
 from protocol.bands import Band
 from protocol.errors import MalformedMessage
-from protocol.messages import GlobalManifest, Job
+from protocol.messages import GlobalManifest, Job, Round
 
 
 @dataclass(slots=True)
@@ -89,3 +89,14 @@ class Holding:
         """Keep no more than `held` directions."""
         if self.adapter is not None:
             self.adapter = self.adapter.truncated(held)
+
+
+def goes_on_with(begun: Round | None, newest: Round) -> Round:
+    """Return the round that a device is to be at: the newest, or one whose training was paused.
+
+    That is so as long as what comes of it counts: in a buffered round an update may be `behind`. A
+    round that has moved on otherwise is never trained for.
+    """
+    if begun is None or newest.state != "open" or begun.number == newest.number:
+        return newest
+    return begun if newest.number - begun.number <= newest.behind else newest

@@ -205,6 +205,9 @@ class Round(Message):
     """Share of the fleet that takes part; see `in_cohort`."""
     attempt: Count = 0
     """Grows when the round is extended for want of updates: who was refused trains once more."""
+    behind: Count = 0
+    """Versions by which an update may be behind and still count, as one that is trained on now: not
+    0 in a buffered round alone."""
 
 
 class FileInfo(Message):

@@ -41,8 +41,9 @@ class LayerUpdates:
     """Hold all that a combination needs of one module of `shape` (d_out, d_in).
 
     `rank` and `scale` are the result's; `seed` is the module's own. `carried` is what earlier
-    rounds add to the sum. `frozen_a` (R, d_in) or `frozen_b` (d_out, R) is a factor that nobody
-    trained: all contributions have their rows or columns of it.
+    rounds, and changes that were made to other versions, add to the sum. `frozen_a` (R, d_in) or
+    `frozen_b` (d_out, R) is a factor that nobody trained: all contributions have their rows or
+    columns of it.
     """
 
     shape: tuple[int, int]

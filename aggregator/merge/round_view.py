@@ -19,6 +19,18 @@ Directions = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """Hold what a device added to the product of a version, of scale 1: `ranks` by module.
+
+    It is a product that may have twice the device's rank, and is of no directions of any version:
+    so it can be added to another version than the one that it was made from.
+    """
+
+    layers: Mapping[str, Factors]
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """Hold what one device sent: its factors after training, and where they belong.
 
@@ -27,7 +39,8 @@ class Update:
     `directions[module][i]`. With `directions = top` these are 0 … r-1. Ranks may differ from
     module to module, and a module may have rank 0. `staleness` is how many versions the one that
     it started from is behind `RoundView.previous`; the directions of another version are other
-    vectors, so put such an update over the version it started from first (`completed`).
+    vectors, so put such an update over the version it started from first (`completed`), or what it
+    moved onto today's (`rebased`): then that is `moved`, beside the `adapter` that it is added to.
     """
 
     device: str
@@ -36,6 +49,7 @@ class Update:
     examples: int
     metrics: Mapping[str, float]
     staleness: int = 0
+    moved: Change | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +119,42 @@ def completed(update: Update, held: Adapter) -> Update:
     return replace(update, adapter=Adapter(layers, held.scale), directions=every)
 
 
+def rebased(update: Update, started: Adapter, previous: Adapter) -> Update:
+    """Put what a device moved since the version it `started` from onto today's: ΔW_g + Δ_k.
+
+    So what others have moved meanwhile stays where it is. Source: FedBuff, arXiv 2106.06639, here
+    in product space.
+    """
+    ranks = {module: 2 * len(at) for module, at in update.directions.items()}
+    moved = Change(changed(update, started).layers, ranks)
+    every = {module: np.arange(whole.rank) for module, whole in previous.layers.items()}
+    return replace(update, adapter=previous, directions=every, moved=moved)
+
+
+def whole(update: Update) -> Adapter:
+    """Return the adapter of an update, with what it moved where that lies beside it."""
+    own, moved = update.adapter, update.moved
+    if moved is None:
+        return own
+
+    def both(module: str) -> Factors:
+        base, change = own.layers[module], moved.layers[module]
+        a = np.concatenate([base.a, change.a])
+        return Factors(a, np.concatenate([own.scale * base.b, change.b], axis=1))
+
+    return Adapter(LazyLayers(tuple(own.layers), both), 1.0)
+
+
 def changed(update: Update, held: Adapter) -> Adapter:
     """Return ΔW_k − ΔW_g restricted to the directions of k: by how much a device moved the product.
 
     Each module has twice the device's rank: BA − B'A' = (B − B')A + B'(A − A') with the scales in
     B. A norm or a Gram of these factors keeps its digits however small the change is, where the
-    difference of two norms would lose them. In float64, of scale 1, and made when asked for.
+    difference of two norms would lose them. In float64, of scale 1, and made when asked for. What
+    lies beside an adapter that is `held` itself (`rebased`) is that already.
     """
+    if update.moved is not None:
+        return Adapter(update.moved.layers, 1.0)
 
     def change(module: str) -> Factors:
         before = held.layers[module].take(update.directions[module])

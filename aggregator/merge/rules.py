@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
@@ -24,6 +24,7 @@ from aggregator.merge.lowrank import module_seed
 from aggregator.merge.robust import GEOMED, KRUM
 from aggregator.merge.round_view import Merged, RoundView, check
 from aggregator.merge.settings import NO_SETTINGS, RuleSettings, Settings, read_settings
+from aggregator.merge.sums import Term
 from aggregator.merge.votes import Votes, cast_votes, counted_columns
 from aggregator.merge.weighting import (
     Weighting,
@@ -108,10 +109,18 @@ class Rule:
             tuple(contributions),
             settings.split,
             module_seed(view.seed, module),
-            carried_terms(view, module, settings),
+            (*_moved_terms(view, module, votes), *carried_terms(view, module, settings)),
             previous.a if view.trained == "B" else None,
             previous.b if view.trained == "A" else None,
         )
+
+
+def _moved_terms(view: RoundView, module: str, votes: Votes) -> Iterator[Term]:
+    """Yield p_k·c_k·Δ_k of each device whose change lies beside today's version (`rebased`)."""
+    for update, weight in zip(view.updates, votes.shares * votes.counted, strict=True):
+        if update.moved is not None and weight:
+            read = partial(update.moved.layers.__getitem__, module)
+            yield Term(read, np.full(update.moved.ranks[module], weight))
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(

@@ -16,7 +16,7 @@ import numpy as np
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import norm
 from aggregator.merge.robust import Robust
-from aggregator.merge.round_view import RoundView
+from aggregator.merge.round_view import RoundView, whole
 from aggregator.merge.sums import Float64Array
 
 
@@ -65,8 +65,8 @@ def norm_share(view: RoundView) -> Float64Array:
     """
     norms = np.array(
         [
-            update.adapter.scale * np.linalg.norm([norm(f) for f in update.adapter.layers.values()])
-            for update in view.updates
+            full.scale * np.linalg.norm([norm(f) for f in full.layers.values()])
+            for full in map(whole, view.updates)
         ],
         np.float64,
     )
