@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEMO_FLAGS ?=
 
-.PHONY: demo test faults lint bench clean mosquitto
+.PHONY: demo test faults lint bench clean mosquitto flower
 
 demo: $(VENV)
 	$(BIN)/fleet-replay demo --out runs $(DEMO_FLAGS)
@@ -23,6 +23,16 @@ $(VENV)/complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Flower holds libraries below what the others need, so it has an environment of its own: of it, Ray
+# and the aggregator's libraries, without torch. The tests make it where they can.
+FLOWER := .venv-flower
+flower: $(FLOWER)/complete
+
+$(FLOWER)/complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[flower]' -c constraints.txt
 	@touch $@
 
 mosquitto:
@@ -44,4 +54,4 @@ lint: $(VENV)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOWER) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,6 +32,7 @@ BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREA
 """What says how many threads numpy's libraries take. On a machine that is busy with other things
 more of them spend their time waiting for each other, and a merge takes many times as long."""
 DEFAULT_STATE = Path("aggregator-state")
+EngineName = Literal["plain", "ray"]
 State = Annotated[
     Path | None,
     typer.Option(
@@ -151,6 +152,10 @@ def serve(
             envvar="TUNEFLEET_ONNX",
         ),
     ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="What merges: this process, or a Ray cluster (RAY_ADDRESS, or its own)."),
+    ] = "plain",
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
@@ -160,8 +165,10 @@ def serve(
     """Serve a job: take updates, merge them, broadcast versions, until it is stopped."""
     from aggregator.config import read_job
     from aggregator.daemon import Daemon
+    from aggregator.engine import open_engine
     from aggregator.errors import ConfigError
     from aggregator.identity import signing_key
+    from aggregator.merging import check_engine
     from aggregator.store import Store
     from protocol.events import EventLog
     from protocol.files import lock_folder
@@ -169,6 +176,7 @@ def serve(
 
     events = EventLog(as_json=as_json)
     job, policy = read_job(job_file)
+    check_engine(job, engine)
     if folder is None and enroll_port is not None:
         raise ConfigError("--enroll-port needs the fleet's folder: --dir")
     if folder is not None and key is not None:
@@ -195,6 +203,7 @@ def serve(
             key=membership.key if membership else signing_key(where, key),
             membership=membership,
             onnx=onnx,
+            engine=stack.enter_context(open_engine(engine)),
             exit_when_done=exit_when_done,
             wait_for_broker=not no_wait,
         ).run()

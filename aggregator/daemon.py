@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aggregator.alone import check_alone
 from aggregator.artifacts import ArtifactPublisher
+from aggregator.engine import IN_PROCESS, Engine
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
 from aggregator.memory import write_memory
@@ -38,7 +39,7 @@ BATCH = 32
 
 
 class Daemon:
-    """Run one job; `onnx` is the folder of an artifact set for devices to fetch."""
+    """Run one job; `onnx` is the folder of an artifact set for devices, `engine` merges."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Daemon:
         key: SigningKey,
         membership: Membership | None = None,
         onnx: Path | None = None,
+        engine: Engine = IN_PROCESS,
         exit_when_done: bool = False,
         wait_for_broker: bool = True,
     ) -> None:
@@ -58,6 +60,7 @@ class Daemon:
         self._policy = policy
         self._store = store
         self._events = events
+        self._engine = engine
         self._exit_when_done = exit_when_done
         self._wait_for_broker = wait_for_broker
         self._waiting = Waiting(events)
@@ -254,8 +257,14 @@ class Daemon:
         """Merge the round, publish its version, and go on to the next round."""
         fault_point("aggregator.merge.before")
         started = time.monotonic()
-        buffered = self._policy.buffer > 0
-        outcome = merge_round(self._job, self._store, self._versions, state, buffered=buffered)
+        outcome = merge_round(
+            self._job,
+            self._store,
+            self._versions,
+            state,
+            buffered=self._policy.buffer > 0,
+            engine=self._engine,
+        )
         merged = outcome.merged
         seconds = time.monotonic() - started
         fault_point("aggregator.merge.after")

@@ -3,6 +3,7 @@
 TunefleetError                 anything a person is to read as one line (protocol.errors)
 └── AggregatorError            the aggregator could not do what it was asked
     ├── MergeError             a round that cannot be merged, and whose update is to blame
+    ├── EngineError            the cluster that merges can't be used
     ├── UnknownRule            a merge rule that is neither built in nor installed
     ├── BadRuleSettings        a rule was given settings that it does not have
     ├── ConfigError            the job file or a flag is missing something or wrong
@@ -15,6 +16,8 @@ TunefleetError                 anything a person is to read as one line (protoco
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 from protocol.errors import TunefleetError
 
@@ -33,8 +36,17 @@ class MergeError(AggregatorError):
         where = [f"device {device}"] if device is not None else []
         where += [f"module {module}"] if module is not None else []
         super().__init__(f"cannot merge: {', '.join(where)}{': ' if where else ''}{why}")
+        self.why = why
         self.device = device
         self.module = module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made of, for it may come from another process."""
+        return partial(MergeError, device=self.device, module=self.module), (self.why,)
+
+
+class EngineError(AggregatorError):
+    """The cluster that is to do the work can't be reached, or can't do it."""
 
 
 class UnknownRule(AggregatorError):

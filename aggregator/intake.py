@@ -12,11 +12,18 @@ import time
 from collections.abc import Callable, Mapping
 
 from aggregator.enrol.registry import Registry
-from aggregator.personal.refusals import probe_limit, wrong_personal
+from aggregator.personal.refusals import wrong_personal
 from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
 from aggregator.rounds import Policy, wanted_no_more
 from aggregator.store import Store
-from aggregator.updates import factor_norm, read_probe, read_update, update_norm, upload_stacks
+from aggregator.updates import (
+    factor_norm,
+    largest_upload,
+    read_probe,
+    read_update,
+    unfit,
+    update_norm,
+)
 from aggregator.versions import Versions
 from aggregator.window import ChunkWindow
 from protocol import topics
@@ -24,11 +31,8 @@ from protocol.chunks import check_chunk
 from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
 from protocol.events import EventLog, Seldom
 from protocol.faults import fault_point
-from protocol.layers import from_bitmap
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
-from protocol.metrics import wrong_metric
 from protocol.signing import SigningKey, open_message
-from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
 LIMITS_KEPT = 4096
 TOPIC_SHOWN = 200
@@ -285,14 +289,8 @@ class Intake:
 
     def _unfit(self, manifest: UploadManifest) -> str:
         """Say what is wrong with an upload, from its manifest alone; empty if nothing is."""
-        if manifest.held > self._job.rank:
-            return f"it claims {manifest.held} directions, the shared adapter has {self._job.rank}"
-        if manifest.encoding != self._job.encoding_up:
-            return f"its encoding is {manifest.encoding}, the job's {self._job.encoding_up}"
-        if why := wrong_metric(manifest.metrics) or _unfit_modules(self._job, manifest):
+        if why := unfit(self._job, manifest):
             return why
-        if manifest.file.bytes > self._largest(manifest):
-            return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
         if why := self._wrong_personal(manifest):
             return why
         if self._sent_too_much(manifest):
@@ -312,13 +310,6 @@ class Intake:
         sent = self._bytes.sent(manifest.device, self._attempt())
         return sent > self._round_limit(manifest)
 
-    def _largest(self, manifest: UploadManifest) -> int:
-        """Return the bytes that an upload of this rank can have."""
-        shapes = {s.name: s.shape for s in upload_stacks(self._job, manifest)}
-        largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
-        largest += probe_limit(self._job.probe)
-        return min(largest, self._job.limits.upload_bytes)
-
     def _round_limit(self, manifest: UploadManifest) -> int:
         """Return the bytes that a device may send in an attempt; worked out once."""
         ranks = manifest.rank, manifest.rank_trained, manifest.held
@@ -326,7 +317,7 @@ class Intake:
         if key not in self._limits:
             if len(self._limits) >= LIMITS_KEPT:
                 self._limits.clear()
-            self._limits[key] = FILES_A_ROUND * self._largest(manifest)
+            self._limits[key] = FILES_A_ROUND * largest_upload(self._job, manifest)
         return self._limits[key]
 
     def _too_much(self, manifest: UploadManifest) -> str:
@@ -369,16 +360,3 @@ class Intake:
         )
         topic = topics.topic("control", job=manifest.job, device=manifest.device)
         return topic, self._key.seal(message, topic)
-
-
-def _unfit_modules(job: Job, manifest: UploadManifest) -> str:
-    """Say what is wrong with the modules that an upload claims; empty if nothing is."""
-    if manifest.modules is None:
-        return ""
-    if job.layers == "all":
-        return "it has some modules only, this job trains all"
-    try:
-        from_bitmap(job.base.modules, manifest.modules)
-    except ProtocolError as error:
-        return str(error)
-    return ""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from aggregator.engine import IN_PROCESS, Engine
+from aggregator.errors import ConfigError
 from aggregator.memory import read_memory
 from aggregator.merge import RoundView, Rule, Update, merge
 from aggregator.merge.round_view import completed, rebased
@@ -24,10 +26,36 @@ from protocol.factors import trained_factors
 from protocol.messages import Job
 
 
+def check_engine(job: Job, engine: str) -> None:
+    """Refuse an engine that would have nothing to do.
+
+    Raises:
+        ConfigError: the job's rule is none that merges module by module.
+    """
+    if engine != "plain" and not (
+        strategy_of(job.rule) is None and isinstance(find_rule(job.rule), Rule)
+    ):
+        raise ConfigError(
+            f"--engine {engine} shares out the modules of the built-in merge rules; rule "
+            f"{job.rule!r} merges in this process: leave it out"
+        )
+
+
 def merge_round(
-    job: Job, store: Store, versions: Versions, state: RoundState, *, buffered: bool = False
+    job: Job,
+    store: Store,
+    versions: Versions,
+    state: RoundState,
+    *,
+    buffered: bool = False,
+    engine: Engine = IN_PROCESS,
 ) -> Outcome:
-    """Merge the counted updates of a round by the job's rule, which reads them module by module."""
+    """Merge the counted updates of a round by the job's rule, which reads them module by module.
+
+    Raises:
+        MergeError: the round cannot be merged.
+        EngineError: the engine that is to merge its modules can't.
+    """
     if (strategy := strategy_of(job.rule)) is not None:
         return merge_personal(job, strategy, store, versions, state)
     # Another package's rule knows of no changes that lie beside an adapter.
@@ -54,4 +82,4 @@ def merge_round(
         memory=read_memory(store),
         trained="both" if late else trained_factors(job.training.factors, state.number),
     )
-    return Outcome(merge(job.rule, view, settings=settings))
+    return Outcome(merge(job.rule, view, settings=settings, engine=engine))

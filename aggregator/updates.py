@@ -3,18 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from aggregator.merge import Update
 from aggregator.merge.lowrank import gram
+from aggregator.personal.refusals import probe_limit
 from aggregator.versions import Versions
 from protocol.adapter import Adapter, Factors, LazyLayers, add, module_directions, select
 from protocol.bands import Stack, read_adapter, stacks, stored_layers
+from protocol.errors import ProtocolError
 from protocol.factors import trained_factors
 from protocol.layers import from_bitmap, only
 from protocol.messages import Job, UploadManifest
+from protocol.metrics import wrong_metric
 from protocol.probe import TopLogits, decode_probe
+from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
+
+
+class Bases(Protocol):
+    """Know what updates start from."""
+
+    def base(self, manifest: UploadManifest) -> Adapter: ...
+
+
+def unfit(job: Job, manifest: UploadManifest) -> str:
+    """Say what is wrong with an upload, from its manifest alone; empty if nothing is."""
+    if manifest.held > job.rank:
+        return f"it claims {manifest.held} directions, the shared adapter has {job.rank}"
+    if manifest.encoding != job.encoding_up:
+        return f"its encoding is {manifest.encoding}, the job's {job.encoding_up}"
+    if why := wrong_metric(manifest.metrics) or _unfit_modules(job, manifest):
+        return why
+    if manifest.file.bytes > largest_upload(job, manifest):
+        return f"{manifest.file.bytes} bytes are more than its rank {manifest.rank} takes"
+    return ""
+
+
+def _unfit_modules(job: Job, manifest: UploadManifest) -> str:
+    """Say what is wrong with the modules that an upload claims; empty if nothing is."""
+    if manifest.modules is None:
+        return ""
+    if job.layers == "all":
+        return "it has some modules only, this job trains all"
+    try:
+        from_bitmap(job.base.modules, manifest.modules)
+    except ProtocolError as error:
+        return str(error)
+    return ""
+
+
+def largest_upload(job: Job, manifest: UploadManifest) -> int:
+    """Return the bytes that an upload of this rank can have."""
+    shapes = {s.name: s.shape for s in upload_stacks(job, manifest)}
+    largest = tensor_bytes(shapes, manifest.encoding) + HEADER_LIMIT_BYTES
+    return min(largest + probe_limit(job.probe), job.limits.upload_bytes)
 
 
 def upload_stacks(job: Job, manifest: UploadManifest) -> list[Stack]:
@@ -40,7 +84,7 @@ def upload_directions(job: Job, manifest: UploadManifest) -> dict[str, np.ndarra
     return only(chosen, from_bitmap(job.base.modules, manifest.modules))
 
 
-def read_update(job: Job, versions: Versions, manifest: UploadManifest, data: bytes) -> Update:
+def read_update(job: Job, versions: Bases, manifest: UploadManifest, data: bytes) -> Update:
     """Return what an upload's bytes say: absolute factors of the directions it trained.
 
     A factor that the round does not train is the one of the adapter that it started from.
@@ -90,7 +134,7 @@ def read_probe(job: Job, manifest: UploadManifest, data: bytes) -> TopLogits | N
     return decode_probe(data[len(data) - manifest.probe_bytes :], job.probe)
 
 
-def update_norm(versions: Versions, manifest: UploadManifest, update: Update) -> float:
+def update_norm(versions: Bases, manifest: UploadManifest, update: Update) -> float:
     """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
     before = select(versions.base(manifest), update.directions)
     products = gram([update.adapter, before])

@@ -12,11 +12,12 @@ The momentum is the heavy ball: β times what the last round moved. Source: FedA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from aggregator.merge.lowrank import module_seed, truncate
+from aggregator.merge.lowrank import truncate
 from aggregator.merge.round_view import Memory, RoundView
 from aggregator.merge.settings import RuleSettings
 from aggregator.merge.sums import Term
@@ -34,39 +35,50 @@ def carried_terms(view: RoundView, module: str, settings: RuleSettings) -> tuple
     return tuple(terms)
 
 
-class Remembering:
-    """Gather what the next round is to be handed, module by module."""
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Hold what one module hands to the next round; None for what its rule does not carry."""
 
-    def __init__(self, view: RoundView, settings: RuleSettings) -> None:
-        self._view = view
-        self._settings = settings
-        self._momentum: dict[str, Factors] = {}
-        self._residue: dict[str, Factors] = {}
+    momentum: Factors | None = None
+    residue: Factors | None = None
 
-    def add(self, module: str, summed: Sequence[Term], result: Factors) -> None:
-        """Take in a module's terms and the factors that came of their sum."""
-        previous, scale = self._view.previous.layers[module], self._view.previous.scale
-        if self._settings.momentum:
-            moved = [_term(result, scale), _term(previous, -scale)]
-            self._momentum[module] = self._best(module, moved)
-        if self._settings.error_feedback:
-            self._residue[module] = self._best(module, [*summed, _term(result, -scale)])
 
-    def memory(self) -> Memory:
-        """Return all that was gathered; what the settings do not want is None."""
-        scale = self._view.previous.scale
-        return Memory(
-            Adapter(self._momentum, scale) if self._settings.momentum else None,
-            Adapter(self._residue, scale) if self._settings.error_feedback else None,
-        )
+def to_carry(
+    summed: Sequence[Term],
+    result: Factors,
+    previous: Factors,
+    *,
+    shape: tuple[int, int],
+    scale: float,
+    rank: int,
+    seed: int,
+    settings: RuleSettings,
+) -> Carried:
+    """Return what a module carries of a sum and the `result` that came of it.
 
-    def _best(self, module: str, terms: Sequence[Term]) -> Factors:
-        shape = self._view.shapes[module]
-        rank = module_rank(shape, self._settings.memory_rank or self._view.rank)
-        seed = module_seed(self._view.seed, module)
-        scale = self._view.previous.scale
-        best = truncate(terms, shape, rank, scale=scale, seed=seed, dtype=np.float32).factors
-        return Factors(*(np.ascontiguousarray(x, np.float32) for x in (best.a, best.b)))
+    `rank` is the shared adapter's, `seed` the module's own, `scale` that of `previous` and result.
+    """
+    rank = module_rank(shape, settings.memory_rank or rank)
+
+    def best(terms: Sequence[Term]) -> Factors:
+        found = truncate(terms, shape, rank, scale=scale, seed=seed, dtype=np.float32).factors
+        return Factors(*(np.ascontiguousarray(x, np.float32) for x in (found.a, found.b)))
+
+    end = _term(result, -scale)
+    return Carried(
+        best([_term(result, scale), _term(previous, -scale)]) if settings.momentum else None,
+        best([*summed, end]) if settings.error_feedback else None,
+    )
+
+
+def remembered(carried: Mapping[str, Carried], scale: float) -> Memory:
+    """Return what all modules carry, as the next round is handed it."""
+    momentum = {name: found.momentum for name, found in carried.items() if found.momentum}
+    residue = {name: found.residue for name, found in carried.items() if found.residue}
+    return Memory(
+        Adapter(momentum, scale) if momentum else None,
+        Adapter(residue, scale) if residue else None,
+    )
 
 
 def _term(factors: Factors, weight: float) -> Term:

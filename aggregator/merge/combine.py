@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,10 @@ class Contribution:
     directions: Directions
     weights: np.ndarray
     scale: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the numbers: who gets them can't read where they came from."""
+        return Contribution, (read(self.source), self.directions, self.weights, self.scale)
 
     @property
     def term(self) -> Term:

@@ -126,7 +126,13 @@ def rebased(update: Update, started: Adapter, previous: Adapter) -> Update:
     in product space.
     """
     ranks = {module: 2 * len(at) for module, at in update.directions.items()}
-    moved = Change(changed(update, started).layers, ranks)
+    change = changed(update, started).layers
+
+    def rounded(module: str) -> Factors:  # each factor's digits are those of a difference already
+        factors = change[module]
+        return Factors(factors.a.astype(np.float32), factors.b.astype(np.float32))
+
+    moved = Change(LazyLayers(tuple(change), rounded), ranks)
     every = {module: np.arange(whole.rank) for module, whole in previous.layers.items()}
     return replace(update, adapter=previous, directions=every, moved=moved)
 

@@ -10,8 +10,9 @@ from types import MappingProxyType
 
 import numpy as np
 
+from aggregator.engine import IN_PROCESS, Engine
 from aggregator.errors import AggregatorError, MergeError, UnknownRule
-from aggregator.merge.carried import Remembering, carried_terms
+from aggregator.merge.carried import Carried, carried_terms, remembered, to_carry
 from aggregator.merge.combine import (
     Combination,
     Contribution,
@@ -43,6 +44,55 @@ MergeRule = Callable[[RoundView, Settings], Merged]
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleTask:
+    """Hold all that merging one module takes; `rank` is that of the shared adapter.
+
+    Pickled, it has the numbers of its updates: whoever works it out needs nothing else.
+    """
+
+    module: str
+    layer: LayerUpdates
+    combination: Combination
+    previous: Factors
+    rank: int
+    settings: RuleSettings
+
+
+@dataclass(frozen=True, slots=True)
+class MergedModule:
+    """Hold one module's result in float32; `norm` and `residual` as in `Combined`."""
+
+    factors: Factors
+    norm: float
+    residual: float
+    carried: Carried
+
+
+def merge_module(task: ModuleTask) -> MergedModule:
+    """Merge one module: a pure function, for any engine to call anywhere.
+
+    Raises:
+        MergeError: the module cannot be merged.
+    """
+    layer = task.layer
+    combined = task.combination(layer)
+    factors = as_float32(combined.factors, task.module)
+    norm, residual = combined.norm, combined.residual
+    del combined  # it may be in float64
+    carried = to_carry(
+        layer.terms,
+        factors,
+        task.previous,
+        shape=layer.shape,
+        scale=layer.scale,
+        rank=task.rank,
+        seed=layer.seed,
+        settings=task.settings,
+    )
+    return MergedModule(factors, norm, residual, carried)
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """Merge by a weighting and a combination; see `settings` for what a job may say to it."""
 
@@ -58,33 +108,34 @@ class Rule:
         robust = self.weighting.robust
         return read_settings(robust.settings if robust else RuleSettings, settings)
 
-    def __call__(self, view: RoundView, settings: Settings) -> Merged:
-        """Merge module by module: memory is that of the largest module."""
+    def __call__(self, view: RoundView, settings: Settings, engine: Engine = IN_PROCESS) -> Merged:
+        """Merge module by module: memory is that of the largest module, or of those under way."""
         wanted = self.read(settings)
         votes = cast_votes(view, self.weighting, wanted)
-        remembering = Remembering(view, wanted)
-        layers: dict[str, Factors] = {}
-        norms: list[float] = []
-        residuals: list[float] = []
-        for module in view.shapes:
-            layer = self._layer(view, module, votes, wanted)
-            combined = self.combination(layer)
-            layers[module] = as_float32(combined.factors, module)
-            remembering.add(module, layer.terms, layers[module])
-            norms.append(combined.norm)
-            residuals.append(combined.residual)
-            del combined  # it may be in float64
+        tasks = (self._task(view, module, votes, wanted) for module in view.shapes)
+        found: dict[str, MergedModule] = {}
+        for module, merged in zip(view.shapes, engine.map(merge_module, tasks), strict=True):
+            found[module] = merged
         weights: dict[str, float] = {}
         for update, part in zip(view.updates, votes.shares * votes.counted, strict=True):
             weights[update.device] = weights.get(update.device, 0.0) + float(part)  # it came twice
-        total = float(np.linalg.norm(norms))
+        scale = view.previous.scale
+        total = float(np.linalg.norm([merged.norm for merged in found.values()]))
+        lost = float(np.linalg.norm([merged.residual for merged in found.values()]))
         return Merged(
-            Adapter(layers, view.previous.scale),
+            Adapter({module: merged.factors for module, merged in found.items()}, scale),
             weights,
-            float(np.linalg.norm(residuals)) / total if total else 0.0,
+            lost / total if total else 0.0,
             votes.warnings,
-            remembering.memory(),
+            remembered({module: merged.carried for module, merged in found.items()}, scale),
         )
+
+    def _task(
+        self, view: RoundView, module: str, votes: Votes, settings: RuleSettings
+    ) -> ModuleTask:
+        layer = self._layer(view, module, votes, settings)
+        previous = view.previous.layers[module]
+        return ModuleTask(module, layer, self.combination, previous, view.rank, settings)
 
     def _layer(
         self, view: RoundView, module: str, votes: Votes, settings: RuleSettings
@@ -137,17 +188,24 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 
 
-def merge(rule: str, view: RoundView, *, settings: Settings = NO_SETTINGS) -> Merged:
-    """Merge a round by a named rule.
+def merge(
+    rule: str,
+    view: RoundView,
+    *,
+    settings: Settings = NO_SETTINGS,
+    engine: Engine = IN_PROCESS,
+) -> Merged:
+    """Merge a round by a named rule; `engine` works the modules of a built-in one out.
 
     Raises:
+        EngineError: the engine can't do it.
         UnknownRule: the name is neither in `RULES` nor an installed entry point.
         BadRuleSettings: the rule has no such setting, or cannot use its value.
         MergeError: the round cannot be merged; where one update is to blame it is named.
     """
     found = find_rule(rule)
     check(view)
-    return found(view, settings)
+    return found(view, settings, engine) if isinstance(found, Rule) else found(view, settings)
 
 
 def find_rule(name: str) -> MergeRule:

@@ -40,6 +40,10 @@ class Term:
     source: Source
     weights: Float64Array
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the numbers: who gets them can't read where they came from."""
+        return Term, (self.read(), self.weights)
+
     @property
     def rank(self) -> int:
         return len(self.weights)
@@ -167,7 +171,9 @@ def half(terms: Sequence[Term], side: Literal["a", "b"]) -> Array:
         if at == 0:
             rows = np.empty((rank, own.shape[1]), np.result_type(rows, own))
         elif np.result_type(rows, own) != rows.dtype:
-            rows = rows.astype(own.dtype)
+            wider = np.empty(rows.shape, own.dtype)
+            wider[:at] = rows[:at]  # the rest has no numbers yet
+            rows = wider
         rows[at : (at := at + term.rank)] = own
         del factors, own  # or two devices' would be in memory at a time
     return rows

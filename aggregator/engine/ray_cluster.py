@@ -1,0 +1,108 @@
+"""Work as Ray tasks: on the cluster that RAY_ADDRESS names, or on one of this machine's cores.
+
+A task gets its piece as bytes and returns bytes, so that nothing of it stays in Ray's shared memory
+once it is read. Tasks are pure, so Ray may do one again elsewhere when a machine of it is lost.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
+
+from aggregator.errors import EngineError
+from protocol.errors import TunefleetError
+from protocol.extras import how_to_install
+
+T = TypeVar("T")
+R = TypeVar("R")
+AHEAD = 2
+"""Pieces that are under way for each core of the cluster: one at work, one on its way."""
+
+
+class RayEngine:
+    """Map over a Ray cluster, one core a piece.
+
+    Raises:
+        EngineError: Ray is not installed, or its cluster can't be reached.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise EngineError(f"engine ray needs an extra; {how_to_install('ray')}")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        import ray
+
+        self._ray = ray
+        self._own = not ray.is_initialized()
+        if self._own:
+            try:
+                ray.init(
+                    include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
+            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                raise EngineError(f"can't use Ray: {_one_line(error)}") from None
+        resources: dict[str, float] = ray.cluster_resources()
+        self.cores = max(1, int(resources.get("CPU", 1)))
+        self._run = ray.remote(num_cpus=1)(run_pickled)
+
+    def __enter__(self) -> RayEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._own:
+            self._ray.shutdown()
+
+    def map(self, work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
+        """Yield `work(piece)` for each piece, in their order.
+
+        Raises:
+            EngineError: the cluster is gone, or has not what the work needs.
+            TunefleetError: the work itself has.
+        """
+        under_way: deque[Any] = deque()
+        for piece in pieces:
+            under_way.append(self._run.remote(work, pickle.dumps(piece, protocol=5)))
+            if len(under_way) >= AHEAD * self.cores:
+                yield self._result(under_way.popleft())
+        while under_way:
+            yield self._result(under_way.popleft())
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            result = pickle.loads(self._ray.get(reference))
+        except self._ray.exceptions.RayError as error:
+            raise EngineError(
+                f"the Ray cluster can't do its part: {_one_line(error)}; each machine of it needs "
+                "tunefleet, as it is here"
+            ) from None
+        if isinstance(result, TunefleetError):
+            raise result
+        return result
+
+
+def run_pickled(work: Callable[[Any], Any], piece: bytes) -> bytes:
+    """Do a piece of work; an error of ours is returned, not raised, so that it stays what it is."""
+    try:
+        result = work(pickle.loads(piece))
+    except TunefleetError as error:
+        result = error
+    return pickle.dumps(result, protocol=5)
+
+
+def _one_line(error: Exception) -> str:
+    """Return the last line that an error has to say, which in Ray's is what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
