@@ -156,6 +156,13 @@ def serve(
         EngineName,
         typer.Option(help="What merges: this process, or a Ray cluster (RAY_ADDRESS, or its own)."),
     ] = "plain",
+    shared_intake: Annotated[
+        bool,
+        typer.Option(
+            "--shared-intake",
+            help="Share uploads with `aggregator intake` processes, by MQTT shared subscriptions.",
+        ),
+    ] = False,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
@@ -177,6 +184,11 @@ def serve(
     events = EventLog(as_json=as_json)
     job, policy = read_job(job_file)
     check_engine(job, engine)
+    if shared_intake and (folder is not None or not broker):
+        raise ConfigError(
+            "--shared-intake needs a broker that shares subscriptions, named with --broker; in a "
+            "fleet's folder (--dir) the aggregator's one certificate allows one connection"
+        )
     if folder is None and enroll_port is not None:
         raise ConfigError("--enroll-port needs the fleet's folder: --dir")
     if folder is not None and key is not None:
@@ -204,8 +216,43 @@ def serve(
             membership=membership,
             onnx=onnx,
             engine=stack.enter_context(open_engine(engine)),
+            shared=shared_intake,
             exit_when_done=exit_when_done,
             wait_for_broker=not no_wait,
+        ).run()
+
+
+@app.command()
+def intake(
+    job_file: Annotated[Path, typer.Argument(help="The job that is served, as `serve` has it.")],
+    name: Annotated[str, typer.Option(help="Name of this process, another for each: say 1.")],
+    broker: Annotated[str, typer.Option(help="mqtt://host:port, as `serve` has it.")],
+    state: State = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="File of the signing key, as `serve` has it.", envvar="TUNEFLEET_KEY"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
+) -> None:
+    """Take uploads in beside `aggregator serve --shared-intake`, on the same state folder."""
+    from aggregator.config import read_policy
+    from aggregator.identity import signing_key
+    from aggregator.shared_intake import SharedIntake, check_name
+    from aggregator.store import Store
+    from protocol.events import EventLog
+    from protocol.files import lock_folder
+    from protocol.transport import BrokerAddress
+
+    where = state or DEFAULT_STATE
+    policy = read_policy(job_file)
+    with lock_folder(where / "intakes" / check_name(name), "intake"):
+        SharedIntake(
+            name,
+            policy,
+            Store(where),
+            BrokerAddress.parse(broker),
+            EventLog(as_json=as_json),
+            key=signing_key(where, key),
         ).run()
 
 

@@ -115,6 +115,15 @@ def read_job(path: Path) -> tuple[Job, Policy]:
     return build_job(fields, str(path))
 
 
+def read_policy(path: Path) -> Policy:
+    """Read the policy of a job file, without describing its model.
+
+    Raises:
+        ConfigError: as `read_job`.
+    """
+    return check_settings(read_settings(path, "job file", ConfigError), str(path))[1]
+
+
 def build_job(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
     """Return the job and the policy of a job file's fields; its model is described last.
 

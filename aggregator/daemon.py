@@ -17,9 +17,11 @@ from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
 from aggregator.memory import write_memory
 from aggregator.merging import merge_round
+from aggregator.outcome import Outcome
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, delivered, next_action
+from aggregator.shared_intake import upload_filters
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
 from aggregator.versions import Versions, first_version
@@ -27,7 +29,7 @@ from protocol import topics
 from protocol.errors import TransportError
 from protocol.events import EventLog
 from protocol.faults import fault_point
-from protocol.messages import Job
+from protocol.messages import GlobalManifest, Job
 from protocol.patience import Waiting, connect_when_up
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
@@ -39,7 +41,10 @@ BATCH = 32
 
 
 class Daemon:
-    """Run one job; `onnx` is the folder of an artifact set for devices, `engine` merges."""
+    """Run one job; `onnx` is the folder of an artifact set for devices, `engine` merges.
+
+    `shared` has other processes take uploads in beside this one (aggregator.shared_intake).
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class Daemon:
         membership: Membership | None = None,
         onnx: Path | None = None,
         engine: Engine = IN_PROCESS,
+        shared: bool = False,
         exit_when_done: bool = False,
         wait_for_broker: bool = True,
     ) -> None:
@@ -78,8 +84,16 @@ class Daemon:
             on_outage=lambda why: self._waiting.say(f"the broker at {broker}", why),
         )
         self._versions = Versions(job, store)
+        self._shared = shared
         self._intake = Intake(
-            job, store, self._versions, self._key, events, policy=policy, registry=self._registry
+            job,
+            store,
+            self._versions,
+            self._key,
+            events,
+            policy=policy,
+            registry=self._registry,
+            sharing=shared,
         )
         self._sweeper: Sweeper | None = None
         if membership is not None and self._certified:
@@ -127,10 +141,9 @@ class Daemon:
         if self._sweeper is not None:
             self._sweeper.subscribe()
         else:
-            # The filter of upload chunks matches upload manifests too; both would bring them twice.
-            self._link.subscribe(
-                [topics.subscription(kind, job=job) for kind in ("status", "upload_chunk")]
-            )
+            uploads, unused = upload_filters(job, shared=self._shared)
+            self._link.unsubscribe([unused])  # of an earlier start: the session is kept
+            self._link.subscribe([topics.subscription("status", job=job), uploads])
         fault_point("aggregator.start.connected")
         self._store.bind_job(settings)
         if self._store.round().version == 0:
@@ -203,6 +216,7 @@ class Daemon:
         for incoming in batch:
             self._link.ack(incoming)
         fault_point("aggregator.messages.acked")
+        answers += self._intake.finish()
         for topic, payload in answers:
             self._link.post(topic, payload)
             fault_point("aggregator.message.answered")
@@ -256,6 +270,32 @@ class Daemon:
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""
         fault_point("aggregator.merge.before")
+        with self._store.turn():
+            outcome, manifest, after, seconds = self._merged(state)
+        fault_point("aggregator.round.committed")
+        merged = outcome.merged
+        self._publisher.version(manifest)
+        fault_point("aggregator.version.published")
+        self._events.emit(
+            "merged",
+            round=state.number,
+            rounds=self._job.rounds,
+            version=manifest.version,
+            seconds=round(seconds, 3),
+            devices=len(merged.weights),
+            weights=merged.weights,
+            residual=merged.residual,
+        )
+        for warning in merged.warnings:
+            self._events.emit("warning", round=state.number, reason=warning)
+        for event, fields in outcome.told().items():
+            self._events.emit(event, round=state.number, **fields)
+        self._announce(after)
+        tidy(self._store, self._policy.keep_versions)
+
+    def _merged(self, state: RoundState) -> tuple[Outcome, GlobalManifest, RoundState, float]:
+        """Merge and commit a round; return what came of it, the state after it, and seconds."""
+        self._store.uploads.finish_keeping()  # another process may have been killed before it could
         started = time.monotonic()
         outcome = merge_round(
             self._job,
@@ -290,25 +330,7 @@ class Daemon:
             late_updates=self._policy.behind,
             beside=outcome.commit,
         )
-        fault_point("aggregator.round.committed")
-        self._publisher.version(manifest)
-        fault_point("aggregator.version.published")
-        self._events.emit(
-            "merged",
-            round=state.number,
-            rounds=self._job.rounds,
-            version=manifest.version,
-            seconds=round(seconds, 3),
-            devices=len(merged.weights),
-            weights=merged.weights,
-            residual=merged.residual,
-        )
-        for warning in merged.warnings:
-            self._events.emit("warning", round=state.number, reason=warning)
-        for event, fields in outcome.told().items():
-            self._events.emit(event, round=state.number, **fields)
-        self._announce(after)
-        tidy(self._store, self._policy.keep_versions)
+        return outcome, manifest, after, seconds
 
     def _enter(self, state: RoundState) -> None:
         self._store.set_round(state)

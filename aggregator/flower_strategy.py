@@ -25,7 +25,7 @@ from aggregator.engine import IN_PROCESS, Engine
 from aggregator.errors import ConfigError, MergeError
 from aggregator.merge import Memory, RoundView, Update, merge
 from aggregator.personal import strategy_of
-from aggregator.updates import factor_norm, read_update, unfit, update_norm
+from aggregator.updates import read_update, unfit, verify
 from protocol.adapter import Adapter, initial_adapter
 from protocol.chunks import file_hash
 from protocol.errors import BadTensors, ProtocolError
@@ -191,11 +191,9 @@ class TunefleetStrategy(Strategy):  # type: ignore[misc]  # flwr is in an enviro
         if (len(data), file_hash(data)) != (manifest.file.bytes, manifest.file.sha256):
             raise BadTensors("its bytes are not those that it announces")
         base = Started(started)
-        update = read_update(job, base, manifest, data)
-        norm = max(update_norm(base, manifest, update), factor_norm(update))
-        if not norm <= job.limits.update_norm:
-            raise BadTensors(f"its norm {norm:.3g} is over {job.limits.update_norm:.3g}")
-        return update
+        if why := verify(job, base, manifest, data).wrong:
+            raise BadTensors(why)
+        return read_update(job, base, manifest, data)
 
 
 class Started:

@@ -16,19 +16,12 @@ from aggregator.personal.refusals import wrong_personal
 from aggregator.quota import FILES_A_ROUND, Attempt, Bucket, RoundBytes
 from aggregator.rounds import Policy, wanted_no_more
 from aggregator.store import Store
-from aggregator.updates import (
-    factor_norm,
-    largest_upload,
-    read_probe,
-    read_update,
-    unfit,
-    update_norm,
-)
+from aggregator.updates import Verified, largest_upload, unfit, verify
 from aggregator.versions import Versions
-from aggregator.window import ChunkWindow
+from aggregator.window import ChunkWindow, Window
 from protocol import topics
 from protocol.chunks import check_chunk
-from protocol.errors import BadChunk, BadTensors, MalformedMessage, ProtocolError
+from protocol.errors import BadChunk, MalformedMessage, ProtocolError
 from protocol.events import EventLog, Seldom
 from protocol.faults import fault_point
 from protocol.messages import Control, Job, Status, UploadManifest, upload_id
@@ -52,6 +45,7 @@ class Intake:
         *,
         policy: Policy | None = None,
         registry: Registry | None = None,
+        sharing: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._job = job
@@ -65,7 +59,10 @@ class Intake:
         self._seldom = Seldom(events, clock)
         self._messages = Bucket()
         self._bytes = RoundBytes()
-        self._window = ChunkWindow()
+        self._sharing = sharing
+        """Whether other processes take in on the same store: see `aggregator.shared_intake`."""
+        self._window: Window = store.window if sharing else ChunkWindow()
+        self._unfinished: list[UploadManifest] = []
         self._limits: dict[tuple[str, int, int, int, str | None], int] = {}
         self._asked_round = 0
         self._asked: set[tuple[str, int]] = set()
@@ -235,20 +232,51 @@ class Intake:
         return [self._answer(manifest, "need", chunks=[number])]
 
     def _complete(self, manifest: UploadManifest) -> Outgoing:
-        """Verify a complete upload, and count or refuse it."""
+        """Verify a complete upload and count or refuse it, or do so in the next `finish`."""
+        if self._sharing:
+            self._unfinished.append(manifest)
+            return []
         try:
             data = self._store.uploads.assembled(manifest)
-            fault_point("aggregator.upload.assembled")
-            update = read_update(self._job, self._versions, manifest, data)
-            read_probe(self._job, manifest, data)
-        except (BadTensors, BadChunk) as error:
+        except BadChunk as error:
             return self._reject(manifest, str(error))
-        change = update_norm(self._versions, manifest, update)
-        largest = max(change, factor_norm(update))
-        if not largest <= self._job.limits.update_norm:
-            return self._reject(
-                manifest, f"its norm {largest:.3g} is over {self._job.limits.update_norm:.3g}"
-            )
+        fault_point("aggregator.upload.assembled")
+        return self._settle(manifest, verify(self._job, self._versions, manifest, data))
+
+    def finish(self) -> Outgoing:
+        """Verify what is complete while other processes may have the turn, then count or refuse it.
+
+        Of an upload that is gone since, or that another process has counted, nothing more is said.
+        """
+        answers: Outgoing = []
+        while self._unfinished:
+            manifest = self._unfinished.pop()
+            try:
+                with self._store.turn():
+                    if not self._is_receiving(manifest):
+                        continue
+                    data = self._store.uploads.assembled(manifest)
+                fault_point("aggregator.upload.assembled")
+                found = verify(self._job, self._versions, manifest, data)
+            except BadChunk as error:
+                found = Verified(str(error))
+            with self._events.held(), self._store.transaction():
+                if not self._is_receiving(manifest):
+                    continue
+                if why := self._late(manifest) or self._kept_out(manifest.device):
+                    answers += self._reject(manifest, why, at_fault=False)
+                else:
+                    answers += self._settle(manifest, found)
+        return answers
+
+    def _is_receiving(self, manifest: UploadManifest) -> bool:
+        known = self._store.uploads.known(manifest.upload)
+        return known is not None and (known.manifest, known.state) == (manifest, "receiving")
+
+    def _settle(self, manifest: UploadManifest, found: Verified) -> Outgoing:
+        """Count or refuse a complete upload."""
+        if found.wrong:
+            return self._reject(manifest, found.wrong)
         fault_point("aggregator.upload.verified")
         now = self._store.round().number
         behind = now - manifest.round
@@ -263,7 +291,7 @@ class Intake:
             behind=behind,
             rank=manifest.rank,
             bytes=manifest.file.bytes,
-            norm=change,
+            norm=found.change,
             metrics=manifest.metrics,
         )
         return [self._answer(manifest, "done")]

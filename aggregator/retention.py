@@ -24,6 +24,12 @@ def tidy(store: Store, keep_versions: int) -> None:
     Raises:
         StoreError: the disk refuses.
     """
+    with store.turn():
+        store.uploads.finish_keeping()  # another process may have been killed before it could
+        _tidy(store, keep_versions)
+
+
+def _tidy(store: Store, keep_versions: int) -> None:
     if keep_versions:
         store.forget_versions(keep_versions)
     _forget_personal(store)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +23,11 @@ from aggregator.issued import Issued
 from aggregator.parts import Parts
 from aggregator.places import Place
 from aggregator.rounds import RoundState
+from aggregator.turns import Turns
 from aggregator.uploads import SCHEMA as UPLOADS_SCHEMA
 from aggregator.uploads import Uploads
+from aggregator.window import SCHEMA as WINDOW_SCHEMA
+from aggregator.window import StoredWindow
 from protocol.database import FULL, Database, DatabaseDamaged
 from protocol.errors import os_words
 from protocol.faults import fault_point
@@ -60,7 +63,7 @@ class Store:
         try:
             self._db = Database(
                 folder / "store.sqlite",
-                SCHEMA + UPLOADS_SCHEMA + DEVICES_SCHEMA + ISSUED_SCHEMA,
+                SCHEMA + UPLOADS_SCHEMA + DEVICES_SCHEMA + ISSUED_SCHEMA + WINDOW_SCHEMA,
                 self.on_disk,
                 before_commit=self._parts.sync,
                 after_commit=self._parts.settle,
@@ -75,10 +78,13 @@ class Store:
                 f"can't keep the aggregator's state in {folder}: {os_words(error)}; name a folder "
                 "that can be written to with --state"
             ) from None
+        self._turns = Turns(folder)
         self.devices = Devices(self._db)
         self.issued = Issued(self._db)
+        self.window = StoredWindow(self._db)
         self.uploads = Uploads(self._db, self._parts, folder / "updates", self.on_disk)
-        self.uploads.finish_keeping()
+        with self.turn():
+            self.uploads.finish_keeping()
 
     def close(self) -> None:
         self._db.close()
@@ -97,13 +103,27 @@ class Store:
         except OSError as error:
             raise StoreError(self._refused(error)) from None
 
-    def transaction(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
         """Commit what the block does as one, or none of it; inside another it is a part of that.
 
         Raises:
             StoreError: the disk is full, or not in order.
         """
-        return self._db.transaction()
+        with self.turn(), self._db.transaction():
+            yield
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep other processes from changing rows or files of this state within the block.
+
+        Raises:
+            StoreError: the disk is full, or not in order.
+        """
+        with ExitStack() as stack:
+            with self.on_disk():
+                stack.enter_context(self._turns.take())
+            yield
 
     def has_room(self, size: int) -> bool:
         """Say whether a file of this size, in bytes, leaves the reserve of the disk free."""
@@ -146,7 +166,8 @@ class Store:
         return RoundState(**json.loads(known))
 
     def set_round(self, state: RoundState) -> None:
-        self._set_meta("round", json.dumps(asdict(state)))
+        with self.transaction():
+            self._set_meta("round", json.dumps(asdict(state)))
 
     def finish_round(
         self,

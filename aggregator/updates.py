@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from aggregator.personal.refusals import probe_limit
 from aggregator.versions import Versions
 from protocol.adapter import Adapter, Factors, LazyLayers, add, module_directions, select
 from protocol.bands import Stack, read_adapter, stacks, stored_layers
-from protocol.errors import ProtocolError
+from protocol.errors import BadTensors, ProtocolError
 from protocol.factors import trained_factors
 from protocol.layers import from_bitmap, only
 from protocol.messages import Job, UploadManifest
@@ -26,6 +26,26 @@ class Bases(Protocol):
     """Know what updates start from."""
 
     def base(self, manifest: UploadManifest) -> Adapter: ...
+
+
+class Verified(NamedTuple):
+    """Say what is wrong with a complete upload, if anything, and by how much it moves."""
+
+    wrong: str
+    change: float = 0.0
+
+
+def verify(job: Job, bases: Bases, manifest: UploadManifest, data: bytes) -> Verified:
+    """Look at all that a complete upload says: tensors, the answer to a probe, and norms."""
+    try:
+        update = read_update(job, bases, manifest, data)
+        read_probe(job, manifest, data)
+    except BadTensors as error:
+        return Verified(str(error))
+    change, limit = update_norm(bases, manifest, update), job.limits.update_norm
+    largest = max(change, factor_norm(update))
+    wrong = "" if largest <= limit else f"its norm {largest:.3g} is over {limit:.3g}"
+    return Verified(wrong, change)
 
 
 def unfit(job: Job, manifest: UploadManifest) -> str:

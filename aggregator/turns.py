@@ -1,0 +1,40 @@
+"""Several processes on one state folder: one at a time changes it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FILE = "turn.lock"
+
+
+class Turns:
+    """Take turns by a lock on a file, which the kernel releases however a process ends.
+
+    SQLite's own lock would do for rows. But files are renamed after a commit and removed because no
+    row needs them, and a merge must not miss what is counted while it reads: all that is one turn.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self._depth = 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Wait for the turn, and keep it for the block; inside another it is a part of that.
+
+        Raises:
+            OSError: the file can't be made.
+        """
+        if self._depth:
+            yield
+            return
+        with self._path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
