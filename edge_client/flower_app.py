@@ -28,14 +28,23 @@ STATE = "tunefleet"
 
 
 class FlowerLearner(Protocol):
-    """Train a node's own text, `rank` directions of the `held` that it has room for."""
+    """Train a node's own text, `rank` directions of the `held` that it has room for.
+
+    `edge_client.text_learner.TextLearner` is one.
+    """
 
     rank: int
     held: int
     text: TextReport
 
     def train(
-        self, job: Job, received: Adapter, frozen: Adapter | None, *, drawn_rows: int
+        self,
+        job: Job,
+        received: Adapter,
+        frozen: Adapter | None,
+        *,
+        round_number: int,
+        drawn_rows: int,
     ) -> tuple[Adapter, TrainReport]:
         """Return `received` after training for `job.training`, beside the `frozen` directions.
 
@@ -77,7 +86,9 @@ def client_app(open_learner: OpenLearner) -> ClientApp:
             held,
             rank,
             number,
-            lambda received, frozen: learner.train(job, received, frozen, drawn_rows=drawn),
+            lambda received, frozen: learner.train(
+                job, received, frozen, round_number=number, drawn_rows=drawn
+            ),
         )
         now = Round(job=job.job, number=number, state="open", version=number)
         manifest, data = make_update(job, now, device, learned, learner.text, held_out_loss=loss)

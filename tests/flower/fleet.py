@@ -40,7 +40,13 @@ class MadeUpLearner:
         self.text = TextReport(1000, 100, ())
 
     def train(
-        self, job: Job, received: Adapter, frozen: Adapter | None, *, drawn_rows: int
+        self,
+        job: Job,
+        received: Adapter,
+        frozen: Adapter | None,
+        *,
+        round_number: int,
+        drawn_rows: int,
     ) -> tuple[Adapter, TrainReport]:
         size = 0.01 * (self.number + 1) * (1 + 0.1 * drawn_rows)
         layers = {

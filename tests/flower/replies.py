@@ -28,7 +28,7 @@ def answer(job: Job, shared: Adapter, number: int, **changed: object) -> RecordD
     learner = MadeUpLearner(number)
 
     def train(received: Adapter, frozen: Adapter | None) -> object:
-        return learner.train(job, received, frozen, drawn_rows=0)
+        return learner.train(job, received, frozen, round_number=1, drawn_rows=0)
 
     learned = learn(job, f"node-{number}", shared, learner.rank, 1, train)
     now = Round(job=job.job, number=1, state="open", version=1)

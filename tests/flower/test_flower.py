@@ -94,9 +94,13 @@ def plain(folder: Path, rule: str) -> tuple[Adapter, list[dict[str, float]], lis
         for name, one in learners.items():
 
             def train(
-                received: Adapter, frozen: Adapter | None, one: Any = one, name: str = name
+                received: Adapter,
+                frozen: Adapter | None,
+                one: Any = one,
+                place: tuple[int, int] = (number, drawn[name]),
             ) -> tuple[Adapter, TrainReport]:
-                return one.train(job, received, frozen, drawn_rows=drawn[name])
+                number, rows = place
+                return one.train(job, received, frozen, round_number=number, drawn_rows=rows)
 
             learned = learn(job, name, shared, ranks[name], number, train)
             loss = one.evaluate(shared)
