@@ -182,8 +182,6 @@ def serve(
     from protocol.transport import BrokerAddress
 
     events = EventLog(as_json=as_json)
-    job, policy = read_job(job_file)
-    check_engine(job, engine)
     if shared_intake and (folder is not None or not broker):
         raise ConfigError(
             "--shared-intake needs a broker that shares subscriptions, named with --broker; in a "
@@ -195,6 +193,8 @@ def serve(
         raise ConfigError(
             "a fleet has a key of its own: leave --key (TUNEFLEET_KEY) out with --dir"
         )
+    job, policy = read_job(job_file)
+    check_engine(job, engine)
     with ExitStack() as stack:
         address = BrokerAddress.parse(broker) if broker else None
         fleet = None if folder is None else _open_fleet(stack, folder, events, enroll_port)
