@@ -2,11 +2,11 @@
 
     python -m benchmarks.buffered [--quick] [--rounds 12]
 
-The demo's six texts and ranks train in one process, each device in virtual time: as long as its
-cores would take for a base of 135 M parameters (`FLOPS_A_CYCLE` each), and its link for the bytes,
-both from its profile. When a round is merged, and which updates still count, is decided by the
-aggregator's own functions. The target is the loss that synchronous rounds have come to in the end.
-Losses are of the held-out split, in nats a token, means over devices. Writes
+The demo's six texts, at ranks of 4 and 16, train in one process, each device in virtual time: as
+long as its cores would take for a base of 135 M parameters (`FLOPS_A_CYCLE` each), and its link for
+the bytes, both from its profile. When a round is merged, and which updates still count, is decided
+by the aggregator's own functions. The target is the loss that synchronous rounds have come to in the
+end. Losses are of the held-out split, in nats a token, means over devices. Writes
 runs/bench/buffered.json.
 """
 
@@ -37,7 +37,9 @@ from protocol.messages import Job, UploadManifest, describe_file, upload_id
 PARAMETERS = 135e6
 FLOPS_A_CYCLE = 2.0
 """Of a core, in training: some of what its vector unit could do."""
-ROWS = 12
+LADDER = [4, 8, 16]
+"""Below the demo's, so that most of the time goes into training."""
+ROWS = 8
 """Of each device's held-out text, on which a loss is measured after each merge."""
 PROFILES = {name: profile for name, profile, _ in DEMO_DEVICES}
 PutOnto = Callable[[Update, Adapter, Adapter], Update]
@@ -217,7 +219,11 @@ def main() -> None:
     rounds = 3 if given.quick else given.rounds
     simulation = demo_simulation(0)
     simulation.setting = replace(simulation.setting, most_rows={"held_out": ROWS})
-    job = simulation.job(training={**DEMO_TRAINING, "learning_rate": given.rate})
+    simulation.devices = [
+        replace(device, rank=min(device.rank, LADDER[-1]), held=LADDER[-1])
+        for device in simulation.devices
+    ]
+    job = simulation.job(ladder=LADDER, training={**DEMO_TRAINING, "learning_rate": given.rate})
     courses: dict[str, Course] = {}
     for arm in arms(len(simulation.devices)):
         fleet = Fleet(simulation, job, arm)
