@@ -5,8 +5,8 @@
 The demo's six texts, at ranks of 4 and 16, train in one process, each device in virtual time: as
 long as its cores would take for a base of 135 M parameters (`FLOPS_A_CYCLE` each), and its link for
 the bytes, both from its profile. When a round is merged, and which updates still count, is decided
-by the aggregator's own functions. The target is the loss that synchronous rounds have come to in the
-end. Losses are of the held-out split, in nats a token, means over devices. Writes
+by the aggregator's own functions. The target is the loss that synchronous rounds have come to at
+last. Losses are of the held-out split, in nats a token, means over devices. Writes
 runs/bench/buffered.json.
 """
 

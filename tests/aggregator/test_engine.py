@@ -29,6 +29,7 @@ from tests.aggregator.uploading import make_job
 from tests.faults.processes import Program
 
 pytestmark = pytest.mark.timeout(300)
+ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
 R = TypeVar("R")
 SHAPES = {"q": (40, 30), "k": (3, 30), "up": (90, 70)}
@@ -136,15 +137,30 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own, of which its releases have others each
 def test_ray_merges_to_the_same_adapter(no_cluster: None) -> None:
+    """In a process of its own: Ray warns of much, and leaves threads and files behind."""
     pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
+    program = "from tests.aggregator.test_engine import check_on_ray; check_on_ray()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "all as it should be" in done.stdout
+
+
+def check_on_ray() -> None:
     with open_engine("ray") as engine:
         assert_same(engine)
         with pytest.raises(MergeError, match="module q: the merged values are too large"):
             merge("flexlora", made_round(size=1e38), engine=engine)
         with pytest.raises(EngineError, match="can't do its part"):
             list(engine.map(work_that_ends, [1]))
+    print("all as it should be")
 
 
 def work_that_ends(piece: int) -> int:
