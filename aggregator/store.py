@@ -83,8 +83,10 @@ class Store:
         self.issued = Issued(self._db)
         self.window = StoredWindow(self._db)
         self.uploads = Uploads(self._db, self._parts, folder / "updates", self.on_disk)
-        with self.turn():
-            self.uploads.finish_keeping()
+        # Whoever has the turn does so too before it merges, which may take long.
+        with self._turns.take(wait=False) as is_mine:
+            if is_mine:
+                self.uploads.finish_keeping()
 
     def close(self) -> None:
         self._db.close()

@@ -22,19 +22,25 @@ class Turns:
         self._depth = 0
 
     @contextmanager
-    def take(self) -> Iterator[None]:
-        """Wait for the turn, and keep it for the block; inside another it is a part of that.
+    def take(self, *, wait: bool = True) -> Iterator[bool]:
+        """Keep the turn for the block, and yield whether it was had: always, after a wait for it.
+
+        Inside another block it is a part of that.
 
         Raises:
             OSError: the file can't be made.
         """
         if self._depth:
-            yield
+            yield True
             return
         with self._path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
             self._depth += 1
             try:
-                yield
+                yield True
             finally:
                 self._depth -= 1

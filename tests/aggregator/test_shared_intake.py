@@ -134,6 +134,8 @@ def test_one_process_at_a_time_has_the_turn(tmp_path: Path) -> None:
     mine, others = Turns(tmp_path), Turns(tmp_path)
     with mine.take(), mine.take():
         assert is_taken(tmp_path)
+        with others.take(wait=False) as had:
+            assert not had
     assert not is_taken(tmp_path)
     with others.take():
         pass
