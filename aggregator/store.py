@@ -84,7 +84,7 @@ class Store:
         self.window = StoredWindow(self._db)
         self.uploads = Uploads(self._db, self._parts, folder / "updates", self.on_disk)
         # Whoever has the turn does so too before it merges, which may take long.
-        with self._turns.take(wait=False) as is_mine:
+        with self.on_disk(), self._turns.take(wait=False) as is_mine:
             if is_mine:
                 self.uploads.finish_keeping()
 
