@@ -66,7 +66,7 @@ def load_plain(path: Path) -> object:
         why = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise TraceError(
             path,
-            f"is not a pickle of plain numbers, text, lists and dicts: {why}; nothing in it was run",
+            f"is not a pickle of plain numbers, text and containers: {why}; nothing in it was run",
         ) from None
 
 
