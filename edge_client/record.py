@@ -18,13 +18,19 @@ from device_profiles.schema import Link
 from device_profiles.traces.format import Sample, header_line, sample_line
 from edge_client.errors import ConfigError, StorageError
 from edge_client.policy.sensors import OthersLoad
-from edge_client.pressure import read_pressure
-from edge_client.profile_linux import read_power, read_temperature_c, read_text, read_throttled
+from edge_client.pressure import left_mib, memory_groups
+from edge_client.profile_linux import (
+    read_available_mib,
+    read_power,
+    read_temperature_c,
+    read_text,
+    read_throttled,
+)
 from edge_client.profile_network import default_interface, read_link
 from protocol.errors import os_words
 
-LINK_EVERY_S, NMCLI_S = 60.0, 0.5
-"""How often to ask for the link's speed, and how long NetworkManager has for its answer."""
+SELDOM_S, NMCLI_S = 60.0, 0.5
+"""How often to look at what hardly changes, and how long NetworkManager has for its answer."""
 SUSPENDED_S = 1.0
 """More of a gap between the two clocks is a suspended system, not a late reading of one of them."""
 BITS, MEGA = 8, 1e6
@@ -56,7 +62,9 @@ class Recorder:
         self._root, self._rates, self._clock = root, rates, clock
         # Half an interval: each reading is a mean since the one before.
         self._load = OthersLoad(root, lambda: (os.getpid(),), clock, window_s=every_s / 2)
-        self._link: tuple[float, Link | None] = (-LINK_EVERY_S, None)
+        self._looked_s = -SELDOM_S
+        self._link: Link | None = None
+        self._limited: list[Path] = []  # cgroups that have a limit
         self._counted: _Counted | None = None
 
     def read(self, t_s: float) -> Sample:
@@ -64,8 +72,11 @@ class Recorder:
         root = self._root
         interface = default_interface(root)
         power = read_power(root)
-        link = self._linked() if interface else None
-        available_mib = read_pressure(root, t_s).available_mib
+        if self._clock() - self._looked_s >= SELDOM_S:
+            self._look(self._clock())
+        link = self._link if interface else None
+        left = [read_available_mib(root), *(left_mib(group) for group in self._limited)]
+        available_mib = min((mib for mib in left if mib is not None), default=None)
         load = self._load.read()
         down, up = self._speeds(interface, link)
         return Sample(
@@ -82,11 +93,12 @@ class Recorder:
             metered=link.metered if link else None,
         )
 
-    def _linked(self) -> Link | None:
-        now = self._clock()
-        if now - self._link[0] >= LINK_EVERY_S:
-            self._link = (now, read_link(self._root, ask_s=NMCLI_S))
-        return self._link[1]
+    def _look(self, now_s: float) -> None:
+        """Look at what takes longer, and hardly changes."""
+        self._looked_s = now_s
+        self._link = read_link(self._root, ask_s=NMCLI_S)
+        groups = memory_groups(self._root)
+        self._limited = [group for group in groups if left_mib(group) is not None]
 
     def _speeds(
         self, interface: str | None, link: Link | None
@@ -161,6 +173,7 @@ def record(
 
 def _create(path: Path) -> int:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
     except FileExistsError:
         raise ConfigError(f"--out {path} is there already; name a new file") from None

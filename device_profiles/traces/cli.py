@@ -75,7 +75,7 @@ def traces(
     seed: Annotated[int, typer.Option(help="Draws what happens to each.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where to write them (default: traces/SCENARIO)."),
+        typer.Option(metavar="FOLDER", help="Where to write them (default: runs/traces/SCENARIO)."),
     ] = None,
 ) -> None:
     """Make the traces of a scenario, the same for the same seed, and its owners' policy."""
@@ -89,7 +89,7 @@ def traces(
                 typer.echo(f"    must hold: {must}")
         return
     found = find_scenario(scenario)
-    folder = out or Path("traces") / scenario
+    folder = out or Path("runs", "traces", scenario)
     _check_new(folder)
     _write(folder, found.traces(devices, seed))
     if found.policy:

@@ -117,6 +117,22 @@ def test_a_system_that_tells_nothing_is_unknown(tmp_path: Path) -> None:
     assert sample == Sample(0.0, online=False)
 
 
+def test_memory_is_what_the_tightest_group_leaves(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/system.slice/my.service"
+    files = {
+        "proc/self/cgroup": "0::/system.slice/my.service\n",
+        f"{group}/memory.max": f"{600 << 20}\n",
+        f"{group}/memory.current": f"{100 << 20}\n",
+        f"{group}/memory.stat": "inactive_file 0\n",
+    }
+    fuller = {f"{group}/memory.current": f"{400 << 20}\n"}
+    freed = {f"{group}/memory.max": "max\n"}  # is seen the next time that it looks for limits
+    days = Days(put(tmp_path / "root", PI | files), fuller, freed, *[{}] * 60)
+    _, samples = recorded(tmp_path, days)
+    left = [sample.memory_available_mib for sample in samples]
+    assert left[:3] == [500, 200, 2000] and left[-1] == 2000
+
+
 def test_a_suspended_device_is_not_online_meanwhile(tmp_path: Path) -> None:
     days = Days(put(tmp_path / "root", PI), {}, asleep_s=600.0)
     _, samples = recorded(tmp_path, days)
