@@ -6,68 +6,26 @@ begins again at finish_time. `client_device_capacity` has its link: {id: {"compu
 sample, "communication": kbit/s}}. With both, a client gets the link that has its place in the
 other's order, as FedScale gives them out.
 
-A pickle is a program. This reader knows no names, so nothing in a file can be called.
+A pickle is a program: these are read by a machine that can't call anything, `plain_pickle.py`.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from device_profiles.errors import TraceError
 from device_profiles.traces.format import Trace
 from device_profiles.traces.imports.common import Imported, Names, read_bytes, samples_of
+from device_profiles.traces.imports.plain_pickle import NotPlain, load_plain
 from device_profiles.traces.sample import MAX_T_S, Value
 
 LICENCE = "Apache-2.0 (SymbioticLab/FedScale)"
 KBIT_PER_MBIT = 1000.0
-FAULTS = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a damaged or hostile pickle ends in."""
 Change = tuple[float, dict[str, Value]]
-
-
-class _Plain(pickle.Unpickler):
-    """Read numbers, text, lists, tuples, dicts and sets: what takes no name to make."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it names {module[:60]}.{name[:60]}")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to what is not in it")
-
-
-def load_plain(path: Path) -> object:
-    """Read a pickle of plain values; whatever else it holds is refused before anything is called.
-
-    Raises:
-        TraceError: it can't be read, is no pickle, or holds more than plain values; says what.
-    """
-    data = read_bytes(path)
-    try:
-        return _Plain(io.BytesIO(data)).load()
-    except FAULTS as error:
-        why = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise TraceError(
-            path,
-            f"is not a pickle of plain numbers, text and containers: {why}; nothing in it was run",
-        ) from None
 
 
 def import_fedscale(paths: Sequence[Path]) -> Imported:
@@ -115,7 +73,12 @@ def _label(client: object) -> str:
 
 
 def _clients(path: Path) -> list[tuple[object, dict[Any, Any]]]:
-    found = load_plain(path)
+    data = read_bytes(path)
+    try:
+        found = load_plain(data)
+    except NotPlain as error:
+        why = f"is not a pickle of plain numbers and text: {error}; nothing in it was run"
+        raise TraceError(path, why) from None
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
         raise TraceError(path, "is not a dict of a dict for each client, as FedScale's traces are")
     if not found:

@@ -28,10 +28,14 @@ SLOW_SHARE = 0.95
 HEALTH = re.compile(r"^System health while running .*:\s*$")
 HEADER = re.compile(r"^Time\s+(?P<clocks>\S+)\s+load\s+%cpu")
 ROW = re.compile(
-    r"^(\d\d):(\d\d):(\d\d):\s+(?P<mhz>[\d/ ]+)MHz\s+[\d.]+\s+(?P<cpu>\d+)%"
-    r"(?:.*?\s(?P<temp>-?\d+(?:\.\d+)?)\s*°C)?"
+    r"^(\d\d):(\d\d):(\d\d): +(?P<mhz>\d{1,6}(?:/ *\d{1,6})*)MHz\s+[\d.]{1,9}\s+(?P<cpu>\d{1,4})%"
+    r"(?:.{0,200}?\s(?P<temp>-?\d{1,4}(?:\.\d{1,4})?)\s*°C)?",
+    re.ASCII,
 )
-AVAILABLE = re.compile(r"^Mem:(?:\s+[\d.]+[BKMGT]i?){5}\s+(?P<size>[\d.]+)(?P<unit>[BKMGT])i?\s*$")
+AVAILABLE = re.compile(
+    r"^Mem:(?:\s+[\d.]{1,12}[BKMGT]i?){5}\s+(?P<size>\d{1,9}(?:\.\d{1,3})?)(?P<unit>[BKMGT])i?\s*$",
+    re.ASCII,
+)
 MIB = {"B": 2**-20, "K": 2**-10, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 
@@ -82,7 +86,7 @@ def _rows(lines: Sequence[str]) -> Iterator[_Row]:
             elif at < last - DAY_S / 2:
                 days += DAY_S  # past midnight
             last = at
-            clocks = tuple(int(mhz) for mhz in row["mhz"].split("/") if mhz)
+            clocks = tuple(int(mhz) for mhz in row["mhz"].split("/"))
             celsius = float(row["temp"]) if row["temp"] else None
             yield _Row(
                 at + days - first,
@@ -116,10 +120,7 @@ def _available_mib(lines: Sequence[str]) -> float | None:
     """Return what `free -h` called available before the run, None where it has no such column."""
     for line in lines:
         if found := AVAILABLE.match(line):
-            try:
-                return round(float(found["size"]) * MIB[found["unit"]], 1)
-            except ValueError:
-                return None
+            return round(float(found["size"]) * MIB[found["unit"]], 1)
         if HEALTH.match(line):
             return None
     return None
