@@ -17,6 +17,7 @@ from aggregator.intake import Intake
 from aggregator.memory import read_memory, write_memory
 from aggregator.merge import RoundView, merge
 from aggregator.merge.round_view import completed
+from aggregator.operating import Done, Operator
 from aggregator.outcome import Outcome
 from aggregator.personal import strategy_of
 from aggregator.personal.serving import merge_personal
@@ -61,8 +62,9 @@ class Daemon:
         wait_for_broker: bool = True,
     ) -> None:
         self._job = job
-        self._policy = policy
         self._store = store
+        self._steering = store.steering()
+        self._policy = self._steering.policy(policy)
         self._events = events
         self._exit_when_done = exit_when_done
         self._wait_for_broker = wait_for_broker
@@ -82,8 +84,15 @@ class Daemon:
         )
         self._versions = Versions(job, store)
         self._intake = Intake(
-            job, store, self._versions, self._key, events, policy=policy, registry=self._registry
+            job,
+            store,
+            self._versions,
+            self._key,
+            events,
+            policy=self._policy,
+            registry=self._registry,
         )
+        self._operator = Operator(job, policy, store, self._versions, events, time.time)
         self._sweeper: Sweeper | None = None
         if membership is not None and self._certified:
             self._sweeper = Sweeper(
@@ -136,6 +145,7 @@ class Daemon:
             )
         fault_point("aggregator.start.connected")
         self._store.bind_job(settings)
+        self._store.set_policy(self._operator.policy)
         if self._store.round().version == 0:
             first = self._versions.write(first_version(self._job), version=1, parent=None)
             fault_point("aggregator.start.written")
@@ -173,7 +183,7 @@ class Daemon:
         assert manifest is not None, "a round's version is committed before the round is"
         self._publisher.version(manifest, again=True)
         self._publisher.job()
-        self._publisher.round(state, self._policy.share(state.attempt))
+        self._publisher.round(state, self._steering.share(self._policy, state.attempt))
         self._artifacts.connected()
 
     # -- serve -----------------------------------------------------------------------------------
@@ -223,6 +233,11 @@ class Daemon:
             self._take_in(incoming)
 
     def _step(self) -> None:
+        """Do what an operator asked for, and then what is due."""
+        for done in self._operator.step():
+            self._steer(done)
+        if self._steering.paused is not None:
+            return
         state = self._store.round()
         action = next_action(
             state,
@@ -246,6 +261,16 @@ class Daemon:
             self._enter(replace(state, attempt=state.attempt + 1, deadline=self._deadline()))
         elif action == "finish":
             self._enter(replace(state, state="finished", deadline=None))
+
+    def _steer(self, done: Done) -> None:
+        """Go by what a command has changed, and tell everybody."""
+        self._steering = self._store.steering()
+        self._policy = self._intake.policy = self._steering.policy(self._operator.policy)
+        if done.version is not None:
+            self._publisher.version(done.version)
+        self._announce(self._store.round())
+        if done.version is not None:
+            tidy(self._store, self._policy.keep_versions)
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
@@ -310,7 +335,7 @@ class Daemon:
         self._announce(state)
 
     def _announce(self, state: RoundState) -> None:
-        share = self._policy.share(state.attempt)
+        share = self._steering.share(self._policy, state.attempt)
         self._publisher.round(state, share)
         fault_point("aggregator.round.announced")
         self._events.emit(
