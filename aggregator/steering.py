@@ -26,19 +26,15 @@ class Steering:
 
     def policy(self, file: Policy) -> Policy:
         """Return the policy that is in force, of what the job file says."""
-        return replace(file, **{name: self.changed[name] for name in self.changed})  # type: ignore[arg-type]
+        return Policy(**{**asdict(file), **self.changed})
 
-    def share(self, policy: Policy, attempt: int) -> float:
-        """Return the share of the fleet that is asked: nobody, while the job is paused.
+    def in_force(self, file: Policy) -> Policy:
+        """Return the policy that rounds go by: of a job that is paused, nobody is asked.
 
         Who trains already goes on, and what comes is counted.
         """
-        return 0.0 if self.paused is not None else policy.share(attempt)
-
-
-def paused(now: RoundState, steering: Steering, time_s: float) -> Steering:
-    """Return what is kept of a job that is paused."""
-    return replace(steering, paused=time_s)
+        policy = self.policy(file)
+        return policy if self.paused is None else replace(policy, fraction=0.0)
 
 
 def resumed(now: RoundState, steering: Steering, time_s: float) -> tuple[RoundState, Steering]:
@@ -70,8 +66,3 @@ def moved(now: RoundState, before: Policy, after: Policy) -> RoundState:
     if now.deadline is None or now.state != "open":
         return now
     return replace(now, deadline=now.deadline + after.deadline_s - before.deadline_s)
-
-
-def as_fields(steering: Steering) -> dict[str, object]:
-    """Return what JSON is made of; `Steering(**fields)` reads it back."""
-    return asdict(steering)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.errors import StorageError
-from edge_client.notify import notify
 from protocol.lifetime import began, is_alive
+from protocol.notify import notify
 
 FILE = "status.json"
 WRITTEN_EVERY_S = 5.0
