@@ -37,6 +37,7 @@ from protocol.events import EventLog
 from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job
+from protocol.notify import alive
 from protocol.patience import Waiting, connect_when_up
 from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, Incoming, MqttTransport, TlsFiles
@@ -50,12 +51,12 @@ def own_link(
     broker: BrokerAddress, name: str, tls: TlsFiles | None, waiting: Waiting
 ) -> MqttTransport:
     """Return a link whose session at the broker has an aggregator's name, or its certificate's."""
-    return MqttTransport(
-        broker,
-        f"tunefleet-aggregator-{name}",
-        tls=tls,
-        on_outage=lambda why: waiting.say(f"the broker at {broker}", why),
-    )
+
+    def away(why: str) -> None:
+        alive()  # who waits for a broker does not hang
+        waiting.say(f"the broker at {broker}", why)
+
+    return MqttTransport(broker, f"tunefleet-aggregator-{name}", tls=tls, on_outage=away)
 
 
 class Daemon:
@@ -147,13 +148,7 @@ class Daemon:
     def start(self) -> None:
         """Check that the job can be served, and only then make the state folder this job's."""
         job, settings = self._job.job, self._job.model_dump_json()
-        self._store.check_job(settings)
-        if not self._certified:
-            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
-            # all. It would also give a scout the aggregator's own session, by its certificate.
-            check_alone(
-                self._link.address, job, self._key.public, self._store.round(), self._connect
-            )
+        self.check()
         if not self._connect(self._link):
             return
         if self._sweeper is not None:
@@ -188,6 +183,25 @@ class Daemon:
             version=state.version,
         )
         self._end_if_done(state)
+
+    def check(self) -> None:
+        """Check that the state is this job's, and that nobody else serves it.
+
+        Raises:
+            StoreError: it is not, or somebody does.
+            TransportError: the broker can't be reached.
+        """
+        self._store.check_job(self._job.model_dump_json())
+        if not self._certified:
+            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
+            # all. It would also give a scout the aggregator's own session, by its certificate.
+            check_alone(
+                self._link.address,
+                self._job.job,
+                self._key.public,
+                self._store.round(),
+                self._connect,
+            )
 
     def _connect(self, link: Link) -> bool:
         """Connect, once the broker is up; return False when stopped before."""
@@ -240,6 +254,19 @@ class Daemon:
             self._answer(topic, payload)
             fault_point("aggregator.message.answered")
         self.taken_in += len(batch)
+
+    def take_in_waiting(self) -> int:
+        """Take in what has come, without waiting; return how many messages these were."""
+        before = self.taken_in
+        self._take_in_next()
+        return self.taken_in - before
+
+    @property
+    def standing(self) -> str:
+        """Where the job stands, in a few words."""
+        now = self._store.round()
+        state = now.state if self._steering.paused is None else "paused"
+        return f"{self.job}: round {now.number} of {self._job.rounds}, {state}"
 
     def _answer(self, topic: str, payload: bytes) -> None:
         self._link.post(topic, payload)

@@ -7,9 +7,10 @@ served together share a connection: what comes is sorted by the job in its topic
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+from protocol.notify import alive
 from protocol.transport import BrokerAddress, Delivery, Incoming, MqttTransport
 
 Meanwhile = Callable[[], object] | None
@@ -76,6 +77,10 @@ class SharedLink:
         part = self._of(incoming.topic)
         part.messages.append(incoming)
         return part
+
+    @property
+    def has_messages(self) -> bool:
+        return any(part.messages for part in self._parts.values())
 
     def sort_refused(self) -> None:
         for delivery in self.link.refused():
@@ -157,7 +162,7 @@ class JobLink:
         """Publish as the connection does; meanwhile every job takes in what comes for it."""
         self._take = meanwhile or self._take
         return self._link.publish_all(
-            messages,
+            _told(messages),
             retain=retain,
             timeout_s=timeout_s,
             meanwhile=self._take_in_next if meanwhile else None,
@@ -167,3 +172,10 @@ class JobLink:
         part = self._shared.sort_next(0)
         if part is not None and part._take is not None:
             part._take()
+
+
+def _told(messages: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """Tell systemd of each message that is handed to the broker, which takes them by the window."""
+    for message in messages:
+        alive()
+        yield message
