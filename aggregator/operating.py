@@ -20,7 +20,6 @@ from aggregator.store import Store
 from aggregator.versions import Versions
 from aggregator.view.words import duration
 from protocol.events import EventLog
-from protocol.faults import fault_point
 from protocol.messages import GlobalManifest, Job
 from protocol.mistakes import first_mistake
 
@@ -89,8 +88,6 @@ class Operator:
             self._store.commands.settle(
                 key, "done", said=done.said, fields=fields, at=self._clock()
             )
-            fault_point("aggregator.command.settling")
-        fault_point("aggregator.command.committed")
         return done
 
     def _change(self, command: Command, written: GlobalManifest | None) -> Done:

@@ -224,11 +224,7 @@ def _check(settings: ServeSettings, sources: Mapping[str, str]) -> ServeSettings
         ConfigError: says which.
     """
     if settings.dir is None and settings.enroll_port is not None:
-        where = sources["enroll_port"]
-        said = (
-            "enrolment needs the fleet's folder" if where[0] != "-" else "needs the fleet's folder"
-        )
-        raise ConfigError(f"{where}{':' * (where[0] != '-')} {said}: --dir")
+        raise ConfigError(f"{sources['enroll_port']}: enrolment needs the fleet's folder: --dir")
     if settings.dir is not None and settings.key is not None:
         raise ConfigError(
             f"{sources['key']}: a fleet has a key of its own: leave --key (TUNEFLEET_KEY) out with "
