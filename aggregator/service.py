@@ -8,6 +8,7 @@ keeps.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ class Service:
         self._reload = reload
         self._stay = stay
         self._stopping = self._hung_up = False
+        self._on_terminal = _has_terminal()
         self._status = ""
         self._status_next = 0.0
 
@@ -131,7 +133,10 @@ class Service:
         self._shared.link.abandon()
 
     def _hang_up(self) -> None:
-        self._hung_up = True
+        if self._on_terminal and not _has_terminal():
+            self._stop()  # its window was closed
+        else:
+            self._hung_up = True
 
     def _drain(self) -> None:
         """Commit and answer what has come; wait for the broker to have the answers."""
@@ -146,6 +151,15 @@ class Service:
             time.sleep(0.02)
         if self._stopping:
             self._events.emit("stopped", drained=taken)
+
+
+def _has_terminal() -> bool:
+    """Say whether this process has a terminal that still is there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

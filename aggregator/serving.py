@@ -87,6 +87,8 @@ class _Serving:
         if desk is not None and not self._alone:
             jobs += [made for made in desk.created() if made[0].job not in self._files]
         self._check_names([file.job for _, file in opened])
+        if not jobs:
+            raise ConfigError(f"{self._known.file}: jobs: name a job file at least")
         address = self._address()
         self._waiting = Waiting(self._log)
         name = jobs[0][0].job if self._alone else self._common_name()

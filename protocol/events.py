@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -75,8 +76,11 @@ class EventLog:
     def _write(self, text: str) -> None:
         try:
             print(text, file=self._stream, flush=True)
-        except (BrokenPipeError, ValueError):
+        except ValueError:
             return
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's reader, a closed terminal
+                raise
 
 
 class Seldom:

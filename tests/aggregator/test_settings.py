@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from aggregator import settings
+from aggregator.cli import app
 from aggregator.errors import ConfigError
 from aggregator.job_files import JobFile, open_job_file, reread
 from aggregator.serving import root_of_states
+from protocol.errors import TunefleetError
 from protocol.settings_file import line_of
 from tests.aggregator.uploading import make_job
 
@@ -151,12 +154,12 @@ def test_checking_and_showing(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_there_is_said_in_a_line(
-    tmp_path: Path, arguments: list[str], said: str
+    tmp_path: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = aggregator(*arguments, cwd=tmp_path)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
-    assert said in ended.stderr
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, arguments)
+    assert isinstance(ended.exception, TunefleetError) and ended.stdout == ""
+    assert said in str(ended.exception) and "\n" not in str(ended.exception)
     assert list(tmp_path.iterdir()) == [], "nothing was made by looking"
 
 

@@ -23,20 +23,10 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "arguments"),
-    [
-        ("aggregator.cli", []),
-        ("aggregator.cli", ["serve"]),
-        ("aggregator.cli", ["job", "set"]),
-        ("edge_client.cli", []),
-        ("edge_client.cli", ["run"]),
-        ("device_profiles.cli", []),
-    ],
-)
-def test_help_loads_nothing_heavy(module: str, arguments: list[str]) -> None:
+@pytest.mark.parametrize("module", ["aggregator.cli", "edge_client.cli", "device_profiles.cli"])
+def test_help_loads_nothing_heavy(module: str) -> None:
     program = PROGRAM.format(module=module)
-    command = [sys.executable, "-c", program, "x", "-", *arguments, "--help"]
+    command = [sys.executable, "-c", program, "x", "-", "--help"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     code, loaded = json.loads(ended.stderr.splitlines()[-1])
     assert code == 0 and "Usage:" in ended.stdout, ended.stderr
