@@ -25,6 +25,7 @@ _LEVEL_OF: Mapping[str, str] = {
     "refused": "warning",
     "rejected": "warning",
     "reload-refused": "error",
+    "restart-needed": "warning",
     "swept": "warning",
     "undelivered": "warning",
     "waiting": "warning",
