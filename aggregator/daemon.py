@@ -16,47 +16,28 @@ from aggregator.alone import check_alone
 from aggregator.artifacts import ArtifactPublisher
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
-from aggregator.link import Link
-from aggregator.memory import read_memory, write_memory
-from aggregator.merge import RoundView, merge
-from aggregator.merge.round_view import completed
+from aggregator.link import Link, own_link
+from aggregator.memory import write_memory
+from aggregator.merging import merge_round
 from aggregator.operating import Done, Operator
-from aggregator.outcome import Outcome
-from aggregator.personal import strategy_of
-from aggregator.personal.serving import merge_personal
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Action, Policy, RoundState, next_action
 from aggregator.steering import moved
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
-from aggregator.updates import stored_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.events import EventLog
-from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job
-from protocol.notify import alive
 from protocol.patience import Waiting, connect_when_up
 from protocol.signing import SigningKey
-from protocol.transport import BrokerAddress, Incoming, MqttTransport, TlsFiles
+from protocol.transport import BrokerAddress, Incoming
 
 TICK_S = 0.2
 BATCH = 32
 """Messages that are committed together."""
-
-
-def own_link(
-    broker: BrokerAddress, name: str, tls: TlsFiles | None, waiting: Waiting
-) -> MqttTransport:
-    """Return a link whose session at the broker has an aggregator's name, or its certificate's."""
-
-    def away(why: str) -> None:
-        alive()  # who waits for a broker does not hang
-        waiting.say(f"the broker at {broker}", why)
-
-    return MqttTransport(broker, f"tunefleet-aggregator-{name}", tls=tls, on_outage=away)
 
 
 class Daemon:
@@ -121,9 +102,9 @@ class Daemon:
             self._sweeper = Sweeper(
                 job.job, membership.jobs, membership.registry, self._intake, self._link, events
             )
-        self._publisher = Publisher(job, store, self._key, self._link, self._take_in_next)
+        self._publisher = Publisher(job, store, self._key, self._link, self.take_in_next)
         self._artifacts = ArtifactPublisher(
-            job, onnx, store.folder, self._key, self._link, events, self._take_in_next
+            job, onnx, store.folder, self._key, self._link, events, self.take_in_next
         )
 
     @property
@@ -255,12 +236,6 @@ class Daemon:
             fault_point("aggregator.message.answered")
         self.taken_in += len(batch)
 
-    def take_in_waiting(self) -> int:
-        """Take in what has come, without waiting; return how many messages these were."""
-        before = self.taken_in
-        self._take_in_next()
-        return self.taken_in - before
-
     @property
     def standing(self) -> str:
         """Where the job stands, in a few words."""
@@ -278,7 +253,7 @@ class Daemon:
             return []
         return self._intake.handle(incoming.topic, incoming.payload)
 
-    def _take_in_next(self) -> None:
+    def take_in_next(self) -> None:
         """Take in what comes while something else is being said."""
         if (incoming := self._link.receive(0)) is not None:
             self._take_in(incoming)
@@ -419,28 +394,3 @@ class Daemon:
 
     def _deadline(self) -> float:
         return self._clock() + self._policy.deadline_s
-
-
-def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Outcome:
-    """Merge the counted updates of a round by the job's rule, which reads them module by module."""
-    if (strategy := strategy_of(job.rule)) is not None:
-        return merge_personal(job, strategy, store, versions, state)
-    updates = []
-    trained = trained_factors(job.training.factors, state.number)
-    for manifest in store.uploads.of_round(state.number, "counted"):
-        update = stored_update(job, versions, manifest, store.uploads.file(manifest))
-        if behind := state.number - manifest.round:
-            update = completed(update, versions.load(manifest.version))
-            update = replace(update, staleness=behind)
-            trained = "both"  # it has other rows than the previous global of what it left frozen
-        updates.append(update)
-    view = RoundView(
-        versions.load(state.version),
-        updates,
-        job.base.modules,
-        job.rank,
-        seed=job.seed + state.number,
-        memory=read_memory(store),
-        trained=trained,
-    )
-    return Outcome(merge(job.rule, view, settings=job.rule_settings))

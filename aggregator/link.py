@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from protocol.notify import alive
-from protocol.transport import BrokerAddress, Delivery, Incoming, MqttTransport
+from protocol.patience import Waiting
+from protocol.transport import BrokerAddress, Delivery, Incoming, MqttTransport, TlsFiles
 
 Meanwhile = Callable[[], object] | None
 
@@ -43,6 +44,18 @@ class Link(Protocol):
         timeout_s: float = ...,
         meanwhile: Meanwhile = ...,
     ) -> list[Delivery]: ...
+
+
+def own_link(
+    broker: BrokerAddress, name: str, tls: TlsFiles | None, waiting: Waiting
+) -> MqttTransport:
+    """Return a link whose session at the broker has an aggregator's name, or its certificate's."""
+
+    def away(why: str) -> None:
+        alive()  # who waits for a broker does not hang
+        waiting.say(f"the broker at {broker}", why)
+
+    return MqttTransport(broker, f"tunefleet-aggregator-{name}", tls=tls, on_outage=away)
 
 
 class SharedLink:

@@ -142,15 +142,20 @@ class Service:
         """Commit and answer what has come; wait for the broker to have the answers."""
         link, until = self._shared.link, time.monotonic() + DRAIN_S
         notify(STATUS="draining: what has come is committed and answered")
-        taken = 0
+        before = self._taken_in
         while self._stopping and link.connected and time.monotonic() < until:
             if self._shared.sort_next(0) is None and not self._shared.has_messages:
                 break
-            taken += sum(daemon.take_in_waiting() for daemon in self.jobs.values())
+            for daemon in self.jobs.values():
+                daemon.take_in_next()
         while link.awaited and link.connected and time.monotonic() < until:
             time.sleep(0.02)
         if self._stopping:
-            self._events.emit("stopped", drained=taken)
+            self._events.emit("stopped", drained=self._taken_in - before)
+
+    @property
+    def _taken_in(self) -> int:
+        return sum(daemon.taken_in for daemon in self.jobs.values())
 
 
 def _has_terminal() -> bool:

@@ -12,13 +12,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from aggregator import settings as daemon_settings
-from aggregator.daemon import Daemon, own_link
+from aggregator.daemon import Daemon
 from aggregator.desk import FleetDesk
 from aggregator.enrol.folder import FleetFolder, Membership
 from aggregator.errors import ConfigError
 from aggregator.identity import signing_key
 from aggregator.job_files import JobFile, open_job_file, reread
-from aggregator.link import SharedLink
+from aggregator.link import SharedLink, own_link
 from aggregator.logs import StructuredLog
 from aggregator.rounds import Policy
 from aggregator.service import Service

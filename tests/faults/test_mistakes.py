@@ -132,7 +132,7 @@ def test_a_job_that_another_aggregator_serves(tmp_path: Path, mosquitto: BrokerA
     first = serve(job, tmp_path / "first", mosquitto)
     first.start()
     with pytest.raises(StoreError, match=r"from another aggregator.*another job name"):
-        serve(job, tmp_path / "second", mosquitto).run()
+        serve(job, tmp_path / "second", mosquitto).start()
     assert first._link.connected
     assert first._link.connection == 1, "the first one was pushed off the broker"
     first._link.close()
