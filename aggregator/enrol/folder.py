@@ -233,7 +233,8 @@ class FleetFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise FolderError(
-                    f"another aggregator serves {self.path}; one job at a time"
+                    f"another aggregator serves {self.path}; one process serves all "
+                    "its jobs: aggregator serve -c"
                 ) from None
             yield
 
