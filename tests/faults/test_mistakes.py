@@ -119,8 +119,10 @@ def test_a_damaged_version_is_neither_served_nor_exported(
     export_adapter(tmp_path / "state", tmp_path / "out")
     for path in (tmp_path / "state" / "versions" / "1").iterdir():
         path.write_bytes(path.read_bytes()[:-1] + b"?")
+    again = serve(make_job(), tmp_path / "state", mosquitto)
     with pytest.raises(StoreError, match="is not what version 1 was published as"):
-        serve(make_job(), tmp_path / "state", mosquitto).run()
+        again.start()
+    again.close()
     for path in (tmp_path / "state" / "versions" / "1").iterdir():
         path.unlink()
     with pytest.raises(StoreError, match=r"version 1 in .* is damaged"):
