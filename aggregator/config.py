@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,14 @@ class PolicySettings(BaseModel):
         fields = self.model_dump(exclude={"mode"}, exclude_none=True)
         return Policy(**fields)
 
+    @staticmethod
+    def of(policy: Policy) -> dict[str, Any]:
+        """Return the settings that come to a policy."""
+        fields = asdict(policy)
+        if policy.buffer:
+            return {**fields, "mode": "buffered"}
+        return {k: v for k, v in fields.items() if k not in ("buffer", "max_staleness")}
+
 
 def read_job(path: Path) -> tuple[Job, Policy]:
     """Read a job file: TOML, or JSON where its name ends so.
@@ -111,8 +120,16 @@ def read_job(path: Path) -> tuple[Job, Policy]:
     Raises:
         ConfigError: it is not there, not TOML, or a field is missing, unknown or wrong.
     """
-    fields = with_probe_text(read_settings(path, "job file", ConfigError), path.parent, str(path))
-    return build_job(fields, str(path))
+    return build_job(read_fields(path), str(path))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return what a job file sets, with its probe's text, unchecked.
+
+    Raises:
+        ConfigError: it is not there, or not TOML.
+    """
+    return with_probe_text(read_settings(path, "job file", ConfigError), path.parent, str(path))
 
 
 def read_policy(path: Path) -> Policy:
@@ -121,7 +138,7 @@ def read_policy(path: Path) -> Policy:
     Raises:
         ConfigError: as `read_job`.
     """
-    return check_settings(read_settings(path, "job file", ConfigError), str(path))[1]
+    return check_settings(read_fields(path), str(path))[1]
 
 
 def build_job(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:

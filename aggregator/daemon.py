@@ -1,12 +1,14 @@
-"""The aggregator at work: start up, serve until the job is done or somebody says stop, shut down.
+"""A job as it is served: start up, take in what has come, do what is due.
 
-One thread: what has come is dealt with, committed, acknowledged, answered; then the state machine
-of aggregator.rounds is asked what is due.
+One thread: what has come is dealt with, committed, acknowledged, answered; then what an operator
+asked for is done, and the state machine of aggregator.rounds is asked what is due. The loop around
+one job, or several, is aggregator.service's.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,25 +17,24 @@ from aggregator.artifacts import ArtifactPublisher
 from aggregator.engine import IN_PROCESS, Engine
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
-from aggregator.memory import write_memory
-from aggregator.merging import merge_round
-from aggregator.outcome import Outcome
+from aggregator.link import Link, own_link
+from aggregator.merging import commit_round
+from aggregator.operating import Done, Operator
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
-from aggregator.rounds import Policy, RoundState, delivered, next_action
+from aggregator.rounds import Action, Policy, RoundState, delivered, next_action
 from aggregator.shared_intake import upload_filters
+from aggregator.steering import moved
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
 from aggregator.versions import Versions, first_version
 from protocol import topics
-from protocol.errors import TransportError
 from protocol.events import EventLog
 from protocol.faults import fault_point
-from protocol.messages import GlobalManifest, Job
+from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
-from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
-from protocol.transport import BrokerAddress, Incoming, MqttTransport
+from protocol.transport import BrokerAddress, Incoming
 
 TICK_S = 0.2
 BATCH = 32
@@ -41,8 +42,9 @@ BATCH = 32
 
 
 class Daemon:
-    """Run one job; `onnx` is the folder of an artifact set for devices, `engine` merges.
+    """Serve one job; `onnx` is the folder of an artifact set for devices, `engine` merges.
 
+    It has a link of its own, or one that it is given, in which several jobs have a part each.
     `shared` has other processes take uploads in beside this one (aggregator.shared_intake).
     """
 
@@ -51,7 +53,7 @@ class Daemon:
         job: Job,
         policy: Policy,
         store: Store,
-        broker: BrokerAddress,
+        broker: BrokerAddress | Link,
         events: EventLog,
         *,
         key: SigningKey,
@@ -61,10 +63,16 @@ class Daemon:
         shared: bool = False,
         exit_when_done: bool = False,
         wait_for_broker: bool = True,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """Prepare to serve; `clock` tells the time in seconds since 1970, a replay's another."""
+        self._clock = clock
+        self.taken_in = 0
+        """Messages of devices that have been dealt with: committed, and answered."""
         self._job = job
-        self._policy = policy
         self._store = store
+        self._steering = store.steering()
+        self._policy = self._steering.in_force(policy)
         self._events = events
         self._engine = engine
         self._exit_when_done = exit_when_done
@@ -76,13 +84,12 @@ class Daemon:
         self._key = key
         self._registry = membership.registry if membership else None
         tls = membership.tls if membership else None
-        self._certified = tls is not None and broker.tls
-        self._link = MqttTransport(
-            broker,
-            f"tunefleet-aggregator-{job.job}",
-            tls=tls,
-            on_outage=lambda why: self._waiting.say(f"the broker at {broker}", why),
+        self._link: Link = (
+            own_link(broker, job.job, tls, self._waiting)
+            if isinstance(broker, BrokerAddress)
+            else broker
         )
+        self._certified = tls is not None and self._link.address.tls
         self._versions = Versions(job, store)
         self._shared = shared
         self._intake = Intake(
@@ -91,51 +98,45 @@ class Daemon:
             self._versions,
             self._key,
             events,
-            policy=policy,
+            policy=self._policy,
             registry=self._registry,
             sharing=shared,
+            clock=clock,
         )
+        self._operator = Operator(job, policy, store, self._versions, events, clock)
         self._sweeper: Sweeper | None = None
         if membership is not None and self._certified:
             self._sweeper = Sweeper(
                 job.job, membership.jobs, membership.registry, self._intake, self._link, events
             )
-        self._publisher = Publisher(job, store, self._key, self._link, self._take_in_next)
+        self._publisher = Publisher(job, store, self._key, self._link, self.take_in_next)
         self._artifacts = ArtifactPublisher(
-            job, onnx, store.folder, self._key, self._link, events, self._take_in_next
+            job, onnx, store.folder, self._key, self._link, events, self.take_in_next
         )
 
-    def run(self) -> None:
-        """Serve; returns after SIGTERM, SIGINT, or the end of the job if so asked.
+    @property
+    def job(self) -> str:
+        return self._job.job
 
-        Raises:
-            TransportError: the broker can't be reached, or the connection has ended for good.
-        """
-        with stop_on_signals(self._stop):
-            try:
-                self._start()
-                while not self._stopping:
-                    self._serve()
-                    self._step()
-            except TransportError:
-                # Asked to stop while the broker is away: what is unsaid is said at the next start.
-                if not self._stopping:
-                    raise
-            finally:
-                self._link.close()
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop, or its job is done and it is to end then."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """Let nobody wait for anything any longer; it may be called from a signal handler."""
+        self._stopping = True
+
+    def close(self) -> None:
+        """Leave the broker, which keeps the job."""
+        self._link.close()
 
     # -- start up --------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Check that the job can be served, and only then make the state folder this job's."""
         job, settings = self._job.job, self._job.model_dump_json()
-        self._store.check_job(settings)
-        if not self._certified:
-            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
-            # all. It would also give a scout the aggregator's own session, by its certificate.
-            check_alone(
-                self._link.address, job, self._key.public, self._store.round(), self._connect
-            )
+        self.check()
         if not self._connect(self._link):
             return
         if self._sweeper is not None:
@@ -146,6 +147,7 @@ class Daemon:
             self._link.subscribe([topics.subscription("status", job=job), uploads])
         fault_point("aggregator.start.connected")
         self._store.bind_job(settings)
+        self._store.set_policy(self._operator.policy)
         if self._store.round().version == 0:
             first = self._versions.write(first_version(self._job), version=1, parent=None)
             fault_point("aggregator.start.written")
@@ -169,7 +171,26 @@ class Daemon:
         )
         self._end_if_done(state)
 
-    def _connect(self, link: MqttTransport) -> bool:
+    def check(self) -> None:
+        """Check that the state is this job's, and that nobody else serves it.
+
+        Raises:
+            StoreError: it is not, or somebody does.
+            TransportError: the broker can't be reached.
+        """
+        self._store.check_job(self._job.model_dump_json())
+        if not self._certified:
+            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
+            # all. It would also give a scout the aggregator's own session, by its certificate.
+            check_alone(
+                self._link.address,
+                self._job.job,
+                self._key.public,
+                self._store.round(),
+                self._connect,
+            )
+
+    def _connect(self, link: Link) -> bool:
         """Connect, once the broker is up; return False when stopped before."""
         return connect_when_up(
             link, self._waiting, stopping=lambda: self._stopping, wait=self._wait_for_broker
@@ -188,12 +209,12 @@ class Daemon:
 
     # -- serve -----------------------------------------------------------------------------------
 
-    def _serve(self) -> None:
+    def serve(self, wait_s: float = TICK_S) -> None:
         """Take in what has come, waiting a moment for it."""
         if self._link.connected and self._link.connection != self._said_on:
             self._events.emit("reconnected", connection=self._link.connection)
             self._say_everything()
-        if (first := self._link.receive(TICK_S)) is not None:
+        if (first := self._link.receive(wait_s)) is not None:
             self._take_in(first)
         self._artifacts.step()
         if self._sweeper is not None:
@@ -218,8 +239,19 @@ class Daemon:
         fault_point("aggregator.messages.acked")
         answers += self._intake.finish()
         for topic, payload in answers:
-            self._link.post(topic, payload)
+            self._answer(topic, payload)
             fault_point("aggregator.message.answered")
+        self.taken_in += len(batch)
+
+    @property
+    def standing(self) -> str:
+        """Where the job stands, in a few words."""
+        now = self._store.round()
+        state = now.state if self._steering.paused is None else "paused"
+        return f"{self.job}: round {now.number} of {self._job.rounds}, {state}"
+
+    def _answer(self, topic: str, payload: bytes) -> None:
+        self._link.post(topic, payload)
 
     def _deal_with(self, incoming: Incoming) -> list[tuple[str, bytes]]:
         if self._artifacts.takes(incoming):
@@ -228,12 +260,17 @@ class Daemon:
             return []
         return self._intake.handle(incoming.topic, incoming.payload)
 
-    def _take_in_next(self) -> None:
+    def take_in_next(self) -> None:
         """Take in what comes while something else is being said."""
         if (incoming := self._link.receive(0)) is not None:
             self._take_in(incoming)
 
-    def _step(self) -> None:
+    def step(self) -> Action | None:
+        """Do what an operator asked for; ask what is due now, do it, and return what it was."""
+        for done in self._operator.step():
+            self._steer(done)
+        if self._steering.paused is not None:
+            return None
         state = self._store.round()
         counted = self._store.uploads.of_round(state.number, "counted")
         action = next_action(
@@ -241,7 +278,7 @@ class Daemon:
             self._policy,
             job=self._job.job,
             rounds=self._job.rounds,
-            time_s=time.time(),
+            time_s=self._clock(),
             online=self._ready(),
             delivered=delivered(counted, state, self._policy),
             refused={
@@ -259,10 +296,33 @@ class Daemon:
             self._enter(replace(state, attempt=state.attempt + 1, deadline=self._deadline()))
         elif action == "finish":
             self._enter(replace(state, state="finished", deadline=None))
+        return action
+
+    def reload(self, policy: Policy) -> None:
+        """Go by what the job file says of rounds now; what a command has changed stays changed."""
+        kept, now = self._store.steering(), self._store.round()
+        before = kept.policy(self._operator.policy)
+        after = moved(now, before, kept.policy(policy))
+        with self._store.transaction():
+            self._store.set_policy(policy)
+            self._store.set_round(after)
+        self._operator.policy = policy
+        self._steer()
+
+    def _steer(self, done: Done | None = None) -> None:
+        """Go by what was changed, and tell everybody."""
+        self._steering = self._store.steering()
+        self._policy = self._intake.policy = self._steering.in_force(self._operator.policy)
+        version = done.version if done is not None else None
+        if version is not None:
+            self._publisher.version(version)
+        self._announce(self._store.round())
+        if version is not None:
+            tidy(self._store, self._policy.keep_versions)
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
-        found = self._store.devices.ready() - self._store.devices.quarantined(time.time())
+        found = self._store.devices.ready() - self._store.devices.quarantined(self._clock())
         if self._registry is not None:
             found &= self._registry.devices()
         return found
@@ -270,67 +330,35 @@ class Daemon:
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""
         fault_point("aggregator.merge.before")
-        with self._store.turn():
-            outcome, manifest, after, seconds = self._merged(state)
+        done = commit_round(
+            self._job,
+            self._store,
+            self._versions,
+            state,
+            self._policy,
+            deadline=self._deadline,
+            engine=self._engine,
+        )
         fault_point("aggregator.round.committed")
-        merged = outcome.merged
-        self._publisher.version(manifest)
+        merged = done.outcome.merged
+        self._publisher.version(done.manifest)
         fault_point("aggregator.version.published")
         self._events.emit(
             "merged",
             round=state.number,
             rounds=self._job.rounds,
-            version=manifest.version,
-            seconds=round(seconds, 3),
+            version=done.manifest.version,
+            seconds=round(done.seconds, 3),
             devices=len(merged.weights),
             weights=merged.weights,
             residual=merged.residual,
         )
         for warning in merged.warnings:
             self._events.emit("warning", round=state.number, reason=warning)
-        for event, fields in outcome.told().items():
+        for event, fields in done.outcome.told().items():
             self._events.emit(event, round=state.number, **fields)
-        self._announce(after)
+        self._announce(done.after)
         tidy(self._store, self._policy.keep_versions)
-
-    def _merged(self, state: RoundState) -> tuple[Outcome, GlobalManifest, RoundState, float]:
-        """Merge and commit a round; return what came of it, the state after it, and seconds."""
-        self._store.uploads.finish_keeping()  # another process may have been killed before it could
-        started = time.monotonic()
-        outcome = merge_round(
-            self._job,
-            self._store,
-            self._versions,
-            state,
-            buffered=self._policy.buffer > 0,
-            engine=self._engine,
-        )
-        merged = outcome.merged
-        seconds = time.monotonic() - started
-        fault_point("aggregator.merge.after")
-        manifest = self._versions.write(
-            merged.adapter, version=state.version + 1, parent=state.version
-        )
-        manifest = outcome.write(manifest)
-        fault_point("aggregator.version.written")
-        carried = write_memory(self._store, merged.memory, version=manifest.version)
-        fault_point("aggregator.memory.written")
-        if state.number >= self._job.rounds:
-            after = replace(state, state="finished", version=manifest.version, deadline=None)
-        else:
-            after = RoundState(state.number + 1, "open", manifest.version, self._deadline())
-        self._store.finish_round(
-            after,
-            manifest,
-            number=state.number,
-            seconds=seconds,
-            weights=merged.weights,
-            residual=merged.residual,
-            carried=carried,
-            late_updates=self._policy.behind,
-            beside=outcome.commit,
-        )
-        return outcome, manifest, after, seconds
 
     def _enter(self, state: RoundState) -> None:
         self._store.set_round(state)
@@ -355,9 +383,5 @@ class Daemon:
         if state.state == "finished" and self._exit_when_done:
             self._stopping = True
 
-    def _stop(self) -> None:
-        self._stopping = True
-        self._link.abandon()
-
     def _deadline(self) -> float:
-        return time.time() + self._policy.deadline_s
+        return self._clock() + self._policy.deadline_s

@@ -53,7 +53,7 @@ class Intake:
         self._versions = versions
         self._key = key
         self._events = events
-        self._policy = policy or Policy()
+        self.policy = policy or Policy()
         self._registry = registry
         self._clock = clock
         self._seldom = Seldom(events, clock)
@@ -107,8 +107,8 @@ class Intake:
 
     def blame(self, device: str) -> None:
         """Bring a device nearer to quarantine."""
-        until = self._clock() + self._policy.quarantine_s
-        if self._store.devices.strike(device, self._policy.quarantine_after, until):
+        until = self._clock() + self.policy.quarantine_s
+        if self._store.devices.strike(device, self.policy.quarantine_after, until):
             self._events.emit("quarantined", device=device, until=until)
 
     def _refuse(self, device: str, topic: str, error: Exception) -> None:
@@ -280,7 +280,7 @@ class Intake:
         fault_point("aggregator.upload.verified")
         now = self._store.round().number
         behind = now - manifest.round
-        buffered = self._policy.buffer > 0
+        buffered = self.policy.buffer > 0
         late_for = now if behind else None
         self._store.uploads.count(manifest, late_for=late_for, buffered=buffered)
         self._store.devices.forgive(manifest.device)
@@ -302,8 +302,9 @@ class Intake:
         return wanted_no_more(
             manifest,
             now,
-            self._policy,
+            self.policy,
             another_counts=lambda: self._store.uploads.has_counted(manifest.device, now.number),
+            was_left=lambda: self._store.history.left(manifest.round, now.number),
             is_kept=lambda version: self._store.version(version) is not None,
         )
 

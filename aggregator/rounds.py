@@ -123,12 +123,13 @@ def wanted_no_more(
     policy: Policy,
     *,
     another_counts: Callable[[], bool],
+    was_left: Callable[[], bool],
     is_kept: Callable[[int], bool],
 ) -> str:
     """Say why an upload does not count now, through no fault of it; empty if it does.
 
-    `another_counts` says whether another update of the device counts in the open round, `is_kept`
-    whether a version is.
+    `another_counts` says whether another update of the device counts in the open round, `was_left`
+    whether what its round began from was left for an older version, `is_kept` whether a version is.
     """
     behind = now.number - manifest.round
     if behind < 0:
@@ -143,6 +144,8 @@ def wanted_no_more(
         return f"attempt {manifest.attempt} at round {now.number} has not begun"
     if manifest.version != (started := now.version - behind):
         return f"it starts from version {manifest.version}, the round from {started}"
+    if behind and was_left():
+        return f"what round {manifest.round} began from has been left for an older version"
     if behind and not is_kept(started):
         return f"version {started}, from which it starts, is not kept any more"
     return ""

@@ -18,6 +18,7 @@ from protocol.factors import trained_factors
 from protocol.layers import from_bitmap, only
 from protocol.messages import Job, UploadManifest
 from protocol.metrics import wrong_metric
+from protocol.notify import alive
 from protocol.probe import TopLogits, decode_probe
 from protocol.tensors import HEADER_LIMIT_BYTES, tensor_bytes
 
@@ -136,6 +137,7 @@ def stored_update(job: Job, versions: Versions, manifest: UploadManifest, path: 
     before = versions.base(manifest).layers
 
     def after(module: str) -> Factors:
+        alive()  # a merge asks for a module of an update at a time
         own, change = before[module].take(chosen[module]), changes[module]
         return Factors(own.a + change.a, own.b + change.b)
 

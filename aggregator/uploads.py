@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from aggregator.history import History
 from aggregator.parts import Parts
 from protocol.chunks import check_file
 from protocol.database import Database
@@ -54,11 +55,13 @@ class Uploads:
         parts: Parts,
         folder: Path,
         on_disk: Callable[[], AbstractContextManager[None]],
+        history: History,
     ) -> None:
         self._db = db
         self._parts = parts
         self.folder = folder
         self._on_disk = on_disk
+        self._history = history
 
     def known(self, upload: str) -> Upload | None:
         row = self._db.one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
@@ -137,6 +140,7 @@ class Uploads:
                 self._db.run("INSERT INTO late VALUES (?, ?, ?)", *late)
             self._parts.keep(manifest, self.file(manifest))
             self._settle(manifest, "counted", "")
+            self._history.counted(manifest, late_for or manifest.round, time.time())
 
     def reject(self, manifest: UploadManifest, reason: str) -> None:
         """Refuse an upload; of those of a device that were refused the last is remembered."""
@@ -145,6 +149,7 @@ class Uploads:
             self._forget(before, manifest.device, manifest.upload)
             self.expect(manifest)
             self._settle(manifest, "rejected", reason)
+            self._history.refused(manifest.device, reason, time.time())
 
     def forget(self, manifest: UploadManifest) -> None:
         """Forget an upload that does not count, and what of it has come."""

@@ -154,6 +154,7 @@ class Fleet:
             self._now,
             self._arm.policy,
             another_counts=lambda: name in self._buffer,
+            was_left=lambda: False,
             is_kept=lambda number: number in self._versions,
         )
         if not refused:

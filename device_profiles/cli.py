@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from device_profiles.traces.cli import add_commands
 from protocol.cli import run_command
 
 app = typer.Typer(
@@ -18,7 +19,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
+
+add_commands(app)
 
 FleetFile = Annotated[
     Path | None,

@@ -18,7 +18,6 @@ from edge_client.equipping import Equipping
 from edge_client.errors import EdgeError
 from edge_client.holding import Holding, goes_on_with
 from edge_client.learner import Learning
-from edge_client.notify import alive
 from edge_client.outbox import Outbox
 from edge_client.own_changes import OwnChanges
 from edge_client.personal import make_answer
@@ -38,6 +37,7 @@ from protocol import topics
 from protocol.errors import ProtocolError, TransportError
 from protocol.events import EventLog
 from protocol.messages import Control, Job, Round, in_cohort
+from protocol.notify import alive
 from protocol.patience import Waiting
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey

@@ -12,6 +12,7 @@ import typer
 
 from edge_client import cli_models
 from edge_client.cli_models import Backend, host_name
+from edge_client.cli_record import record
 from protocol.cli import run_command
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -332,7 +334,7 @@ def join(
     typer.echo(f"now: edge-client run --data FOLDER{more}")
 
 
-for command in cli_models.COMMANDS:
+for command in (*cli_models.COMMANDS, record):
     app.command()(command)
 
 

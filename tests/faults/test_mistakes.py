@@ -114,13 +114,15 @@ def test_a_damaged_version_is_neither_served_nor_exported(
     tmp_path: Path, mosquitto: BrokerAddress
 ) -> None:
     daemon = serve(make_job(), tmp_path / "state", mosquitto)
-    daemon._start()
+    daemon.start()
     daemon._link.close()
     export_adapter(tmp_path / "state", tmp_path / "out")
     for path in (tmp_path / "state" / "versions" / "1").iterdir():
         path.write_bytes(path.read_bytes()[:-1] + b"?")
+    again = serve(make_job(), tmp_path / "state", mosquitto)
     with pytest.raises(StoreError, match="is not what version 1 was published as"):
-        serve(make_job(), tmp_path / "state", mosquitto).run()
+        again.start()
+    again.close()
     for path in (tmp_path / "state" / "versions" / "1").iterdir():
         path.unlink()
     with pytest.raises(StoreError, match=r"version 1 in .* is damaged"):
@@ -130,9 +132,9 @@ def test_a_damaged_version_is_neither_served_nor_exported(
 def test_a_job_that_another_aggregator_serves(tmp_path: Path, mosquitto: BrokerAddress) -> None:
     job = make_job()
     first = serve(job, tmp_path / "first", mosquitto)
-    first._start()
+    first.start()
     with pytest.raises(StoreError, match=r"from another aggregator.*another job name"):
-        serve(job, tmp_path / "second", mosquitto).run()
+        serve(job, tmp_path / "second", mosquitto).start()
     assert first._link.connected
     assert first._link.connection == 1, "the first one was pushed off the broker"
     first._link.close()
