@@ -26,13 +26,13 @@ $(VENV)/complete: pyproject.toml constraints.txt
 	@touch $@
 
 # Flower holds libraries below what the others need, so it has an environment of its own: of it, Ray
-# and the aggregator's libraries, without torch. The tests make it where they can.
+# and the aggregator's libraries, without torch. Its tests are skipped where it is not made.
 FLOWER := .venv-flower
 flower: $(FLOWER)/complete
 
-$(FLOWER)/complete: pyproject.toml constraints.txt
+$(FLOWER)/complete: pyproject.toml constraints-flower.txt
 	$(PYTHON) -m venv $(FLOWER)
-	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[flower]' -c constraints.txt
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[flower]' -c constraints-flower.txt
 	@touch $@
 
 mosquitto:

@@ -5,7 +5,8 @@
 
 Its other half is `aggregator.flower_strategy`. What a learner has to do is train some directions of
 the shared adapter beside frozen ones; which, how fast and what of them is sent is done here. What a
-node must remember from round to round, its rank and how far it is in its text, is in its context.
+node must remember from round to round, its rank and how far it is in its text, is in its context,
+apart for each job.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from protocol.adapter import Adapter
 from protocol.flower import ARRAYS, METRICS, adapter_of, job_of, reply
 from protocol.messages import Job, Round
 
-STATE = "tunefleet"
+STATE = "tunefleet "
 
 
 class FlowerLearner(Protocol):
@@ -75,7 +76,8 @@ def client_app(open_learner: OpenLearner) -> ClientApp:
         job, number = job_of(message.content)
         learner, device = open_learner(job, context), device_name(context)
         shared = adapter_of(job, message.content.array_records[ARRAYS])
-        known = context.state.config_records.get(STATE, ConfigRecord({"rank": learner.rank}))
+        kept = STATE + job.job
+        known = context.state.config_records.get(kept, ConfigRecord({"rank": learner.rank}))
         rank, drawn = _number(known, "rank"), _number(known, "drawn-rows")
         rank = min(rank, learner.rank)
         held = shared.truncated(max(learner.held, rank) if job.remainder == "frozen" else rank)
@@ -93,7 +95,7 @@ def client_app(open_learner: OpenLearner) -> ClientApp:
         now = Round(job=job.job, number=number, state="open", version=number)
         manifest, data = make_update(job, now, device, learned, learner.text, held_out_loss=loss)
         goes_on = {"rank": learned.rank, "drawn-rows": learned.report.drawn_rows}
-        context.state[STATE] = ConfigRecord(goes_on)
+        context.state[kept] = ConfigRecord(goes_on)
         return Message(reply(manifest, data), reply_to=message)
 
     @app.evaluate()  # type: ignore[untyped-decorator]

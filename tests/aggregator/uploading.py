@@ -68,8 +68,8 @@ class Aggregator:
         return [json.loads(line)["event"] for line in self.events.getvalue().splitlines()]
 
     def greet(self, device: str = DEVICE, key: SigningKey | None = None, boot: int = 1) -> None:
-        topic = topics.topic("status", job="notes", device=device)
-        status = Status(job="notes", device=device, online=True, boot=boot)
+        topic = topics.topic("status", job=self.job.job, device=device)
+        status = Status(job=self.job.job, device=device, online=True, boot=boot)
         assert self.intake.handle(topic, (key or self.device_key).seal(status, topic)) == []
 
     def manifest(self, data: bytes, **changed: Any) -> UploadManifest:

@@ -27,7 +27,7 @@ RULES = ("anchored", "hetlora")
 def made_job(rule: str) -> Job:
     base = BaseModelInfo(name="toy", sha256="0" * 64, parameters=1000, modules=MODULES)
     settings = {"momentum": 0.3} if rule == "anchored" else {}
-    fields = {"job": "notes", "base": base, "scale": 2.0, "ladder": RANKS, "rounds": ROUNDS}
+    fields = {"job": rule, "base": base, "scale": 2.0, "ladder": RANKS, "rounds": ROUNDS}
     return Job.model_validate({**fields, "rule": rule, "rule_settings": settings})
 
 

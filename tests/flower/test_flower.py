@@ -1,16 +1,14 @@
 """A Flower user gets our rules and ranks: in Flower's simulation, the same adapter as over MQTT.
 
-Flower can't share an environment with the tests' other libraries, so `make .venv-flower/complete`
-makes it one, once, without torch; where that can't be done these tests are skipped and say why.
+Flower can't share an environment with the tests' other libraries, so `make flower` makes it one,
+once, without torch; where it is not there these tests are skipped and say so.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +36,9 @@ VENV = ROOT / ".venv-flower"
 
 @pytest.fixture(scope="session")
 def flower() -> Path:
-    """Return the Python of the environment with Flower, made if need be."""
-    if sys.version_info < (3, 11):
-        pytest.skip("Flower needs Python 3.11 or later")
-    if not (ROOT / "Makefile").exists():
-        pytest.skip("this is no clone of the project: there is no Makefile")
-    with (ROOT / ".venv-flower.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of the tests may be making it
-        made = subprocess.run(
-            ["make", "--silent", ".venv-flower/complete", f"PYTHON={sys.executable}"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-    if made.returncode:
-        pytest.skip(f"the environment with Flower can't be made: {made.stderr.strip()[-300:]}")
+    """Return the Python of the environment with Flower."""
+    if not (VENV / "complete").exists():
+        pytest.skip("Flower is not installed: make flower (Python 3.11 or later)")
     return VENV / "bin" / "python"
 
 
@@ -90,7 +75,7 @@ def plain(folder: Path, rule: str) -> tuple[Adapter, list[dict[str, float]], lis
         a.greet(name)
     for number in range(1, ROUNDS + 1):
         shared = versions.load(number)
-        now = Round(job="notes", number=number, state="open", version=number)
+        now = Round(job=rule, number=number, state="open", version=number)
         for name, one in learners.items():
 
             def train(
@@ -129,7 +114,7 @@ def plain(folder: Path, rule: str) -> tuple[Adapter, list[dict[str, float]], lis
 
 def deliver(a: Aggregator, manifest: UploadManifest, data: bytes) -> None:
     """Have the intake take an upload."""
-    place = {"job": "notes", "device": manifest.device, "upload": manifest.upload}
+    place = {"job": manifest.job, "device": manifest.device, "upload": manifest.upload}
     topic = topics.topic("upload_manifest", **place)
     a.intake.handle(topic, a.device_key.seal(manifest, topic))
     for index, chunk in enumerate(split(data)):
