@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregator.config import build_job
+from aggregator.config import PolicySettings, build_job
 from aggregator.errors import ConfigError
 from aggregator.merging import merge_round
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState, delivered, next_action
 from aggregator.updates import upload_directions
 from aggregator.versions import Versions
+from aggregator.view import StateView
 from protocol.adapter import Adapter, Factors
 from protocol.faults import VARIABLE
 from protocol.messages import Job, UploadManifest, upload_id
@@ -108,6 +109,11 @@ def test_a_buffered_policy_is_read() -> None:
     assert build_job({**FIELDS, "policy": policy}, "job.toml")[1] == Policy(
         buffer=3, max_staleness=4, keep_versions=5
     )
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(late_updates=2), BUFFERED])
+def test_a_policy_makes_the_settings_that_make_it(policy: Policy) -> None:
+    assert PolicySettings.model_validate(PolicySettings.of(policy)).policy() == policy
 
 
 def test_personal_adapters_need_rounds_that_begin_together() -> None:
@@ -219,6 +225,41 @@ def test_two_of_a_device_count_in_one_buffer_and_each_once(aggregator: Aggregato
     assert a.store.uploads.of_round(4, "counted") == []
     with pytest.raises(sqlite3.IntegrityError):
         a.store.uploads.count(first[0], late_for=4, buffered=True)
+
+
+def test_what_was_left_for_an_older_version_does_not_count_late(aggregator: Aggregator) -> None:
+    a = aggregator
+    manifest, data = trained(a, 1, 0.01)
+    versions = Versions(a.job, a.store)
+    again = versions.write(versions.load(1), version=2, parent=1)
+    ended = a.store.round()
+    after = RoundState(2, "open", 2, None)
+    a.store.begin_anew(after, again, ended=ended, note="rolled back to version 1")
+    (answer,) = a.deliver(manifest, data)
+    assert (answer.kind, answer.reason) == (
+        "reject", "what round 1 began from has been left for an older version",
+    )  # fmt: skip
+    assert a.store.uploads.of_round(2, "counted") == []
+
+
+def test_a_view_tells_updates_in_the_buffer_and_who_may_deliver_again(
+    aggregator: Aggregator, tmp_path: Path
+) -> None:
+    a = aggregator
+    a.store.set_policy(Policy(buffer=5, max_staleness=2))
+    first, second, third = (trained(a, number, 0.01) for number in (1, 2, 3))
+    go_on(a, 1)
+    go_on(a, 2)
+    with StateView(a.folder) as view:
+        for manifest, data in (first, second):
+            a.deliver(manifest, data)
+        assert view.job().waiting_for.startswith("updates: 2 of a buffer of 5")
+        assert "has delivered" not in view.devices()[0].waiting_for
+        a.deliver(*third)
+        assert view.job().waiting_for.startswith("updates: 3 of a buffer of 5")
+        assert view.devices()[0].waiting_for == "has delivered for round 3"
+        newest = view.rounds()[0]
+        assert (newest.number, newest.counted) == (3, 3)
 
 
 def test_what_is_further_behind_is_refused_with_a_reason(aggregator: Aggregator) -> None:
