@@ -12,6 +12,7 @@ from aggregator.enrol.registry import Registry
 from aggregator.intake import Intake
 from aggregator.quota import FILES_A_ROUND, KEYS_KEPT, Bucket, RoundBytes
 from aggregator.rounds import Policy, RoundState, next_action
+from aggregator.updates import largest_upload
 from aggregator.versions import Versions
 from protocol.chunks import CHUNK_BYTES, split
 from protocol.connecting import WINDOW
@@ -160,7 +161,7 @@ def test_bytes_of_a_round_are_bounded_by_the_rank(aggregator: Aggregator) -> Non
     data = encode(update(aggregator.job), "f32")
     manifest = aggregator.manifest(data)
     aggregator.offer(manifest)
-    limit = FILES_A_ROUND * aggregator.intake._largest(manifest)
+    limit = FILES_A_ROUND * largest_upload(aggregator.job, manifest)
     answers = []
     for _ in range(limit // CHUNK_BYTES):
         answers += aggregator.chunk(manifest, 0, bytes(CHUNK_BYTES))
