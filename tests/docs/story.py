@@ -23,6 +23,12 @@ from tests.docs.commands import ROOT
 HOSTS = "127.0.0.1 localhost broker.example fleet.example\n"
 TEXT = ROOT / "docs/algorithms.md"
 TOML = re.compile(r"^```toml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BRIEF = {
+    "steps = 50": "steps = 1\ntokens_per_step = 64\nmax_tokens = 64",
+    "min_devices = 2": "min_devices = 1",
+    "quorum = 2": "quorum = 1",
+}
+"""What of README's job is made less."""
 PATIENCE_S = 240.0
 
 
@@ -101,8 +107,7 @@ def settle(folder: Path) -> None:
     (folder / "notes").mkdir()
     (folder / "notes/notes.md").write_text(TEXT.read_text()[:12_000])
     job = next(b for b in TOML.findall((ROOT / "README.md").read_text()) if b.startswith("job ="))
-    for wanted, brief in (("steps = 50", "steps = 1\ntokens_per_step = 64\nmax_tokens = 64"),
-                          ("min_devices = 2", "min_devices = 1"), ("quorum = 2", "quorum = 1")):  # fmt: skip
+    for wanted, brief in BRIEF.items():
         assert wanted in job, "README's job has changed: change this too"
         job = job.replace(wanted, brief)
     (folder / "job.toml").write_text(job)
@@ -110,7 +115,6 @@ def settle(folder: Path) -> None:
 
 def on_a_broker(story: Story) -> None:
     """README, from a device's profile to an exported adapter."""
-    device = "edge-client run --data notes/"
     story.run(".venv/bin/edge-client profile")
     story.run(".venv/bin/edge-client export-onnx base-tiny --out base-tiny-onnx")
     (story.folder / "broker.conf").write_text("listener 1883\nallow_anonymous true\n")
@@ -119,8 +123,10 @@ def on_a_broker(story: Story) -> None:
         ".venv/bin/aggregator serve job.toml --broker mqtt://broker.example:1883", "serving"
     )
     # The same text with onnx and without: each goes on where the other was.
-    story.start(f".venv/bin/{device} --onnx base-tiny-onnx", "uploading")()
-    story.start(f".venv/bin/{device} --broker mqtt://broker.example:1883", "uploading")()
+    device = ".venv/bin/edge-client run --data notes/ --onnx base-tiny-onnx"
+    story.start(device, "uploading")()
+    device = ".venv/bin/edge-client run --data notes/ --broker mqtt://broker.example:1883"
+    story.start(device, "uploading")()
     serving()
     broker()
     story.run(".venv/bin/aggregator export adapter --state aggregator-state")
