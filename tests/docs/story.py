@@ -39,7 +39,7 @@ class Story:
         self.folder = folder
         self.environment = {
             "HOME": str(folder),
-            "PATH": os.environ["PATH"],
+            "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}",
             "LANG": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -61,12 +61,12 @@ class Story:
         print(command, flush=True)
         return done.stdout
 
-    def start(self, command: str, until: str) -> Callable[[], None]:
+    def start(self, command: str, until: str, *, typed: str | None = None) -> Callable[[], None]:
         """Begin a command that goes on, wait until it says something; return what ends it."""
         log = self.folder / f"log-{len(self._beside)}.txt"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"], cwd=self.folder, env=self.environment,
+                ["bash", "-c", f"exec {typed or command}"], cwd=self.folder, env=self.environment,
                 stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         self._beside.append(process)
@@ -146,6 +146,7 @@ def in_a_fleet(story: Story) -> None:
     story.run(join, typed=join.replace("tf1-...", token[0]))
     story.run(".venv/bin/edge-client doctor --data notes/")
     story.start(".venv/bin/edge-client run --data notes/", "finished +device")()
+    story.run(".venv/bin/aggregator status --dir ~/fleet")
     story.run(".venv/bin/edge-client status")
     story.run(".venv/bin/edge-client plan --explain --model base-tiny")
     story.run(".venv/bin/edge-client install-service --data notes/")
@@ -159,6 +160,44 @@ def in_a_fleet(story: Story) -> None:
     serving()
 
 
+def as_operator(story: Story) -> None:
+    """The operator guide, with one device."""
+    job = (story.folder / "job.toml").read_text().replace("rounds = 1\n", "rounds = 20\n")
+    for name in ("notes", "letters"):
+        told = job.replace('job = "notes"', f'job = "{name}"')
+        (story.folder / f"{name}.toml").write_text(told)
+    guide = (ROOT / "docs/operator.md").read_text()
+    settings = next(block for block in TOML.findall(guide) if block.startswith("broker ="))
+    (story.folder / "fleet.toml").write_text(settings.replace(', "letters.toml"', ""))
+    story.start("mosquitto -c broker.conf", "running")
+    story.run("aggregator config check -c fleet.toml")
+    story.run("aggregator config show -c fleet.toml")
+    serving = story.start("aggregator serve -c fleet.toml", "serving")
+    device = ".venv/bin/edge-client run --data notes/ --broker mqtt://broker.example:1883"
+    leave = story.start(device, "version 8", typed=f"{device} --name kitchen --state kitchen")
+    story.run("aggregator status -c fleet.toml")
+    story.run("aggregator devices --job notes -c fleet.toml")
+    story.run("aggregator rounds --job notes -c fleet.toml")
+    story.run("aggregator device show kitchen --job notes -c fleet.toml")
+    story.run("aggregator job pause notes -c fleet.toml")
+    story.run("aggregator job resume notes -c fleet.toml")
+    story.run("aggregator job set notes --deadline 600 --quorum 3 -c fleet.toml")
+    story.run("aggregator job set notes --reset quorum -c fleet.toml")
+    story.run("aggregator job roll-back 7 --job notes -c fleet.toml")
+    story.run("aggregator job create letters.toml -c fleet.toml")
+    leave()
+    serving()
+
+
+def with_traces(story: Story) -> None:
+    """What needs no fleet: traces of made-up devices."""
+    story.run(".venv/bin/fleet-replay traces")
+    command = (
+        ".venv/bin/fleet-replay traces --scenario flaky-3g --devices 100 --seed 1 --out runs/flaky"
+    )
+    story.run(command)
+
+
 def main() -> None:
     """Go through all of it."""
     story = Story(Path(sys.argv[1]))
@@ -166,6 +205,9 @@ def main() -> None:
     try:
         on_a_broker(story)
         in_a_fleet(story)
+        story.end()
+        as_operator(story)
+        with_traces(story)
     finally:
         story.end()
 

@@ -23,6 +23,8 @@ ELSEWHERE = {
     r"sudo (cp -r ~/fleet/systemd/|systemctl ).*": "tests/security/test_commands.py",
     r"\.venv/bin/fleet-replay demo .*": "tests/device_profiles/test_replay.py",
     r"\.venv/bin/fleet-replay run FLEET\.toml": "tests/device_profiles/test_replay.py",
+    r"\.venv/bin/fleet-replay import .*": "tests/device_profiles/traces/test_imports.py",
+    r"\.venv/bin/edge-client record .*": "tests/edge_client/test_record.py",
     r"\.venv/bin/edge-client chat my-export": "tests/edge_client/chat/test_chat_command.py",
 }
 """Commands that take a network, a system of one's own or very long → what carries them out."""
