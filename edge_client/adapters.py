@@ -17,7 +17,7 @@ from protocol.errors import ProtocolError
 from protocol.events import EventLog
 from protocol.messages import Job, Round
 from protocol.topics import Match
-from protocol.transport import Incoming, MqttTransport
+from protocol.transport import DeviceLink, Incoming
 
 
 class Adapters:
@@ -30,7 +30,7 @@ class Adapters:
         self,
         settings: Settings,
         job: Job,
-        link: MqttTransport,
+        link: DeviceLink,
         outbox: Outbox,
         learner: Learning,
         events: EventLog,

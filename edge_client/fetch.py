@@ -12,7 +12,7 @@ from protocol.bands import Band, parse_band
 from protocol.errors import MalformedMessage
 from protocol.messages import GlobalManifest, Job
 from protocol.topics import Match
-from protocol.transport import Incoming, MqttTransport
+from protocol.transport import DeviceLink, Incoming
 
 
 class Fetch:
@@ -24,7 +24,7 @@ class Fetch:
 
     def __init__(
         self,
-        link: MqttTransport,
+        link: DeviceLink,
         job: Job,
         source: Source,
         wanted: Sequence[Band],

@@ -32,6 +32,10 @@ class ShortMemory:
         self._pressure = Pressure()
         self._looked, self._why = float("-inf"), ""
 
+    def expect(self, needs_mib: float) -> None:
+        """Go on where there is room for this much: another plan is trained by from now on."""
+        self._pressure.needs_mib = needs_mib
+
     def __call__(self) -> Reason | None:
         """Return why training should wait, or None."""
         now = self._clock()
