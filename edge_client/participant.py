@@ -254,8 +254,7 @@ class Participant:
         """Do what is to be done next, as far as it may be now.
 
         Raises:
-            TrainingPaused: its training has; ask again.
-            EdgeError: this device can't take part any more; says why.
+            EdgeError: its training has paused, or it can't take part any more; says why.
         """
         self._polite.usage.note_link(self._connection)
         self._begin()
@@ -334,7 +333,7 @@ class Participant:
         drawn = learned.report.drawn_rows
         rank = learned.rank
         if not learned.pruned():  # a plan alone may have kept it lower than what pruning has left
-            rank = max(rank, self._outbox.rank(now.job, rank))
+            rank = max(rank, self._outbox.rank(now.job, job.rank))
         self._outbox.put(manifest, data, rank=rank, own_loss=own_loss, drawn_rows=drawn)
         checkpoint.forget(self._settings.state)
         self._say("uploading")
