@@ -2,10 +2,16 @@
 
 TunefleetError
 ├── ProfileError               a device profile that is not there or cannot be read
-└── DemoTextError              this Python lacks a part of its library that the demo reads
+├── TraceError                 a trace that can't be read or written
+├── DemoTextError              this Python lacks a part of its library that the demo reads
+├── FleetError                 a fleet file
+└── ReplayError                a replay could not be carried out
+    └── TooLarge               no plan fits a device
 """
 
 from __future__ import annotations
+
+import reprlib
 
 from protocol.errors import TunefleetError
 
@@ -17,6 +23,16 @@ class ProfileError(TunefleetError):
         super().__init__(f"device profile {where}: {why}")
         self.where = where
         self.why = why
+
+
+class TraceError(TunefleetError):
+    """A trace that can't be read or written; names the file, and line and field where it is one."""
+
+    def __init__(self, path: object, why: str, line: int | None = None, field: str = "") -> None:
+        place = f"{path}" + (f", line {line}" if line else "")
+        named = f"field {reprlib.repr(field)}: " if field else ""
+        super().__init__(f"trace {place}: {named}{why}")
+        self.path, self.why, self.line, self.field = path, why, line, field
 
 
 class DemoTextError(TunefleetError):

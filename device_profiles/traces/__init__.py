@@ -1,0 +1,1 @@
+"""Say how devices fare over time: the format of traces, what is converted to it, made-up ones."""
