@@ -7,6 +7,7 @@ of aggregator.rounds is asked what is due.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from aggregator.personal import strategy_of
 from aggregator.personal.serving import merge_personal
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
-from aggregator.rounds import Policy, RoundState, next_action
+from aggregator.rounds import Action, Policy, RoundState, next_action
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
 from aggregator.updates import stored_update
@@ -59,7 +60,12 @@ class Daemon:
         onnx: Path | None = None,
         exit_when_done: bool = False,
         wait_for_broker: bool = True,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """Prepare to serve; `clock` tells the time in seconds since 1970, a replay's another."""
+        self._clock = clock
+        self.taken_in = 0
+        """Messages of devices that have been dealt with: committed, and answered."""
         self._job = job
         self._policy = policy
         self._store = store
@@ -82,7 +88,14 @@ class Daemon:
         )
         self._versions = Versions(job, store)
         self._intake = Intake(
-            job, store, self._versions, self._key, events, policy=policy, registry=self._registry
+            job,
+            store,
+            self._versions,
+            self._key,
+            events,
+            policy=policy,
+            registry=self._registry,
+            clock=clock,
         )
         self._sweeper: Sweeper | None = None
         if membership is not None and self._certified:
@@ -102,20 +115,24 @@ class Daemon:
         """
         with stop_on_signals(self._stop):
             try:
-                self._start()
+                self.start()
                 while not self._stopping:
-                    self._serve()
-                    self._step()
+                    self.serve()
+                    self.step()
             except TransportError:
                 # Asked to stop while the broker is away: what is unsaid is said at the next start.
                 if not self._stopping:
                     raise
             finally:
-                self._link.close()
+                self.close()
+
+    def close(self) -> None:
+        """Leave the broker, which keeps the job."""
+        self._link.close()
 
     # -- start up --------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Check that the job can be served, and only then make the state folder this job's."""
         job, settings = self._job.job, self._job.model_dump_json()
         self._store.check_job(settings)
@@ -178,12 +195,12 @@ class Daemon:
 
     # -- serve -----------------------------------------------------------------------------------
 
-    def _serve(self) -> None:
+    def serve(self, wait_s: float = TICK_S) -> None:
         """Take in what has come, waiting a moment for it."""
         if self._link.connected and self._link.connection != self._said_on:
             self._events.emit("reconnected", connection=self._link.connection)
             self._say_everything()
-        if (first := self._link.receive(TICK_S)) is not None:
+        if (first := self._link.receive(wait_s)) is not None:
             self._take_in(first)
         self._artifacts.step()
         if self._sweeper is not None:
@@ -207,8 +224,12 @@ class Daemon:
             self._link.ack(incoming)
         fault_point("aggregator.messages.acked")
         for topic, payload in answers:
-            self._link.post(topic, payload)
+            self._answer(topic, payload)
             fault_point("aggregator.message.answered")
+        self.taken_in += len(batch)
+
+    def _answer(self, topic: str, payload: bytes) -> None:
+        self._link.post(topic, payload)
 
     def _deal_with(self, incoming: Incoming) -> list[tuple[str, bytes]]:
         if self._artifacts.takes(incoming):
@@ -222,14 +243,15 @@ class Daemon:
         if (incoming := self._link.receive(0)) is not None:
             self._take_in(incoming)
 
-    def _step(self) -> None:
+    def step(self) -> Action | None:
+        """Ask what is due now, do it, and return what it was."""
         state = self._store.round()
         action = next_action(
             state,
             self._policy,
             job=self._job.job,
             rounds=self._job.rounds,
-            time_s=time.time(),
+            time_s=self._clock(),
             online=self._ready(),
             delivered={m.device for m in self._store.uploads.of_round(state.number, "counted")},
             refused={
@@ -246,10 +268,11 @@ class Daemon:
             self._enter(replace(state, attempt=state.attempt + 1, deadline=self._deadline()))
         elif action == "finish":
             self._enter(replace(state, state="finished", deadline=None))
+        return action
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
-        found = self._store.devices.ready() - self._store.devices.quarantined(time.time())
+        found = self._store.devices.ready() - self._store.devices.quarantined(self._clock())
         if self._registry is not None:
             found &= self._registry.devices()
         return found
@@ -333,7 +356,7 @@ class Daemon:
         self._link.abandon()
 
     def _deadline(self) -> float:
-        return time.time() + self._policy.deadline_s
+        return self._clock() + self._policy.deadline_s
 
 
 def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Outcome:

@@ -114,5 +114,4 @@ class Agent(Participant):
                 with suppress(TransportError):  # the will says it then
                     self._say("stopped")
             self._link.close()
-        self._polite.usage.keep()
-        self._outbox.close()
+        self.close()

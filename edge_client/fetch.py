@@ -48,6 +48,13 @@ class Fetch:
             return self._download.complete
         return self.manifest is not None
 
+    @property
+    def outstanding(self) -> int:
+        """How many messages are to come yet, as far as is known."""
+        if self._download is None:
+            return 0 if self.manifest is not None else 1
+        return self._download.outstanding
+
     def take(self, found: Match, incoming: Incoming, state: Path) -> None:
         """Take a message on one of its topics (`Source.has`).
 

@@ -112,6 +112,27 @@ class Participant:
         return self._done or self._stopping
 
     @property
+    def outstanding(self) -> int:
+        """How many messages of an adapter are to come yet."""
+        return self._adapters.outstanding if self._adapters is not None else 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has something under way that the broker or the aggregator is to answer."""
+        return self.outstanding > 0 or bool(self._outbox.pending(self._job_name))
+
+    def note_training(self, seconds: float) -> None:
+        """Count time of training against what the owner allows in a day."""
+        self._polite.usage.note_training(seconds)
+
+    def close(self) -> None:
+        """Let go of what it learns with, and of its outbox."""
+        if self._learner is not None:
+            self._learner.stop()
+        self._polite.usage.keep()
+        self._outbox.close()
+
+    @property
     def _connection(self) -> DeviceLink:
         assert self._link is not None, "entered first"
         return self._link
@@ -136,7 +157,14 @@ class Participant:
         if rank := settings.private_rank:
             self._private = Private(job, settings.name, rank, settings.state, events)
         self._adapters = Adapters(
-            settings, job, link, self._outbox, learner, events, reach=self._reach
+            settings,
+            job,
+            link,
+            self._outbox,
+            learner,
+            events,
+            self._reach,
+            self._senses.download_bytes,
         )
         for problem in learner.text.problems[:20]:
             events.emit("skipped", where=problem)

@@ -25,8 +25,10 @@ class EventLog:
         as_json: bool,
         stream: TextIO | None = None,
         also: Callable[[Mapping[str, Any]], None] | None = None,
+        clock: Callable[[], float] = time.time,
         **always: object,
     ) -> None:
+        self._clock = clock
         self._also = also
         self._as_json = as_json
         self._stream = stream or sys.stdout
@@ -35,7 +37,7 @@ class EventLog:
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event; a reader that has gone away is no error."""
-        record = {"event": event, "time": round(time.time(), 3), **self._always, **fields}
+        record = {"event": event, "time": round(self._clock(), 3), **self._always, **fields}
         if self._also is not None:
             self._also(record)
         if self._as_json:

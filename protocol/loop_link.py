@@ -36,6 +36,8 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._writing: deque[LoopLink] = deque()
         """Links that have something to write and are not known to be unable to."""
+        self.published = 0
+        """Messages that its links have handed to the broker."""
 
     def watch(self, file: Any, ready: Callable[[], object]) -> None:
         """Call `ready` whenever there is something to read from a file, say a process's output."""
@@ -87,7 +89,7 @@ class LoopLink:
         will: tuple[str, bytes],
         on_message: Callable[[Incoming], None],
     ) -> None:
-        self._loop, self.address, self.client_id = loop, address, client_id
+        self.loop, self.address, self.client_id = loop, address, client_id
         self._version = VERSIONS[address.version or "5"]
         self._will, self._on_message_here = will, on_message
         self._subscriptions = Subscriptions()
@@ -100,8 +102,6 @@ class LoopLink:
         self.limits = BrokerLimits()
         self.failure = ""
         """Why the broker would not take something, the last time that it would not."""
-        self.published = 0
-        """Messages handed to the broker so far."""
         self.unanswered = 0
         """CONNECTs, SUBSCRIBEs and PUBLISHes on this connection that have no answer yet."""
         self.bytes_sent = self.bytes_received = 0
@@ -115,7 +115,6 @@ class LoopLink:
         client = new_client(
             self._version, self.client_id, temporary=False, context=None, will=self._will
         )
-        client.max_inflight_messages_set(0)
         client.on_socket_open, client.on_socket_close = self._opened, self._closed
         client.on_socket_register_write = self._wants_to_write
         client.on_socket_unregister_write = self._need_not_write
@@ -177,9 +176,13 @@ class LoopLink:
 
     def announce(self, topic: str, payload: bytes) -> None:
         """Publish a retained message, now and on every later connection, until the next one."""
-        self._announcement = topic, payload
+        self.remember(topic, payload)
         if self.connected:
             self.publish(topic, payload, retain=True)
+
+    def remember(self, topic: str, payload: bytes) -> None:
+        """Announce a message on later connections, not on this one."""
+        self._announcement = topic, payload
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
         """Hand a message to the broker; what it says comes later. Lost without a connection."""
@@ -188,7 +191,7 @@ class LoopLink:
         if self.connected and self._client is not None:
             self._client.publish(topic, payload, qos=QOS, retain=retain)
             self.bytes_sent += len(payload)
-            self.published += 1
+            self.loop.published += 1
             self.unanswered += 1
         return Delivery(topic)
 
@@ -207,16 +210,16 @@ class LoopLink:
     def _opened(self, _: paho.Client, __: Any, sock: Any) -> None:
         self._sock = sock
         self._registered_write = False
-        self._loop._selector.register(sock, selectors.EVENT_READ, self)
+        self.loop._selector.register(sock, selectors.EVENT_READ, self)
 
     def _closed(self, *_: Any) -> None:
         if self._sock is not None:
             with suppress(KeyError, ValueError):
-                self._loop._selector.unregister(self._sock)
+                self.loop._selector.unregister(self._sock)
             self._sock = None
 
     def _wants_to_write(self, *_: Any) -> None:
-        self._loop._writing.append(self)
+        self.loop._writing.append(self)
 
     def _need_not_write(self, *_: Any) -> None:
         """Do nothing: `_write` looks itself."""
@@ -230,7 +233,7 @@ class LoopLink:
         if more != self._registered_write and self._sock is not None:
             self._registered_write = more
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if more else 0)
-            self._loop._selector.modify(self._sock, events, self)
+            self.loop._selector.modify(self._sock, events, self)
 
     def _read(self) -> None:
         if self._client is not None:
@@ -248,6 +251,7 @@ class LoopLink:
         self.connection += 1
         self.connected = True
         self.limits = BrokerLimits(properties)
+        client.max_inflight_messages_set(self.limits.window)
         if self._subscriptions.filters:
             self._subscriptions.renew(client)
             self.unanswered += 1

@@ -27,6 +27,8 @@ class Senses:
     """How short of memory it is, under a root, at a time of the clock."""
     taken_mib: Callable[[], float] | None = None
     """What training takes now; None: what the training processes of this one do."""
+    download_bytes: Callable[[], float] | None = None
+    """What its link carries in the time that one version may take; None: as its profile says."""
     plans_anew: bool = False
     """Whether to plan again for each round, and when memory runs short, by what there is then."""
 

@@ -114,7 +114,7 @@ def test_a_damaged_version_is_neither_served_nor_exported(
     tmp_path: Path, mosquitto: BrokerAddress
 ) -> None:
     daemon = serve(make_job(), tmp_path / "state", mosquitto)
-    daemon._start()
+    daemon.start()
     daemon._link.close()
     export_adapter(tmp_path / "state", tmp_path / "out")
     for path in (tmp_path / "state" / "versions" / "1").iterdir():

@@ -1,0 +1,333 @@
+"""One virtual device: the agent's code (`Participant`), driven by events of virtual time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from device_profiles.schema import Power
+from device_profiles.traces.format import Trace
+from device_profiles.traces.sample import Sample
+from device_profiles.virtual.equipment import MakeLearner, VirtualEquipment
+from device_profiles.virtual.link import Rates, VirtualLink
+from device_profiles.virtual.schedule import Schedule
+from edge_client.config import Settings
+from edge_client.discover import listen
+from edge_client.errors import TrainingPaused
+from edge_client.outbox import Outbox
+from edge_client.participant import Participant
+from edge_client.plan import Calibration
+from edge_client.policy.decide import DeviceState, Reason
+from edge_client.policy.owner import Policy
+from edge_client.policy.senses import Senses
+from edge_client.pressure import Reading
+from edge_client.standing import Standing
+from protocol.errors import TunefleetError
+from protocol.events import EventLog
+from protocol.link import Incoming
+from protocol.loop_link import Loop
+from protocol.messages import Job
+from protocol.signing import SigningKey
+
+Fidelity = Literal["train", "recorded", "headless"]
+QUIET_S = 0.5
+"""The agent looks what is to be done when so long nothing has come, as on a device."""
+LOOK_S = 30.0
+"""Who waits or trains looks at its device as often at least, and where the trace changes."""
+HEADLESS = Reason("headless", "a headless device of a replay: it takes part in the protocol alone")
+UNKNOWN_BITS_S = 1e9
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What all virtual devices of a replay have in common."""
+
+    loop: Loop
+    schedule: Schedule
+    job: Job
+    calibration: Calibration | None
+    """None: no device trains, not even in name."""
+    epoch: datetime
+    """The local time at which the replay starts."""
+    on_event: OnEvent
+
+
+class VirtualDevice:
+    """Be on line, train and transfer as a trace lets a device."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        index: int,
+        settings: Settings,
+        trace: Trace,
+        offset_s: float,
+        fidelity: Fidelity,
+        make_learner: MakeLearner,
+    ) -> None:
+        self.index, self.settings, self.fidelity = index, settings, fidelity
+        self.time_s = 0.0
+        """This device's own time: of the event that it is at."""
+        self.is_over = self.is_online = False
+        self.fault = ""
+        self._stage, self._trace, self._offset_s = stage, trace, offset_s
+        self._equipment: VirtualEquipment | None = None
+        self._make_learner = make_learner
+        self._wake_s = -1.0
+        """When it looks next what is to be done; below 0: it need not."""
+        events = _Events(self._tell)
+        outbox = Outbox(settings.state, in_memory=True)
+        key = device_key(stage.job.seed, settings.name)
+        self.participant = Participant(
+            settings,
+            events,
+            outbox,
+            key,
+            equip=self._equip,
+            senses=Senses(
+                now=self._local_time,
+                clock=lambda: self.time_s,
+                state=self._state,
+                pressure=self._pressure,
+                taken_mib=self._taken_mib,
+                download_bytes=lambda: self._rates(self.time_s).down / 8 * settings.download_s,
+                plans_anew=True,
+            ),
+            also=(lambda: HEADLESS,) if fidelity == "headless" else (),
+        )
+        boot = outbox.next_boot(self._since_1970())
+        standing = Standing(settings, stage.job.job, boot, key)
+        self.link = VirtualLink(
+            stage.loop,
+            settings.broker,
+            f"tunefleet-{settings.name}",
+            standing.will,
+            schedule=stage.schedule,
+            device=index,
+            now=lambda: self.time_s,
+            rates=self._rates,
+            deliver=self._deliver,
+        )
+        self.participant.enter(stage.job.job, self.link, standing)
+        listen(self.link, standing, stage.job.job, settings.name)
+        self._look_at_link(0.0)
+
+    # -- the trace -----------------------------------------------------------------------------
+
+    @property
+    def sample(self) -> Sample:
+        """How the device is at its own time."""
+        return self.sample_at(self.time_s)
+
+    def sample_at(self, time_s: float) -> Sample:
+        return self._trace.looped(self._offset_s + time_s)
+
+    def next_change_s(self, time_s: float) -> float | None:
+        """Return when the trace says something new; it begins again at its end."""
+        length = self._trace.duration_s
+        if not length:
+            return None
+        round_s = (self._offset_s + time_s) // length * length
+        after = self._trace.next_change(self._offset_s + time_s - round_s)
+        return round_s + (length if after is None else after) - self._offset_s
+
+    def _rates(self, time_s: float) -> Rates:
+        sample, link = self.sample_at(time_s), self.settings.profile.link
+
+        def bits_s(mbit: float | None, otherwise: float | None) -> float:
+            known = otherwise if mbit is None else mbit
+            return UNKNOWN_BITS_S if known is None else known * 1e6
+
+        return Rates(
+            bits_s(sample.down_mbit, link.down_mbit if link else None),
+            bits_s(sample.up_mbit, link.up_mbit if link else None),
+        )
+
+    # -- the agent's senses --------------------------------------------------------------------
+
+    def _local_time(self) -> datetime:
+        return self._stage.epoch + timedelta(seconds=self.time_s)
+
+    def _since_1970(self) -> float:
+        return (self._local_time() - datetime(1970, 1, 1)).total_seconds()
+
+    def _state(self, policy: Policy) -> DeviceState:
+        sample = self.sample
+        return DeviceState(
+            Power(source=sample.power, battery_percent=sample.battery_percent),
+            sample.temperature_c,
+            sample.cpu_load,
+            sample.metered,
+        )
+
+    def _pressure(self, _: Path, at_s: float) -> Reading:
+        available = self.sample.memory_available_mib
+        left = None if available is None else max(0.0, available - self._taken_mib())
+        return Reading(at_s, self.settings.profile.memory.total_mib, left)
+
+    def _taken_mib(self) -> float:
+        return self._equipment.taken_mib if self._equipment is not None else 0.0
+
+    def trained(self, seconds: float) -> None:
+        """Count time of training for the owner's limit of a day."""
+        self.participant.note_training(seconds)
+
+    def _equip(self, settings: Settings, job: Job) -> VirtualEquipment:
+        assert self._stage.calibration is not None, "there is one where devices train"
+        self._equipment = VirtualEquipment(
+            settings, job, self, self._stage.calibration, self._make_learner
+        )
+        return self._equipment
+
+    # -- events --------------------------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """Say whether nothing real is under way to or from this device."""
+        if self.is_over or not self.is_online:
+            return True
+        return self.link.is_settled(self.participant.outstanding)
+
+    def _look_at_link(self, time_s: float) -> None:
+        """Connect or get out of reach as the trace says, and look again where it changes."""
+        if self.is_over:
+            return
+        self._advance_to(time_s)
+        online = self.sample.online
+        if online and not self.is_online:
+            self.is_online = True
+            self.link.connect()
+            self.wake_at(self.time_s + QUIET_S)
+            self.tell("online")
+        elif not online and self.is_online:
+            self.is_online = False
+            self.link.lose()
+            self.tell("offline")
+        change = self.next_change_s(time_s)
+        while change is not None and self.sample_at(change).online == online:
+            before, change = change, self.next_change_s(change)
+            if change is not None and change - time_s > self._trace.duration_s:
+                return  # it never changes
+            if change == before:
+                return
+        if change is not None:
+            self._stage.schedule.at(change, self.index, self._look_at_link)
+
+    def _deliver(self, incoming: Incoming, time_s: float) -> None:
+        self._advance_to(time_s)
+        if not self.is_over:
+            with self._ending():
+                self.participant.take(incoming)
+            self.wake_at(self.time_s + QUIET_S)
+
+    def wake_at(self, time_s: float) -> None:
+        """Look what is to be done at a time, and not before."""
+        self._wake_s = time_s
+        self._stage.schedule.at(time_s, self.index, self._wake)
+
+    def _wake(self, time_s: float) -> None:
+        if self.is_over or time_s < self._wake_s or self._wake_s < 0:
+            return
+        self._wake_s = -1.0
+        self._advance_to(time_s)
+        timed = self._equipment.timed if self._equipment is not None else None
+        with self._ending():
+            if timed is not None and timed.is_under_way:
+                self._train_on(timed)
+            elif self.is_online:
+                self._advance()
+        self._plan_wake()
+
+    def _train_on(self, timed: Any) -> None:
+        """Look after a training that is under way: it goes on, pauses, is killed, or is over."""
+        timed.account()
+        available = self.sample.memory_available_mib
+        if timed.runs and available is not None and self._taken_mib() > available:
+            timed.kill(f"the trace has {available:.0f} MiB available")
+            self.tell("killed")
+        elif not self.participant.may("train"):
+            timed.pause()
+        elif timed.ends_s <= self.time_s:
+            self._advance()
+        else:
+            timed.go_on()
+
+    def _advance(self) -> None:
+        with suppress(TrainingPaused):
+            self.participant.advance()
+
+    def _plan_wake(self) -> None:
+        """Wake again where time alone may change what is to be done."""
+        if self.is_over or self._wake_s >= 0:
+            return
+        timed = self._equipment.timed if self._equipment is not None else None
+        training = timed is not None and timed.is_under_way
+        waiting = self.fidelity != "headless" and bool(self.participant.reasons)
+        if not (training or waiting or self.participant.is_busy):
+            return
+        next_s = self.time_s + LOOK_S
+        change = self.next_change_s(self.time_s)
+        if waiting and not training and change is not None:
+            next_s = max(next_s, change)
+        if timed is not None and timed.runs:
+            next_s = min(next_s, max(timed.ends_s, self.time_s))
+        self.wake_at(next_s)
+
+    def _advance_to(self, time_s: float) -> None:
+        self.time_s = max(self.time_s, time_s)
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """End this device's part where its agent can't go on, and say why."""
+        try:
+            yield
+        except TunefleetError as error:
+            self.fault = str(error)
+            self.tell("ended", why=str(error))
+            self.close()
+
+    # -- telling -------------------------------------------------------------------------------
+
+    def tell(self, event: str, **fields: object) -> None:
+        """Tell of something that the agent does not know."""
+        self._tell({"event": event, **fields})
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        at_s = round(self.time_s, 6)
+        self._stage.on_event({**event, "time": at_s, "device": self.settings.name})
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self.is_over = True
+        self.link.close()
+        self.participant.close()
+
+
+class _Events(EventLog):
+    """Tell a device's events to the replay alone."""
+
+    def __init__(self, tell: Callable[[Mapping[str, Any]], None]) -> None:
+        super().__init__(as_json=True)
+        self._tell = tell
+
+    def emit(self, event: str, **fields: object) -> None:
+        self._tell({"event": event, **fields})
+
+
+def device_key(seed: int, name: str) -> SigningKey:
+    """Return a device's key: of the seed, so that a run's messages are those of the next one."""
+    digest = hashlib.sha256(f"{seed}|{name}|replayed device".encode()).digest()
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(digest))
+
+
+def for_replay(policy: Policy) -> Policy:
+    """Return a policy without what would change this process: priorities."""
+    return policy.model_copy(update={"nice": None, "io": None})
