@@ -183,6 +183,11 @@ class Store:
             self.set_round(after)
             fault_point("aggregator.round.settling")
 
+    def merged_version(self, number: int) -> int | None:
+        """Return the version that a round was merged into; None: it is not merged."""
+        row = self._db.one("SELECT version FROM rounds WHERE number = ?", number)
+        return row[0] if row else None
+
     def carried(self) -> dict[str, CarriedFile]:
         """Return the files that the last merge handed on, by what they hold."""
         known = json.loads(self._meta("carried") or "{}")

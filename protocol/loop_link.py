@@ -251,7 +251,6 @@ class LoopLink:
         self.connection += 1
         self.connected = True
         self.limits = BrokerLimits(properties)
-        client.max_inflight_messages_set(self.limits.window)
         if self._subscriptions.filters:
             self._subscriptions.renew(client)
             self.unanswered += 1

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from device_profiles.errors import ReplayError
+from device_profiles.virtual.training import Unhurried
 from edge_client.calibrate import ProbingProcess, calibrate
 from edge_client.errors import EdgeError
 from edge_client.learner import Learner
@@ -204,7 +205,7 @@ def make_pool(
                 Text(tuple(data), seed),
                 plain_plan(job, rank),
                 _no_step_down,
-                _NoPauses(),
+                Unhurried(),
                 kept=Path(kept) / "kept",
                 kept_s=math.inf,
             )
@@ -285,18 +286,3 @@ def _full(change: Adapter, like: Adapter) -> Adapter:
 
 def _no_step_down(before: Plan, why: str) -> Plan:
     raise EdgeError(f"training at rank {before.rank} was killed: {why}")
-
-
-class _NoPauses:
-    """Never pause."""
-
-    def steps(self) -> Any:
-        from contextlib import nullcontext
-
-        return nullcontext()
-
-    def pause_after_step(self) -> bool:
-        return False
-
-    def note_unkept(self, why: str) -> None:
-        """Nothing is to be kept."""
