@@ -61,9 +61,8 @@ class Agent(Participant):
             except (EdgeError, TransportError) as error:
                 # Asked to stop, the agent ends what it waits for: that is no failure.
                 if not self._stopping:
-                    said = self._link is not None and self._link.connected
-                    if said and isinstance(error, EdgeError):
-                        self._say("unfit", detail=str(error))
+                    if isinstance(error, EdgeError):
+                        self.say_unfit(str(error))
                     raise
             finally:
                 self._close()

@@ -125,6 +125,11 @@ class Participant:
         """Count time of training against what the owner allows in a day."""
         self._polite.usage.note_training(seconds)
 
+    def say_unfit(self, why: str) -> None:
+        """Tell the job that this device can't take part, where it is connected."""
+        if self._link is not None and self._link.connected:
+            self._say("unfit", detail=why)
+
     def close(self) -> None:
         """Let go of what it learns with, and of its outbox."""
         if self._learner is not None:

@@ -76,7 +76,7 @@ class VirtualDevice:
         self.index, self.settings, self.fidelity = index, settings, fidelity
         self.time_s = 0.0
         """This device's own time: of the event that it is at."""
-        self.is_over = self.is_online = False
+        self.is_over = self.is_online = self._is_closed = False
         self.fault = ""
         self._stage, self._trace, self._offset_s = stage, trace, offset_s
         self._equipment: VirtualEquipment | None = None
@@ -292,7 +292,9 @@ class VirtualDevice:
         except TunefleetError as error:
             self.fault = str(error)
             self.tell("ended", why=str(error))
-            self.close()
+            self.participant.say_unfit(self.fault)
+            self.is_over = True
+            self._stage.schedule.at(self.link.idle_s, self.index, lambda _: self.close())
 
     # -- telling -------------------------------------------------------------------------------
 
@@ -305,8 +307,11 @@ class VirtualDevice:
         self._stage.on_event({**event, "time": at_s, "device": self.settings.name})
 
     def close(self) -> None:
-        """Leave the broker."""
-        self.is_over = True
+        """Leave the broker, for good."""
+        self.is_over, self.is_online = True, False
+        if self._is_closed:
+            return
+        self._is_closed = True
         self.link.close()
         self.participant.close()
 

@@ -104,6 +104,11 @@ class VirtualLink:
         """Why the broker would not take something; empty where it has taken all."""
         return self._link.failure
 
+    @property
+    def idle_s(self) -> float:
+        """When all that is to be sent will have left."""
+        return max(self._now(), self._up_free)
+
     def is_settled(self, outstanding: int) -> bool:
         """Say whether nothing real is under way; `outstanding` parts of an adapter are to come."""
         link = self._link

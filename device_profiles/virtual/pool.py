@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,60 @@ class UpdateRecord(BaseModel):
     sha256: str
 
 
+class WayRecord(BaseModel):
+    """The constants of one way of training; see `edge_client.memory.Activations`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    dtype: str
+    checkpointing: bool
+    fixed_mib: float
+    token_mib: float
+    least_mib: float = 0.0
+    probed_tokens: int = 0
+    kept_mib: float = 0.0
+    probed: tuple[tuple[int, float], ...] = ()
+    tokens_s: float
+
+
+class CalibrationRecord(BaseModel):
+    """The constants of the memory model, as they were measured where the pool was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    floor_mib: float
+    weights_mib: dict[str, float]
+    counted_mib: dict[str, float] = {}
+    ways: list[WayRecord]
+
+    @classmethod
+    def of(cls, measured: Calibration) -> CalibrationRecord:
+        ways = [
+            WayRecord(
+                dtype=way.dtype,
+                checkpointing=way.checkpointing,
+                tokens_s=measured.tokens_s[way],
+                **asdict(found),
+            )
+            for way, found in measured.activations.items()
+        ]
+        return cls(
+            floor_mib=measured.floor_mib,
+            weights_mib=dict(measured.weights_mib),
+            counted_mib=dict(measured.counted_mib),
+            ways=ways,
+        )
+
+    def calibration(self) -> Calibration:
+        ways = {Way(each.dtype, each.checkpointing): each for each in self.ways}
+        kept = {"dtype", "checkpointing", "tokens_s"}
+        return Calibration(
+            floor_mib=self.floor_mib,
+            weights_mib=self.weights_mib,
+            counted_mib=self.counted_mib,
+            activations={w: Activations(**r.model_dump(exclude=kept)) for w, r in ways.items()},
+            tokens_s={way: each.tokens_s for way, each in ways.items()},
+        )
+
+
 class PoolRecord(BaseModel):
     """The contents of pool.json."""
 
@@ -61,11 +115,7 @@ class PoolRecord(BaseModel):
     base_loss: float
     train_tokens: int
     held_out_tokens: int
-    floor_mib: float
-    weights_mib: float
-    fixed_mib: float
-    token_mib: float
-    tokens_s: float
+    constants: CalibrationRecord
     updates: list[UpdateRecord]
 
 
@@ -114,13 +164,7 @@ class Pool:
     @property
     def calibration(self) -> Calibration:
         """The constants of the memory model, as they were measured when the pool was made."""
-        record, way = self.record, Way("f32", checkpointing=False)
-        return Calibration(
-            floor_mib=record.floor_mib,
-            weights_mib={"f32": record.weights_mib},
-            activations={way: Activations(record.fixed_mib, record.token_mib)},
-            tokens_s={way: record.tokens_s},
-        )
+        return self.record.constants.calibration()
 
     def update(self, rank: int, device: str, round_number: int) -> RecordedUpdate:
         """Return the recorded update of the smallest rank that has as many directions.
@@ -191,8 +235,6 @@ def make_pool(
         OSError: the folder can't be written.
     """
     constants = _measure(job, model, cache)
-    (way,) = (w for w in constants.activations if not w.checkpointing)
-    activations = constants.activations[way]
     first = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
     base_loss, text = math.nan, TextReport(0, 0, ())
     updates = []
@@ -241,11 +283,7 @@ def make_pool(
         base_loss=base_loss,
         train_tokens=text.train_tokens,
         held_out_tokens=text.held_out_tokens,
-        floor_mib=constants.floor_mib,
-        weights_mib=constants.weights_mib["f32"],
-        fixed_mib=activations.fixed_mib,
-        token_mib=activations.token_mib,
-        tokens_s=constants.tokens_s[way],
+        constants=CalibrationRecord.of(constants),
         updates=updates,
     )
     write_durably(folder / FILE, record.model_dump_json(indent=1).encode())
@@ -262,7 +300,7 @@ def _measure(job: Job, model: Path, cache: Path) -> Calibration:
         return calibrate(
             model,
             job.base,
-            dtypes=("f32",),
+            dtypes=("f32", "mixed", "bf16"),
             threads=1,
             seq_len=job.training.max_tokens,
             scale=job.scale,

@@ -213,8 +213,7 @@ def _recorded(settings: Settings, pool: Pool) -> MakeLearner:
 
 def _close_all(devices: Sequence[VirtualDevice]) -> None:
     for device in devices:
-        if not device.is_over:
-            device.close()
+        device.close()
 
 
 class _Log:
