@@ -23,6 +23,7 @@ else:
 PROFILE_DIR = Path(__file__).parent
 
 Count = Annotated[int, Field(ge=1, le=4096)]
+Count32 = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Mib = Annotated[int, Field(ge=0, le=2**40)]
 Mhz = Annotated[int, Field(ge=1, le=100_000)]
 Mbit = Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)]
@@ -65,6 +66,17 @@ class Memory(_Part):
         return min(known, default=None)
 
 
+class Speed(_Part):
+    """Say how fast the device was measured to be, by two well-known programs.
+
+    None of it enters a plan: a device measures its own training steps.
+    """
+
+    sevenzip_mips: Count32 | None = None  # `7z b`, all cores together, in its own MIPS
+    sevenzip_mips_one_core: Count32 | None = None  # the fastest
+    memcpy_mb_s: Count32 | None = None  # memory copied by one core, 10**6 bytes a second
+
+
 class Accelerator(_Part):
     """Name one accelerator; where it shares system memory it counts against the same budget."""
 
@@ -103,6 +115,7 @@ class DeviceProfile(_Part):
     cpu_features: tuple[Text, ...] = ()
     cores: tuple[CoreGroup, ...] = ()
     memory: Memory
+    speed: Speed = Speed()
     storage_free_mib: Mib | None = None
     accelerators: tuple[Accelerator, ...] = ()
     execution_providers: tuple[Text, ...] | None = None  # of ONNX Runtime; empty: not installed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from device_profiles.schema import DeviceProfile, Link
+from device_profiles.schema import DeviceProfile, Link, Speed
 
 
 def show_profile(profile: DeviceProfile) -> None:
@@ -42,7 +42,18 @@ def _rows(profile: DeviceProfile) -> list[tuple[str, str]]:
         shared = "shares system memory" if accelerator.shares_system_memory else "own memory"
         size = _mib(accelerator.memory_mib)
         rows.append((accelerator.kind.upper(), f"{accelerator.name}, {shared} {size}".strip()))
+    if profile.speed != Speed():
+        rows.append(("measured speed", _speed(profile.speed)))
     return rows if profile.accelerators else [*rows, ("accelerators", "none found")]
+
+
+def _speed(speed: Speed) -> str:
+    found = {
+        "7-zip {} MIPS": speed.sevenzip_mips,
+        "{} on one core": speed.sevenzip_mips_one_core,
+        "memcpy {} MB/s": speed.memcpy_mb_s,
+    }
+    return ", ".join(words.format(value) for words, value in found.items() if value is not None)
 
 
 def _mib(value: int | None) -> str:
