@@ -64,7 +64,7 @@ class Store:
                 self.on_disk,
                 before_commit=self._parts.sync,
                 after_commit=self._parts.settle,
-                after_rollback=self._parts.forget,
+                after_rollback=self._forget,
             )
         except DatabaseDamaged as error:
             raise StoreError(self._damaged(error)) from None
@@ -82,6 +82,12 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+
+    def _forget(self) -> None:
+        """Forget what was noted beside rows that are not committed."""
+        self._parts.forget()
+        self.devices.forget()
+        self.uploads.forget_answers()
 
     @contextmanager
     def on_disk(self) -> Iterator[None]:
