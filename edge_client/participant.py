@@ -12,18 +12,18 @@ from edge_client.adapters import Adapters
 from edge_client.config import Settings
 from edge_client.download import Source
 from edge_client.equipping import Equipping
-from edge_client.errors import EdgeError, NoPlanFits
+from edge_client.errors import NoPlanFits
 from edge_client.holding import Holding
 from edge_client.learner import Learning
 from edge_client.outbox import Outbox
 from edge_client.own_changes import OwnChanges
 from edge_client.personal import make_answer
-from edge_client.plan import Plan
+from edge_client.plans import Plans
 from edge_client.policy.decide import Activity, Reason
 from edge_client.policy.memory import ShortMemory
-from edge_client.policy.polite import Also, Polite, training_mib
+from edge_client.policy.polite import Also, Polite
 from edge_client.policy.senses import OWN, Senses
-from edge_client.prepare import Equip, Equipment, TrainingEquipment
+from edge_client.prepare import Equip, TrainingEquipment
 from edge_client.private import Private
 from edge_client.result import conclude
 from edge_client.sender import Sender
@@ -65,21 +65,9 @@ class Participant:
         self.reasons: tuple[Reason, ...] = ()
         """What spoke against what it last wanted to do."""
         self._waiting = Waiting(events)
-        self._short = short = ShortMemory(
-            settings.system_root,
-            senses.taken_mib or training_mib,
-            read=senses.pressure,
-            clock=senses.clock,
-        )
-        self._polite = Polite(
-            settings,
-            outbox,
-            lambda: self._stopping,
-            events,
-            now=senses.now,
-            clock=senses.clock,
-            read=senses.state,
-            also=[short, *also],
+        self._short = ShortMemory.of(settings, senses)
+        self._polite = Polite.of(
+            settings, outbox, lambda: self._stopping, events, senses, (self._short, *also)
         )
         used = self._polite.usage.note_download
         self._equipping = Equipping(settings, equip, events, self._waiting, used)
@@ -89,8 +77,7 @@ class Participant:
         self._offered: Job | None = None
         self._job: Job | None = None
         self._round: Round | None = None
-        self._equipment: Equipment | None = None
-        self._plan: Plan | None = None
+        self._plans: Plans | None = None
         self._rank_start = 0
         self._learner: Learning | None = None
         self._private: Private | None = None
@@ -115,6 +102,11 @@ class Participant:
     def outstanding(self) -> int:
         """How many messages of an adapter are to come yet."""
         return self._adapters.outstanding if self._adapters is not None else 0
+
+    @property
+    def held(self) -> Holding | None:
+        """What it holds of the job's adapters, once it takes part."""
+        return self._adapters.held if self._adapters is not None else None
 
     @property
     def is_busy(self) -> bool:
@@ -153,10 +145,13 @@ class Participant:
         equipment = self._equipping.equipment(job, self._connection, lambda: self.may("transfer"))
         if equipment is None:  # what it takes is being fetched
             return
-        self._job, self._equipment = job, equipment
+        self._job = job
         self._events.emit("state", state="planning", detail="measuring, minutes the first time")
-        self._plan = plan = self._make_plan(job.job)
-        self._learner = learner = self._equipment.learner(plan, self._step_down, self._polite)
+        self._plans = plans = Plans(
+            job, equipment, self._outbox, self._events, lambda: self._stopping, self._truncate
+        )
+        plan = plans.now
+        self._learner = learner = equipment.learner(plan, plans.step_down, self._polite)
         self._rank_start = plan.rank
         settings, link, events = self._settings, self._connection, self._events
         if rank := settings.private_rank:
@@ -168,7 +163,7 @@ class Participant:
             self._outbox,
             learner,
             events,
-            self._reach,
+            plans.reach,
             self._senses.download_bytes,
         )
         for problem in learner.text.problems[:20]:
@@ -180,47 +175,23 @@ class Participant:
         self._events.emit("base", loss=self._base_loss)
         self._say("idle")
 
-    def _make_plan(self, job: str) -> Plan:
-        assert self._equipment is not None
-        return self._equipment.plan(below_mib=self._outbox.ceiling_mib(job))
+    def _truncate(self, held: int) -> None:
+        """Hold fewer directions from now on, where a smaller plan holds fewer."""
+        if self._adapters is not None:
+            self._adapters.truncate(held)
 
     def _plan_anew(self, learner: Learning) -> bool:
         """Plan by what memory there is now; return False where there is not enough for any plan."""
-        assert self._job is not None and self._adapters is not None
-        before = self._plan
+        assert self._plans is not None
         try:
-            plan = self._make_plan(self._job.job)
+            if (plan := self._plans.anew()) is not None:
+                learner.use(plan)
         except NoPlanFits as error:
             if self._polite.is_news([Reason("plan", str(error))]):
                 self._say("waiting", detail=str(error))
             return False
-        if plan != before:
-            self._plan = plan
-            self._events.emit("planned-anew", before=str(before), plan=str(plan), rank=plan.rank)
-            learner.use(plan)
-            self._adapters.truncate(plan.held)
-        self._short.expect(plan.floor_mib + plan.predicted_mib)
+        self._short.expect(self._plans.now.floor_mib + self._plans.now.predicted_mib)
         return True
-
-    def _step_down(self, before: Plan, why: str) -> Plan:
-        """Take a smaller plan in place of one under which training was killed for its memory."""
-        if self._stopping:
-            raise EdgeError("training was killed to stop")  # by `_stop`: no plan was too much
-        assert self._job is not None
-        self._outbox.lower_ceiling(self._job.job, before.predicted_mib)
-        plan = self._make_plan(self._job.job)
-        self._events.emit(
-            "stepped-down",
-            why=why,
-            before=str(before),
-            plan=str(plan),
-            predicted_before_mib=before.predicted_mib,
-            predicted_mib=plan.predicted_mib,
-        )
-        self._plan = plan
-        if self._adapters is not None:
-            self._adapters.truncate(plan.held)
-        return plan
 
     # -- what messages change --------------------------------------------------------------------
 
@@ -325,7 +296,7 @@ class Participant:
         self._polite.usage.note_link(self._connection)
         self.reasons = reasons = self._polite.against(activity)
         if self._polite.is_news(reasons):
-            state = "waiting" if reasons else "idle" if self._plan else "planning"
+            state = "waiting" if reasons else "idle" if self._plans else "planning"
             self._say(state, detail="; ".join(reason.detail for reason in reasons))
         if reasons and self._learner is not None and self._polite.wants_memory(reasons):
             self._learner.stop()
@@ -375,7 +346,7 @@ class Participant:
 
     def _finish(self, learner: Learning, held: Holding) -> None:
         """Keep the result, report, compare if asked, and end or wait for another job."""
-        assert held.adapter is not None and self._plan is not None
+        assert held.adapter is not None and self._plans is not None
         result = conclude(
             self._settings.state,
             learner,
@@ -395,7 +366,7 @@ class Participant:
             rank_end=self._rank,
             held_rank=held.adapter.rank,
             floor_mib=floor_mib,
-            predicted_mib=self._plan.predicted_mib,
+            predicted_mib=self._plans.now.predicted_mib,
             peak_mib=peak_mib,
             tokens=self._tokens,
             bytes_up=self._connection.bytes_sent,
@@ -410,19 +381,13 @@ class Participant:
 
     @property
     def _rank(self) -> int:
-        """The rank now: the plan's, or what self-pruning has left of it."""
-        assert self._plan is not None and self._job is not None
-        return min(self._plan.rank, self._outbox.rank(self._job.job, self._plan.rank))
-
-    def _reach(self) -> tuple[int, int]:
-        """The rank now, and how many directions the device can hold."""
-        assert self._plan is not None
-        return self._rank, self._plan.held
+        assert self._plans is not None
+        return self._plans.rank
 
     def _say(self, state: str, *, detail: str = "") -> None:
         """Publish this device's status, and tell whoever watches."""
         assert self._standing is not None, "connected first"
-        rank = self._rank if self._plan else 0
+        rank = self._rank if self._plans else 0
         version = self._adapters.held.version if self._adapters else None
         self._standing.announce(self._connection, state, rank=rank, version=version, detail=detail)
         self._events.emit("state", state=state, **({"detail": detail} if detail else {}))

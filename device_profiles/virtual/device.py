@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from edge_client.policy.owner import Policy
 from edge_client.policy.senses import Senses
 from edge_client.pressure import Reading
 from edge_client.standing import Standing
+from protocol.adapter import Adapter
 from protocol.errors import TunefleetError
 from protocol.events import EventLog
 from protocol.link import Incoming
@@ -58,6 +59,8 @@ class Stage:
     epoch: datetime
     """The local time at which the replay starts."""
     on_event: OnEvent
+    adapters: dict[Hashable, Adapter] = field(default_factory=dict)
+    """What devices hold, by where it is from and its bands."""
 
 
 class VirtualDevice:
@@ -81,6 +84,7 @@ class VirtualDevice:
         self._stage, self._trace, self._offset_s = stage, trace, offset_s
         self._equipment: VirtualEquipment | None = None
         self._make_learner = make_learner
+        self._adapter: Adapter | None = None
         self._wake_s = -1.0
         """When it looks next what is to be done; below 0: it need not."""
         events = _Events(self._tell)
@@ -226,7 +230,18 @@ class VirtualDevice:
         if not self.is_over:
             with self._ending():
                 self.participant.take(incoming)
+                self._share()
             self.wake_at(self.time_s + QUIET_S)
+
+    def _share(self) -> None:
+        """Hold one copy of an adapter with all who have been given the same bytes."""
+        held = self.participant.held
+        if held is not None and held.adapter is not None and held.adapter is not self._adapter:
+            source = held.source
+            assert source is not None, "it came from there"
+            whose = "" if source.kind == "global" else source.device
+            key = whose, source.kind, source.version, held.bands, held.adapter.rank
+            self._adapter = held.adapter = self._stage.adapters.setdefault(key, held.adapter)
 
     def wake_at(self, time_s: float) -> None:
         """Look what is to be done at a time, and not before."""

@@ -18,6 +18,7 @@ from edge_client.errors import TrainingPaused
 from edge_client.outbox import Outbox
 from edge_client.policy.decide import FREE, Activity, DeviceState, Reason, decide
 from edge_client.policy.owner import Policy
+from edge_client.policy.senses import Senses
 from edge_client.policy.sensors import Sensors
 from edge_client.policy.used import Usage
 from edge_client.trainer.process import end_training
@@ -66,6 +67,28 @@ class Polite:
         self._said: frozenset[str] = frozenset()
         self._waiting_since: dict[Activity, float] = {}
         _give_way(self._policy)
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        outbox: Outbox,
+        stopping: Callable[[], bool],
+        events: EventLog,
+        senses: Senses,
+        also: Sequence[Also],
+    ) -> Polite:
+        """Hold an agent to its policy by what `senses` tell."""
+        return cls(
+            settings,
+            outbox,
+            stopping,
+            events,
+            now=senses.now,
+            clock=senses.clock,
+            read=senses.state,
+            also=also,
+        )
 
     def against(self, activity: Activity) -> tuple[Reason, ...]:
         """Return what speaks against doing something now; nothing: it may be done."""
@@ -134,15 +157,6 @@ def noting_pauses(events: EventLog) -> Iterator[None]:
         yield
     except TrainingPaused as paused:
         events.emit("paused", steps=paused.steps, lost=paused.unkept)
-
-
-def training_mib() -> float:
-    """Return what the agent's training processes take now, resident."""
-    total = 0
-    for child in multiprocessing.active_children():
-        with suppress(psutil.Error):
-            total += psutil.Process(child.pid).memory_info().rss
-    return total / 2**20
 
 
 def _own_processes() -> list[int]:
