@@ -36,7 +36,7 @@ from protocol.transport import BrokerAddress
 
 WAIT_S = 0.002
 """For a message, while an order is being dealt with."""
-IDLE_S = 0.005
+IDLE_S = 0.002
 """The same, while there is none."""
 SETTLE_S = 20.0
 """How long messages that were announced are waited for while none comes."""

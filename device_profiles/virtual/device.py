@@ -41,7 +41,9 @@ Fidelity = Literal["train", "recorded", "headless"]
 QUIET_S = 0.5
 """The agent looks what is to be done when so long nothing has come, as on a device."""
 LOOK_S = 30.0
-"""Who waits or trains looks at its device as often at least, and where the trace changes."""
+"""Who trains looks at its device as often at least, and where the trace changes; who waits does so
+no more often."""
+SOONEST_S = 1.0
 HEADLESS = Reason("headless", "a headless device of a replay: it takes part in the protocol alone")
 UNKNOWN_BITS_S = 1e9
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -123,6 +125,9 @@ class VirtualDevice:
         self.participant.enter(stage.job.job, self.link, standing)
         listen(self.link, standing, stage.job.job, settings.name)
         self._look_at_link(0.0)
+
+    def __str__(self) -> str:
+        return f"{self.settings.name} ({self.link.lacks(self.participant.outstanding)})"
 
     # -- the trace -----------------------------------------------------------------------------
 
@@ -290,10 +295,12 @@ class VirtualDevice:
             return
         next_s = self.time_s + LOOK_S
         change = self.next_change_s(self.time_s)
-        if waiting and not training and change is not None:
-            next_s = max(next_s, change)
         if timed is not None and timed.runs:
-            next_s = min(next_s, max(timed.ends_s, self.time_s))
+            # An agent asks between steps whether to go on.
+            soon_s = next_s if change is None else max(change, self.time_s + SOONEST_S)
+            next_s = min(next_s, soon_s, max(timed.ends_s, self.time_s))
+        elif waiting and change is not None:
+            next_s = max(next_s, change)
         self.wake_at(next_s)
 
     def _advance_to(self, time_s: float) -> None:

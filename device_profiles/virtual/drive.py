@@ -56,6 +56,8 @@ class Drive:
         self._owing: set[int] = set()
         """Devices that have not got all of that."""
         self._said = ""
+        self._settled_at = -1
+        """Messages that had been published when all had settled last."""
 
     def instant(self) -> bool:
         """Go to the next instant at which anything is due, and through it; False: there is none."""
@@ -103,6 +105,9 @@ class Drive:
             ReplayError: some do not arrive.
         """
         self._wait(self._devices_settled, self._unsettled)
+        if self._loop.published == self._settled_at:
+            return
+        self._settled_at = self._loop.published
         for name, count in self._aggregator.settle(self._loop.published).items():
             device = self._by_name[name]
             self._told[device.index] += count
@@ -114,7 +119,7 @@ class Drive:
         return not self._active
 
     def _unsettled(self) -> str:
-        named = [self._devices[i].settings.name for i in sorted(self._active)[:3]]
+        named = [str(self._devices[i]) for i in sorted(self._active)[:3]]
         return f"messages of {', '.join(named)}"
 
     def _all_told(self) -> bool:

@@ -97,10 +97,14 @@ class VirtualEquipment:
 
     @property
     def taken_mib(self) -> float:
-        """What training takes of the device's memory now, as the recorded device would see it."""
+        """What training takes of the device's memory now: `budget_above_floor` undone."""
         if self.timed is None or not self.timed.runs:
             return 0.0
-        return taken_mib(self.timed.plan, self._settings.memory_scale)
+        plan = self.timed.plan
+        fixed = max(0.0, self._calibration.activations[plan.way].fixed_mib)
+        undivided = fixed + self._calibration.beside_weights_mib(plan.dtype) + HEAP_MIB
+        above = max(0.0, plan.predicted_mib - undivided) * self._settings.memory_scale
+        return plan.floor_mib + min(plan.predicted_mib, undivided) + above
 
 
 def tokens_s(profile: DeviceProfile, parameters: int, settings: Settings) -> float:
@@ -112,8 +116,3 @@ def tokens_s(profile: DeviceProfile, parameters: int, settings: Settings) -> flo
     mhz = sum(group.count * (group.max_mhz or CORE_MHZ) for group in profile.cores)
     flops = FLOPS_A_CYCLE * 1e6 * (mhz or CORE_MHZ)
     return flops / (6 * parameters * settings.memory_scale)
-
-
-def taken_mib(plan: Plan, memory_scale: float) -> float:
-    """Undo `budget_above_floor` for a plan's predicted peak, its floor included."""
-    return plan.floor_mib + HEAP_MIB + max(0.0, plan.predicted_mib - HEAP_MIB) * memory_scale

@@ -114,6 +114,13 @@ class VirtualLink:
         link = self._link
         return link.unanswered == 0 and not self._echo and self._on_its_way >= outstanding
 
+    def lacks(self, outstanding: int) -> str:
+        """Say in words what `is_settled` waits for."""
+        return (
+            f"{self._link.unanswered} answers, {max(0, outstanding - self._on_its_way)} chunks"
+            f"{', an echo of its status' if self._echo else ''}"
+        )
+
     # -- what an agent does --------------------------------------------------------------------
 
     def subscribe(self, filters: list[str]) -> None:

@@ -137,7 +137,7 @@ class Pool:
     """
 
     def __init__(self, folder: Path, job: Job) -> None:
-        self._job = job
+        self.folder, self._job = folder, job
         self._updates: dict[int, RecordedUpdate] = {}
         try:
             text = (folder / FILE).read_bytes()

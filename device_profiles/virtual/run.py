@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from aggregator.rounds import Policy as RoundPolicy
@@ -34,7 +35,7 @@ from protocol.messages import Job
 from protocol.signing import SigningKey
 
 EPOCH = datetime(2026, 1, 5)
-"""Local time at the replay's start: a Monday, midnight."""
+"""A Monday, midnight."""
 LONGEST_S = 30 * 24 * 3600.0
 SHARED = "devices"
 """Folder of what devices that train nothing have on disk: the aggregator's key."""
@@ -56,6 +57,8 @@ class Staging:
     memory_scale: float
     owner: Policy = field(default_factory=Policy)
     """What devices' owners allow."""
+    epoch: datetime = EPOCH
+    """Local time at the replay's start."""
     resolution_s: float = 1.0
     speed: float = 0.0
     """Virtual seconds a second; 0: as fast as it goes."""
@@ -94,7 +97,7 @@ def replay_traces(
     job_file = folder / "job.json"
     fields = {**staging.job.model_dump(mode="json"), "policy": asdict(staging.policy)}
     job_file.write_text(json.dumps(fields, indent=1))
-    epoch_s = (EPOCH - datetime(1970, 1, 1)).total_seconds()
+    epoch_s = (staging.epoch - datetime(1970, 1, 1)).total_seconds()
     with ExitStack() as stack:
         stack.callback(events.close)
         broker = stack.enter_context(
@@ -111,7 +114,7 @@ def replay_traces(
         benches = Benches()
         stack.callback(benches.close)
         calibration = pool.calibration if pool is not None else None
-        stage = Stage(loop, schedule, staging.job, calibration, EPOCH, events.take)
+        stage = Stage(loop, schedule, staging.job, calibration, staging.epoch, events.take)
         devices = [
             _device(stage, staging, index, part, folder, broker, pool, benches)
             for index, part in enumerate(staging.parts)
@@ -133,7 +136,7 @@ def replay_traces(
             "bytes_down": sum(d.link.bytes_received for d in devices),
         }
     result = {
-        **read_result(folder / "aggregator"),
+        **_with_history(read_result(folder / "aggregator"), events),
         "ended": ended,
         "virtual_s": drive.now_s,
         "instants": drive.instants,
@@ -216,18 +219,35 @@ def _close_all(devices: Sequence[VirtualDevice]) -> None:
         device.close()
 
 
+def _with_history(result: dict[str, Any], events: _Log) -> dict[str, Any]:
+    """Add when each round was merged, and the mean loss that who trains began it with."""
+    for each in result["rounds"]:
+        losses = events.losses.get(each["round"], {})
+        each["merged_s"] = events.merged_s.get(each["round"])
+        each["loss"] = fmean(losses.values()) if losses else None
+    return result
+
+
 class _Log:
     """Write every event to a file, in virtual time, and count them; `on_event` hears each."""
 
     def __init__(self, path: Path, on_event: OnEvent) -> None:
         self.counts: Counter[str] = Counter()
+        self.losses: dict[int, dict[str, float]] = {}
+        """Round → device that really trains → its held-out loss at the round's start."""
+        self.merged_s: dict[int, float] = {}
         self.now: Callable[[], float] = lambda: 0.0
         self._file = path.open("w")
         self._on_event = on_event
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Take an event of a device."""
-        self.counts[str(event["event"])] += 1
+        kind = str(event["event"])
+        self.counts[kind] += 1
+        if kind == "evaluated" and str(event["device"]).startswith("train-"):
+            self.losses.setdefault(event["round"], {})[event["device"]] = event["loss"]
+        elif kind == "aggregator.merged":
+            self.merged_s[event["round"]] = event["time"]
         self._file.write(json.dumps(event, default=str) + "\n")
         self._on_event(event)
 

@@ -130,7 +130,7 @@ def test_a_damaged_version_is_neither_served_nor_exported(
 def test_a_job_that_another_aggregator_serves(tmp_path: Path, mosquitto: BrokerAddress) -> None:
     job = make_job()
     first = serve(job, tmp_path / "first", mosquitto)
-    first._start()
+    first.start()
     with pytest.raises(StoreError, match=r"from another aggregator.*another job name"):
         serve(job, tmp_path / "second", mosquitto).run()
     assert first._link.connected
