@@ -102,7 +102,7 @@ class Agent(Participant):
         self._stopping = True
         if self._transport is not None:
             self._transport.abandon()
-        self._polite.stop_training()
+        self.polite.stop_training()
 
     def _close(self) -> None:
         self._equipping.pause()

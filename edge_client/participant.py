@@ -66,10 +66,10 @@ class Participant:
         """What spoke against what it last wanted to do."""
         self._waiting = Waiting(events)
         self._short = ShortMemory.of(settings, senses)
-        self._polite = Polite.of(
+        self.polite = Polite.of(
             settings, outbox, lambda: self._stopping, events, senses, (self._short, *also)
         )
-        used = self._polite.usage.note_download
+        used = self.polite.usage.note_download
         self._equipping = Equipping(settings, equip, events, self._waiting, used)
         self._link: DeviceLink | None = None
         self._standing: Standing | None = None
@@ -85,8 +85,8 @@ class Participant:
         self._base_loss = float("nan")
         self._evaluated: tuple[Source | None, float] = None, self._base_loss
         self._tokens = 0
-        self._planned_for: tuple[int, int] | None = None
-        """The round's attempt that it has planned anew for, where it does that."""
+        self._planned_for: tuple[int, int, str] | None = None
+        """The round's attempt, and what of it, that it has planned anew for, where it does that."""
 
     def enter(self, job: str, link: DeviceLink, standing: Standing) -> None:
         """Take part in a job over a link, which is connected later."""
@@ -113,20 +113,16 @@ class Participant:
         """Whether it has something under way that the broker or the aggregator is to answer."""
         return self.outstanding > 0 or bool(self._outbox.pending(self._job_name))
 
-    def note_training(self, seconds: float) -> None:
-        """Count time of training against what the owner allows in a day."""
-        self._polite.usage.note_training(seconds)
-
     def say_unfit(self, why: str) -> None:
         """Tell the job that this device can't take part, where it is connected."""
-        if self._link is not None and self._link.connected:
+        if self._link and self._link.connected:
             self._say("unfit", detail=why)
 
     def close(self) -> None:
         """Let go of what it learns with, and of its outbox."""
         if self._learner is not None:
             self._learner.stop()
-        self._polite.usage.keep()
+        self.polite.usage.keep()
         self._outbox.close()
 
     @property
@@ -151,7 +147,7 @@ class Participant:
             job, equipment, self._outbox, self._events, lambda: self._stopping, self._truncate
         )
         plan = plans.now
-        self._learner = learner = equipment.learner(plan, plans.step_down, self._polite)
+        self._learner = learner = equipment.learner(plan, plans.step_down, self.polite)
         self._rank_start = plan.rank
         settings, link, events = self._settings, self._connection, self._events
         if rank := settings.private_rank:
@@ -168,30 +164,39 @@ class Participant:
         )
         for problem in learner.text.problems[:20]:
             events.emit("skipped", where=problem)
-        tokens = learner.text.train_tokens
-        whose = {"profile": settings.profile.name, "plan": str(plan), "train_tokens": tokens}
-        events.emit("plan", **whose, **plan.as_dict())
+        whose = {"profile": settings.profile.name, "plan": str(plan)}
+        events.emit("plan", **whose, train_tokens=learner.text.train_tokens, **plan.as_dict())
         self._base_loss = learner.evaluate(None)
         self._events.emit("base", loss=self._base_loss)
         self._say("idle")
 
     def _truncate(self, held: int) -> None:
-        """Hold fewer directions from now on, where a smaller plan holds fewer."""
         if self._adapters is not None:
             self._adapters.truncate(held)
 
-    def _plan_anew(self, learner: Learning) -> bool:
-        """Plan by what memory there is now; return False where there is not enough for any plan."""
-        assert self._plans is not None
+    def _has_plan_for(self, now: Round, what: str, learner: Learning) -> bool:
+        """Plan anew as a round begins and as its training does, where this device does that."""
+        place = now.number, now.attempt, what
+        later = self._planned_for == (now.number, now.attempt, "training")
+        if not self._senses.plans_anew or later or self._planned_for == place:
+            return True
+        if why := self._plan_anew(learner):
+            if self.polite.is_news([Reason("plan", why)]):
+                self._say("waiting", detail=why)
+            return False
+        self._planned_for = place
+        return True
+
+    def _plan_anew(self, learner: Learning) -> str:
+        """Plan by what memory there is now; return why none fits, empty where one does."""
+        assert self._plans is not None, "it has begun"
         try:
             if (plan := self._plans.anew()) is not None:
                 learner.use(plan)
         except NoPlanFits as error:
-            if self._polite.is_news([Reason("plan", str(error))]):
-                self._say("waiting", detail=str(error))
-            return False
-        self._short.expect(self._plans.now.floor_mib + self._plans.now.predicted_mib)
-        return True
+            return str(error)
+        self._short.expect(self._senses.needs_mib(self._plans.now))
+        return ""
 
     # -- what messages change --------------------------------------------------------------------
 
@@ -260,15 +265,13 @@ class Participant:
         Raises:
             EdgeError: its training has paused, or it can't take part any more; says why.
         """
-        self._polite.usage.note_link(self._connection)
+        self.polite.usage.note_link(self._connection)
         self._begin()
         adapters, now = self._adapters, self._round
         if adapters is None or now is None or self._learner is None:
             return
-        if self._senses.plans_anew and self._planned_for != (now.number, now.attempt):
-            if not self._plan_anew(self._learner):
-                return
-            self._planned_for = now.number, now.attempt
+        if not self._has_plan_for(now, "fetching", self._learner):
+            return
         pending = self._outbox.pending(self._job_name)  # those of another can't be answered here
         if adapters.needs(now) or pending:
             if not self.may("transfer"):
@@ -282,7 +285,7 @@ class Participant:
             and self._outbox.is_due(now)
             and in_cohort(self._settings.name, now.job, now.number, now.fraction)
         ):
-            if self.may("train"):
+            if self.may("train") and self._has_plan_for(now, "training", self._learner):
                 self._train(now, self._learner, adapters)
         elif now.state == "finished" and self.may("train"):
             if self._private is not None and self._private.is_due(now):
@@ -293,12 +296,12 @@ class Participant:
 
     def may(self, activity: Activity) -> bool:
         """Ask whether the owner allows something now; a device that waits says for what."""
-        self._polite.usage.note_link(self._connection)
-        self.reasons = reasons = self._polite.against(activity)
-        if self._polite.is_news(reasons):
+        self.polite.usage.note_link(self._connection)
+        self.reasons = reasons = self.polite.against(activity)
+        if self.polite.is_news(reasons):
             state = "waiting" if reasons else "idle" if self._plans else "planning"
             self._say(state, detail="; ".join(reason.detail for reason in reasons))
-        if reasons and self._learner is not None and self._polite.wants_memory(reasons):
+        if reasons and self._learner is not None and self.polite.wants_memory(reasons):
             self._learner.stop()
             if self._senses.plans_anew and self._adapters is not None:
                 self._plan_anew(self._learner)
@@ -381,15 +384,15 @@ class Participant:
 
     @property
     def _rank(self) -> int:
-        assert self._plans is not None
-        return self._plans.rank
+        return self._plans.rank if self._plans is not None else 0
 
     def _say(self, state: str, *, detail: str = "") -> None:
         """Publish this device's status, and tell whoever watches."""
         assert self._standing is not None, "connected first"
-        rank = self._rank if self._plans else 0
         version = self._adapters.held.version if self._adapters else None
-        self._standing.announce(self._connection, state, rank=rank, version=version, detail=detail)
+        self._standing.announce(
+            self._connection, state, rank=self._rank, version=version, detail=detail
+        )
         self._events.emit("state", state=state, **({"detail": detail} if detail else {}))
 
     def _bytes(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from device_profiles.schema import Power
 from device_profiles.traces.format import Trace
 from device_profiles.traces.sample import Sample
 from device_profiles.virtual.equipment import MakeLearner, VirtualEquipment
+from device_profiles.virtual.learning import Timed
 from device_profiles.virtual.link import Rates, VirtualLink
 from device_profiles.virtual.schedule import Schedule
 from edge_client.config import Settings
@@ -23,7 +25,7 @@ from edge_client.discover import listen
 from edge_client.errors import TrainingPaused
 from edge_client.outbox import Outbox
 from edge_client.participant import Participant
-from edge_client.plan import Calibration
+from edge_client.plan import Calibration, Plan
 from edge_client.policy.decide import DeviceState, Reason
 from edge_client.policy.owner import Policy
 from edge_client.policy.senses import Senses
@@ -87,6 +89,7 @@ class VirtualDevice:
         self._equipment: VirtualEquipment | None = None
         self._make_learner = make_learner
         self._adapter: Adapter | None = None
+        self._inbox: deque[Incoming] = deque()
         self._wake_s = -1.0
         """When it looks next what is to be done; below 0: it need not."""
         events = _Events(self._tell)
@@ -105,6 +108,7 @@ class VirtualDevice:
                 pressure=self._pressure,
                 taken_mib=self._taken_mib,
                 download_bytes=lambda: self._rates(self.time_s).down / 8 * settings.download_s,
+                needs_mib=self._needs_mib,
                 plans_anew=True,
             ),
             also=(lambda: HEADLESS,) if fidelity == "headless" else (),
@@ -185,9 +189,13 @@ class VirtualDevice:
     def _taken_mib(self) -> float:
         return self._equipment.taken_mib if self._equipment is not None else 0.0
 
+    def _needs_mib(self, plan: Plan) -> float:
+        assert self._equipment is not None, "which has made the plan"
+        return self._equipment.needs_mib(plan)
+
     def trained(self, seconds: float) -> None:
         """Count time of training for the owner's limit of a day."""
-        self.participant.note_training(seconds)
+        self.participant.polite.usage.note_training(seconds)
 
     def _equip(self, settings: Settings, job: Job) -> VirtualEquipment:
         assert self._stage.calibration is not None, "there is one where devices train"
@@ -232,9 +240,26 @@ class VirtualDevice:
 
     def _deliver(self, incoming: Incoming, time_s: float) -> None:
         self._advance_to(time_s)
-        if not self.is_over:
+        if self.is_over:
+            return
+        self._inbox.append(incoming)
+        if not self._trains:
+            self._take_all()
+
+    @property
+    def _trains(self) -> bool:
+        """Whether it is between two steps of a training: then an agent takes no message."""
+        timed = self._timed
+        return timed is not None and timed.runs
+
+    @property
+    def _timed(self) -> Timed | None:
+        return self._equipment.timed if self._equipment is not None else None
+
+    def _take_all(self) -> None:
+        while self._inbox and not self.is_over:
             with self._ending():
-                self.participant.take(incoming)
+                self.participant.take(self._inbox.popleft())
                 self._share()
             self.wake_at(self.time_s + QUIET_S)
 
@@ -258,27 +283,28 @@ class VirtualDevice:
             return
         self._wake_s = -1.0
         self._advance_to(time_s)
-        timed = self._equipment.timed if self._equipment is not None else None
         with self._ending():
-            if timed is not None and timed.is_under_way:
+            if (timed := self._timed) is not None and timed.runs:
                 self._train_on(timed)
             elif self.is_online:
                 self._advance()
+        if not self._trains:
+            self._take_all()
         self._plan_wake()
 
-    def _train_on(self, timed: Any) -> None:
+    def _train_on(self, timed: Timed) -> None:
         """Look after a training that is under way: it goes on, pauses, is killed, or is over."""
         timed.account()
         available = self.sample.memory_available_mib
-        if timed.runs and available is not None and self._taken_mib() > available:
+        if available is not None and self._taken_mib() > available:
+            self.tell("killed", available_mib=available, taken_mib=self._taken_mib())
             timed.kill(f"the trace has {available:.0f} MiB available")
-            self.tell("killed")
         elif not self.participant.may("train"):
             timed.pause()
         elif timed.ends_s <= self.time_s:
             self._advance()
-        else:
-            timed.go_on()
+            if timed.ends_s <= self.time_s:  # something else came first: it is asked for again
+                timed.pause()
 
     def _advance(self) -> None:
         with suppress(TrainingPaused):
@@ -288,7 +314,7 @@ class VirtualDevice:
         """Wake again where time alone may change what is to be done."""
         if self.is_over or self._wake_s >= 0:
             return
-        timed = self._equipment.timed if self._equipment is not None else None
+        timed = self._timed
         training = timed is not None and timed.is_under_way
         waiting = self.fidelity != "headless" and bool(self.participant.reasons)
         if not (training or waiting or self.participant.is_busy):

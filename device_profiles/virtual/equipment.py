@@ -13,6 +13,7 @@ from edge_client.config import Settings
 from edge_client.learner import Learning, Pauses, StepDown
 from edge_client.plan import HEAP_MIB, Calibration, Plan, choose_plan, memory_budget
 from edge_client.prepare import wanted_of
+from edge_client.pressure import LOW_MIB, LOW_SHARE
 from protocol.messages import Job
 
 FLOPS_A_CYCLE = 2.0
@@ -55,7 +56,11 @@ class VirtualEquipment:
         self.timed: Timed | None = None
 
     def plan(self, *, below_mib: float = inf) -> Plan:
-        """Choose how to train with the memory that the trace has available now."""
+        """Choose how to train with the memory that the trace has available now.
+
+        It leaves what `pressure` wants to be left before a training may go on after a pause: a plan
+        that took all there is while memory is short would wait until that is over.
+        """
         memory, sample = self._settings.profile.memory, self._device.sample
         total = memory.total_mib or 0
         available = sample.memory_available_mib
@@ -67,6 +72,7 @@ class VirtualEquipment:
             limit_mib=memory.limit_mib,
             cap_mib=self._settings.memory_cap_mib,
         )
+        budget = min(budget, available - 2 * max(LOW_MIB, LOW_SHARE * total))
         return choose_plan(
             wanted_of(self._settings, self._job, 0),
             self._calibration,
@@ -97,10 +103,13 @@ class VirtualEquipment:
 
     @property
     def taken_mib(self) -> float:
-        """What training takes of the device's memory now: `budget_above_floor` undone."""
+        """What training takes of the device's memory now."""
         if self.timed is None or not self.timed.runs:
             return 0.0
-        plan = self.timed.plan
+        return self.needs_mib(self.timed.plan)
+
+    def needs_mib(self, plan: Plan) -> float:
+        """Return what a plan takes of the recorded device's memory: `budget_above_floor` undone."""
         fixed = max(0.0, self._calibration.activations[plan.way].fixed_mib)
         undivided = fixed + self._calibration.beside_weights_mib(plan.dtype) + HEAP_MIB
         above = max(0.0, plan.predicted_mib - undivided) * self._settings.memory_scale

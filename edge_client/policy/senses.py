@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from edge_client.plan import Plan
 from edge_client.policy.decide import DeviceState
 from edge_client.policy.owner import Policy
 from edge_client.pressure import Reading, read_pressure
@@ -29,6 +30,8 @@ class Senses:
     """What training takes now; None: what the training processes of this one do."""
     download_bytes: Callable[[], float] | None = None
     """What its link carries in the time that one version may take; None: as its profile says."""
+    needs_mib: Callable[[Plan], float] = lambda plan: plan.floor_mib + plan.predicted_mib
+    """What of its memory training by a plan takes."""
     plans_anew: bool = False
     """Whether to plan again for each round, and when memory runs short, by what there is then."""
 
