@@ -30,7 +30,7 @@ from device_profiles.virtual.fleet import cast, parse_fidelities
 from device_profiles.virtual.pool import FILE as POOL_FILE
 from device_profiles.virtual.pool import Pool, Says, find_pool, text_files
 from device_profiles.virtual.run import EPOCH, LONGEST_S, Staging
-from edge_client.model import find_model
+from edge_client.model import find_model, model_hash
 from edge_client.policy.owner import Policy, read_policy
 from protocol.errors import os_words
 from protocol.messages import Job
@@ -101,10 +101,12 @@ def prepare(
     taking_part = count - fidelities.get("headless", 0)
     fields = merge_settings(_usual(options.seed, taking_part), dict(options.job))
     name = str(fields["model"])
+    if "base" in fields:  # of an earlier run, whose model need not be described again
+        del fields["model"]
     job, policy = build_job(fields, "the job")
     _check(job, fidelities, max(policy.min_devices, policy.quorum), taking_part)
     needs_model = bool(fidelities.get("train")) or (taking_part and not options.pool)
-    model = find_model(name) if needs_model else Path(name)
+    model = _model(name, job) if needs_model else Path(name)
     text = _text(options, folder) if needs_model else []
     pool = None
     if taking_part:
@@ -160,10 +162,7 @@ def again(
     options = Options(**{**before.options, "data": tuple(before.options["data"])})
     if (run / "pool" / POOL_FILE).exists():
         options = replace(options, pool=str(run / "pool"))
-    job = {**before.job, "policy": before.policy}
-    if before.model and not before.model.endswith(".json"):
-        job |= {"model": before.model}
-        job.pop("base")
+    job = {**before.job, "policy": before.policy, "model": before.model}
     options = replace(options, job=job, memory_scale=before.memory_scale)
     staging, pool, now = prepare(options, folder, cache, say)
     staging = replace(staging, owner=Policy.model_validate(before.owner))
@@ -268,6 +267,13 @@ def _check(job: Job, fidelities: Mapping[Any, int], wanted: int, taking_part: in
             f"rule {job.rule!r} asks devices what only those that train can tell: have all of "
             "them train (--fidelity train=N), or take another rule"
         )
+
+
+def _model(name: str, job: Job) -> Path:
+    folder = find_model(name)
+    if model_hash(folder) != job.base.sha256:
+        raise ReplayError(f"{folder} is another model than the job's base {job.base.name!r}")
+    return folder
 
 
 def _text(options: Options, folder: Path) -> list[Path]:
