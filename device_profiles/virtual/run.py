@@ -74,6 +74,12 @@ class Watched:
     broker: RunningBroker | None = None
     aggregator_pid: int | None = None
     drive: Drive | None = None
+    devices: Sequence[VirtualDevice] = ()
+
+    @property
+    def bytes(self) -> int:
+        """What has gone through all devices' links so far, both ways."""
+        return sum(d.link.bytes_sent + d.link.bytes_received for d in self.devices)
 
 
 def replay_traces(
@@ -119,6 +125,7 @@ def replay_traces(
             _device(stage, staging, index, part, folder, broker, pool, benches)
             for index, part in enumerate(staging.parts)
         ]
+        watched.devices = devices
         stack.callback(_close_all, devices)
         drive = watched.drive = Drive(
             loop,
