@@ -176,7 +176,7 @@ def run_case(case: Case, folder: Path, text: Sequence[Path]) -> Found:
     folder.mkdir()
     job, policy = make_job(case)
     model = base_tiny.PATH
-    pool: Pool = find_pool(job, model, text, 0, cache_folder(), print)
+    pool: Pool = find_pool(job, model, text, cache_folder(), print)
     staging = Staging(
         job=job,
         policy=policy,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -113,7 +114,7 @@ def prepare(
         pool = (
             Pool(Path(options.pool), job)
             if options.pool
-            else find_pool(job, model, text, options.seed, cache, say)
+            else _pool(job, model, options, cache, say)
         )
         _keep_pool(pool, folder)
     scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / job.base.parameters)
@@ -267,6 +268,15 @@ def _check(job: Job, fidelities: Mapping[Any, int], wanted: int, taking_part: in
             f"rule {job.rule!r} asks devices what only those that train can tell: have all of "
             "them train (--fidelity train=N), or take another rule"
         )
+
+
+def _pool(job: Job, model: Path, options: Options, cache: Path, say: Says) -> Pool:
+    """Find the pool of a job: the same for every seed, so that it is made once."""
+    if options.data:
+        return find_pool(job, model, [Path(path) for path in options.data], cache, say)
+    with tempfile.TemporaryDirectory(prefix="tunefleet-text-") as folder:
+        text = [Path(folder) / part.name for part in write_demo_text(Path(folder), seed=0)]
+        return find_pool(job, model, text, cache, say)
 
 
 def _model(name: str, job: Job) -> Path:

@@ -38,6 +38,8 @@ from protocol.tensors import encode
 FILE, FORMAT = "pool.json", 1
 SPREAD = 0.5
 """A device's update is a recorded one times 1 ± up to this, drawn for device and round."""
+SEED = 0
+"""Of a pool's text and first version: a replay's own seed makes no other pool."""
 Says = Callable[[str], object]
 
 
@@ -183,7 +185,7 @@ class Pool:
         return RecordedUpdate(change, known.tokens, known.loss, known.rows)
 
 
-def pool_key(job: Job, data: Sequence[Path], seed: int) -> str:
+def pool_key(job: Job, data: Sequence[Path]) -> str:
     """Return the hash of all that a pool follows from."""
     told: dict[str, Any] = {
         "format": FORMAT,
@@ -191,7 +193,6 @@ def pool_key(job: Job, data: Sequence[Path], seed: int) -> str:
         "training": job.training.model_dump(mode="json"),
         "ladder": job.ladder,
         "scale": job.scale,
-        "seed": (job.seed, seed),
         "text": [hashlib.sha256(path.read_bytes()).hexdigest() for path in text_files(data)],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
@@ -205,19 +206,17 @@ def text_files(data: Sequence[Path]) -> list[Path]:
     return found
 
 
-def find_pool(
-    job: Job, model: Path, data: Sequence[Path], seed: int, cache: Path, say: Says
-) -> Pool:
+def find_pool(job: Job, model: Path, data: Sequence[Path], cache: Path, say: Says) -> Pool:
     """Return the pool of a job and a text, made now or remembered in `cache`.
 
     Raises:
         ReplayError: it can't be made or kept.
     """
-    folder = cache / "pools" / pool_key(job, data, seed)
+    folder = cache / "pools" / pool_key(job, data)
     if not (folder / FILE).exists():
         say(f"training once at each of the ranks {job.ladder}, to have updates to replay")
         try:
-            make_pool(job, model, data, seed, folder, cache)
+            make_pool(job, model, data, folder, cache)
         except EdgeError as error:
             raise ReplayError(f"no pool of updates could be made: {error}") from None
         except OSError as error:
@@ -225,9 +224,7 @@ def find_pool(
     return Pool(folder, job)
 
 
-def make_pool(
-    job: Job, model: Path, data: Sequence[Path], seed: int, folder: Path, cache: Path
-) -> None:
+def make_pool(job: Job, model: Path, data: Sequence[Path], folder: Path, cache: Path) -> None:
     """Measure the memory model's constants, train once at each rank, and keep what came of it.
 
     Raises:
@@ -235,7 +232,7 @@ def make_pool(
         OSError: the folder can't be written.
     """
     constants = _measure(job, model, cache)
-    first = initial_adapter(job.base.modules, job.rank, job.scale, job.seed)
+    first = initial_adapter(job.base.modules, job.rank, job.scale, SEED)
     base_loss, text = math.nan, TextReport(0, 0, ())
     updates = []
     for rank in job.ladder:
@@ -244,7 +241,7 @@ def make_pool(
                 job,
                 "pool",
                 {"torch": model},
-                Text(tuple(data), seed),
+                Text(tuple(data), SEED),
                 plain_plan(job, rank),
                 _no_step_down,
                 Unhurried(),

@@ -120,7 +120,15 @@ def replay_traces(
         benches = Benches()
         stack.callback(benches.close)
         calibration = pool.calibration if pool is not None else None
-        stage = Stage(loop, schedule, staging.job, calibration, staging.epoch, events.take)
+        stage = Stage(
+            loop,
+            schedule,
+            staging.job,
+            calibration,
+            staging.epoch,
+            events.take,
+            ack_at_once=broker.kind == "embedded",
+        )
         devices = [
             _device(stage, staging, index, part, folder, broker, pool, benches)
             for index, part in enumerate(staging.parts)
