@@ -1,6 +1,6 @@
 """How a fleet of thousands fits one small computer: real broker, real aggregator, the agent's code.
 
-    python -m benchmarks.fleet [--quick]
+    python -m benchmarks.fleet [--quick] [--sizes N …]
 
 Virtual devices (docs/replay.md) on Mosquitto: each connects, hears the job, downloads the version
 and, if it is drawn, sends an update with the bytes of a real training. Two rounds; the second is
@@ -191,9 +191,8 @@ def run_case(case: Case, folder: Path, text: Sequence[Path]) -> Found:
     return watch.found
 
 
-def growing(quick: bool) -> list[Case]:
+def growing(sizes: Sequence[int], quick: bool) -> list[Case]:
     """Return fleets of growing size that all have as many uploads."""
-    sizes = (100, 400) if quick else (1_000, 3_000, 10_000)
     uploads = 60 if quick else UPLOADS
     cases = []
     for size in sizes:
@@ -213,14 +212,17 @@ def main() -> None:
     """Run the fleets, print a table, draw it, write the claims."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="hundreds of devices")
-    quick = parser.parse_args().quick
+    parser.add_argument("--sizes", type=int, nargs="+", help="fleets, ascending")
+    given = parser.parse_args()
+    quick = given.quick
+    sizes = given.sizes or ((100, 400) if quick else (1_000, 3_000, 10_000))
     if find_mosquitto() is None:
         sys.exit("this needs Mosquitto: apt install mosquitto")
     runs: list[tuple[Case, Found]] = []
     with tempfile.TemporaryDirectory(prefix="tunefleet-fleet-") as temporary:
         root = Path(temporary)
         text = [root / "text" / part.name for part in write_demo_text(root / "text", seed=0)]
-        for number, case in enumerate([*growing(quick), training(quick)]):
+        for number, case in enumerate([*growing(sizes, quick), training(quick)]):
             runs.append((case, run_case(case, root / f"run-{number}", text)))
             print_row(*runs[-1], first=number == 0)
     draw(runs[:-1], FOLDER / "fleet.png")
