@@ -1,6 +1,6 @@
 """What the options of local training cost or gain.
 
-    python -m benchmarks.options [--rates 2e-3 4e-3]
+    python -m benchmarks.options [--rates 2e-3 4e-3] [--quick]
 
 The demo's six texts and ranks with the anchored rule, in one process, seed 0. Alternating factors
 are shown after as many rounds, and after twice as many, which is as many bytes. Each has the
@@ -50,7 +50,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates")
-    rates = parser.parse_args().rates
+    parser.add_argument("--quick", action="store_true", help="one rate, and no more than the claim")
+    options = parser.parse_args()
+    rates = options.rates[:1] if options.quick else options.rates
     fleet = demo_simulation(0)
     found: dict[str, float] = {}
 
@@ -72,23 +74,25 @@ def main() -> None:
     fleet.federated(chosen, on_round=lambda _, shared: versions.append(shared))
     each = chosen.training.steps
     last = versions[-1:]
-    for arm, beside, steps in (
+    private = [
         (PRIVATE, last, each * ROUNDS),
         (f"{PRIVATE}, in {ROUNDS} parts", last * ROUNDS, each),
         (f"{PRIVATE}, beside each version", versions, each),
-    ):
+    ]
+    for arm, beside, steps in private[:1] if options.quick else private:
         mixed = [fleet.mixed(chosen, d, PRIVATE_RANK, beside, steps) for d in fleet.devices]
         weights = ", ".join(f"{found.weight:g}" for found in mixed)
         show(arm, fmean(found.held_out for found in mixed), f"weights {weights}")
-    for times, said in ((1, "as many"), (2, "twice as many")):
+    for times, said in () if options.quick else ((1, "as many"), (2, "twice as many")):
         own = job(fleet, rate, times * ROUNDS)
         losses = [fleet.loss(fleet.alone(own, device), device) for device in fleet.devices]
         show(f"local only, {said} steps", fmean(losses))
-    for rounds in (ROUNDS, 2 * ROUNDS):
+    for rounds in () if options.quick else (ROUNDS, 2 * ROUNDS):
         rate, loss = federated(rounds, "alternating")
         show(f"alternating factors, {rounds} rounds", loss, f"at {rate:g}")
-    in_part(fleet)
-    show("two devices train half of the blocks", fleet.losses(fleet.federated(chosen))[1])
+    if not options.quick:
+        in_part(fleet)
+        show("two devices train half of the blocks", fleet.losses(fleet.federated(chosen))[1])
     against = found[PRIVATE] / found["shared"]
     write_claims(
         "options",

@@ -1,6 +1,6 @@
 """Time `edge-client profile` as a person does: the whole command, from start to end.
 
-    python -m benchmarks.profile [--times 21]
+    python -m benchmarks.profile [--times 21] [--quick]
 
 Prints the median wall time with the processor's beside it: on a machine that does other work too
 the first grows, and the second little.
@@ -45,7 +45,9 @@ def main() -> None:
     """Measure both forms and write the claims."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=21)
-    times = parser.parse_args().times
+    parser.add_argument("--quick", action="store_true", help="three times each")
+    options = parser.parse_args()
+    times = min(3, options.times) if options.quick else options.times
     claims: list[Claim] = []
     details: dict[str, object] = {"load": os.getloadavg()[0], "cores": os.cpu_count()}
     for arguments in (["profile"], ["profile", "--json"]):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from device_profiles.traces.cli import add_commands
 from protocol.cli import run_command
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+add_commands(app)
 
 FleetFile = Annotated[
     Path | None,

@@ -12,6 +12,7 @@ import typer
 
 from edge_client import cli_models
 from edge_client.cli_models import Backend, host_name
+from edge_client.cli_record import record
 from protocol.cli import run_command
 
 app = typer.Typer(
@@ -332,7 +333,7 @@ def join(
     typer.echo(f"now: edge-client run --data FOLDER{more}")
 
 
-for command in cli_models.COMMANDS:
+for command in (*cli_models.COMMANDS, record):
     app.command()(command)
 
 

@@ -108,8 +108,8 @@ def _low_mib(now: Reading) -> float:
 def read_pressure(root: Path, at_s: float) -> Reading:
     """Read what the kernel says under `root` ("/" for this device); what it does not is `None`."""
     memory = read_memory(root)
-    groups = list(_groups(root))
-    left = [memory.available_mib, *(_left_mib(group) for group in groups)]
+    groups = list(memory_groups(root))
+    left = [memory.available_mib, *(left_mib(group) for group in groups)]
     known = [mib for mib in left if mib is not None]
     files = [root / "proc/pressure/memory", *(group / "memory.pressure" for group in groups)]
     stalls = [_stalls(read_text(path) or "") for path in files]
@@ -123,7 +123,7 @@ def read_pressure(root: Path, at_s: float) -> Reading:
     )
 
 
-def _groups(root: Path) -> Iterator[Path]:
+def memory_groups(root: Path) -> Iterator[Path]:
     """Yield the folders of this process's memory cgroup and of those above it, of v1 and v2."""
     for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         fields = line.split(":", 2)
@@ -134,7 +134,7 @@ def _groups(root: Path) -> Iterator[Path]:
         yield from (top.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1))
 
 
-def _left_mib(group: Path) -> float | None:
+def left_mib(group: Path) -> float | None:
     """Return what a cgroup has left below its limit, the cache it would give back included."""
     names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
     for limit_name, usage_name in names:

@@ -86,18 +86,26 @@ def read_memory(root: Path) -> Memory:
     """Return main memory, swap and the tightest cgroup limit, in MiB."""
     kib = _meminfo_kib(root)
     total_kib = kib.get("MemTotal") or None
-    available_kib = kib.get("MemAvailable")
-    if available_kib is None and "MemFree" in kib:
-        # Kernels before 3.14 do not say: what is free, and what caches would give back.
-        gives_back = ("MemFree", "Buffers", "Cached", "SReclaimable")
-        available_kib = max(0, sum(kib.get(key, 0) for key in gives_back) - kib.get("Shmem", 0))
     limits = [*_cgroup_v2_limits(root), *_cgroup_v1_limits(root)]
     return Memory(
         total_mib=_mib(total_kib),
-        available_mib=_mib(available_kib),
+        available_mib=_mib(_available_kib(kib)),
         swap_mib=_mib(kib.get("SwapTotal")),
         limit_mib=min(limits, default=None),
     )
+
+
+def read_available_mib(root: Path) -> int | None:
+    """Return what a program could take of the machine's memory, in MiB; cgroups aside."""
+    return _mib(_available_kib(_meminfo_kib(root)))
+
+
+def _available_kib(kib: dict[str, int]) -> int | None:
+    if "MemAvailable" in kib or "MemFree" not in kib:
+        return kib.get("MemAvailable")
+    # Kernels before 3.14 do not say: what is free, and what caches would give back.
+    gives_back = ("MemFree", "Buffers", "Cached", "SReclaimable")
+    return max(0, sum(kib.get(key, 0) for key in gives_back) - kib.get("Shmem", 0))
 
 
 def _mib(kib: int | None) -> int | None:

@@ -35,7 +35,7 @@ def read_link(root: Path, *, ask_s: float = 0.0) -> Link | None:
     a cellular link is taken to be metered, as NetworkManager guesses too, and of others nobody
     knows.
     """
-    name = _default_interface(root)
+    name = default_interface(root)
     if name is None:
         return None
     folder = root / "sys/class/net" / name
@@ -49,7 +49,7 @@ def read_link(root: Path, *, ask_s: float = 0.0) -> Link | None:
     return Link(kind=kind, down_mbit=mbit, up_mbit=mbit, metered=metered)
 
 
-def _default_interface(root: Path) -> str | None:
+def default_interface(root: Path) -> str | None:
     """Return the interface of the default route with the lowest metric, IPv4 before IPv6."""
     found: list[tuple[int, str]] = []
     for line in (read_text(root / "proc/net/route") or "").splitlines():

@@ -12,8 +12,9 @@ the aggregator that publishes it and the device that fetches it read the same ma
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,6 +27,8 @@ FILES = (GRAPH, WEIGHTS, TOKENIZER)
 ALL_FILES = (*FILES, MANIFEST)
 """In the order in which they travel: the manifest makes a set whole."""
 AGAIN = "make it with: edge-client export-onnx MODEL --out DIR, or copy it again"
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class BadArtifact(TunefleetError):
@@ -64,15 +67,7 @@ def read_artifact(folder: Path) -> Artifact:
     Raises:
         BadArtifact: it is not there, or is no manifest.
     """
-    path = folder / MANIFEST
-    try:
-        return Artifact.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise BadArtifact(f"can't read {path}: {error.strerror}; {AGAIN}") from None
-    except ValidationError as error:
-        why = error.errors()[0]
-        where = ".".join(str(part) for part in why["loc"])
-        raise BadArtifact(f"{path} is no manifest ({where}: {why['msg']}); {AGAIN}") from None
+    return read_manifest(folder / MANIFEST, Artifact, BadArtifact, AGAIN)
 
 
 def check_artifact(folder: Path) -> Artifact:
@@ -82,15 +77,46 @@ def check_artifact(folder: Path) -> Artifact:
         BadArtifact: a file is missing, or is another.
     """
     artifact = read_artifact(folder)
-    for name in FILES:
-        file = folder / name
+    check_files(folder / MANIFEST, FILES, artifact.files, BadArtifact, AGAIN)
+    return artifact
+
+
+def read_manifest(path: Path, kind: type[M], wrong: type[TunefleetError], advice: str) -> M:
+    """Read a manifest of a kind; what is wrong with it is said as `wrong`, with an advice.
+
+    Raises:
+        TunefleetError: it is not there, or is no such manifest.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise wrong(f"can't read {path}: {error.strerror}; {advice}") from None
+    except ValidationError as error:
+        why = error.errors()[0]
+        where = ".".join(str(part) for part in why["loc"])
+        raise wrong(f"{path} is no manifest ({where}: {why['msg']}); {advice}") from None
+
+
+def check_files(
+    manifest: Path,
+    names: Iterable[str],
+    hashes: Mapping[str, str],
+    wrong: type[TunefleetError],
+    advice: str,
+) -> None:
+    """Check that files beside a manifest are what it says.
+
+    Raises:
+        TunefleetError: a file is missing, or is another.
+    """
+    for name in names:
+        file = manifest.parent / name
         try:
             found = sha256_of(file)
         except OSError as error:
-            raise BadArtifact(f"can't read {file}: {error.strerror}; {AGAIN}") from None
-        if found != artifact.files.get(name):
-            raise BadArtifact(f"{file} is not what {MANIFEST} says (its hash differs); {AGAIN}")
-    return artifact
+            raise wrong(f"can't read {file}: {error.strerror}; {advice}") from None
+        if found != hashes.get(name):
+            raise wrong(f"{file} is not what {manifest.name} says (its hash differs); {advice}")
 
 
 def sha256_of(path: Path) -> str:

@@ -33,7 +33,7 @@ clean_up() {
     for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
     wait
     for place in dev/shm sys proc; do
-        if mountpoint -q "$root/$place"; then umount "$root/$place"; fi
+        if mountpoint -q "$root/$place"; then umount --lazy "$root/$place"; fi
     done
 }
 

@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from edge_client.errors import ModelError
-from protocol.artifact import TOKENIZER, sha256_of
+from protocol.artifact import TOKENIZER, check_files, read_manifest
 
 MANIFEST, GRAPH = "tunefleet.json", "model.onnx"
 FOLDER = "exports"
@@ -59,17 +59,9 @@ def read_export(folder: Path) -> Export:
     Raises:
         ModelError: it is not there, or is no manifest.
     """
-    path = folder / MANIFEST
-    try:
-        return Export.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(
-            f"can't read {path}: {error.strerror}; give a folder that edge-client export wrote"
-        ) from None
-    except ValidationError as error:
-        why = error.errors()[0]
-        where = ".".join(str(part) for part in why["loc"])
-        raise ModelError(f"{path} is no manifest ({where}: {why['msg']}); {AGAIN}") from None
+    if not (folder / MANIFEST).exists():
+        raise ModelError(f"{folder} has no {MANIFEST}; give a folder that edge-client export wrote")
+    return read_manifest(folder / MANIFEST, Export, ModelError, AGAIN)
 
 
 def check_export(folder: Path) -> Export:
@@ -80,14 +72,8 @@ def check_export(folder: Path) -> Export:
     """
     export = read_export(folder)
     needed = {GRAPH, TOKENIZER} if export.is_onnx else set()
-    for name in sorted(needed | set(export.files)):
-        file = folder / name
-        try:
-            found = sha256_of(file)
-        except OSError as error:
-            raise ModelError(f"can't read {file}: {error.strerror}; {AGAIN}") from None
-        if found != export.files.get(name):
-            raise ModelError(f"{file} is not what {MANIFEST} says (its hash differs); {AGAIN}")
+    names = sorted(needed | set(export.files))
+    check_files(folder / MANIFEST, names, export.files, ModelError, AGAIN)
     return export
 
 

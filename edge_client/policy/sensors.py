@@ -60,9 +60,13 @@ class OthersLoad:
     """Measure what share of all cores others use: what is busy, less the own processes' part."""
 
     def __init__(
-        self, root: Path, pids: Callable[[], Iterable[int]], clock: Callable[[], float]
+        self,
+        root: Path,
+        pids: Callable[[], Iterable[int]],
+        clock: Callable[[], float],
+        window_s: float = LOAD_WINDOW_S,
     ) -> None:
-        self._root, self._pids, self._clock = root, pids, clock
+        self._root, self._pids, self._clock, self._window_s = root, pids, clock, window_s
         self._last: tuple[float, float, float, dict[int, float]] | None = None
         self._load: float | None = None
 
@@ -72,7 +76,7 @@ class OthersLoad:
         Before the first window is over it is the system's own mean over a minute.
         """
         now = self._clock()
-        if self._last is not None and now - self._last[0] < LOAD_WINDOW_S:
+        if self._last is not None and now - self._last[0] < self._window_s:
             return self._load
         times = _cpu_times(self._root)
         if times is None:

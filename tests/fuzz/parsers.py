@@ -29,6 +29,7 @@ from tests.fuzz import corpus
 from tests.fuzz.feeding import Parser
 from tests.fuzz.intake import IntakeUnderFire
 from tests.fuzz.mutate import mutated_header
+from tests.fuzz.traces import trace_parsers
 
 
 @contextmanager
@@ -42,6 +43,7 @@ def all_parsers(folder: Path) -> Iterator[list[Parser]]:
             *_names(),
             *_enrolment(folder / "fleet"),
             *_job_files(folder),
+            *trace_parsers(folder / "traces"),
             *intake.parsers(),
         ]
     finally:

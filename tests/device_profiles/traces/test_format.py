@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +275,15 @@ def test_the_schema_that_ships_is_the_readers() -> None:
                 field.take(sample[field.name]["maximum"] + 1)
 
 
-def test_docs_show_the_header_that_is_read() -> None:
+DOCS = Path(__file__).parents[3] / "docs" / "traces.md"
+
+
+def test_the_trace_in_the_docs_is_one(tmp_path: Path) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    trace = read_trace(write(tmp_path, example))
+    assert trace.at(1.9).cpu_load == 0.31 and not trace.at(3).online
     header = trace_schema()["$defs"]["header"]["properties"]
-    assert set(json.loads(HEADER)) == set(header)
+    assert set(json.loads(example.splitlines()[0])) == set(header)
+    for name in ("t", *(field.name for field in FIELDS), *header):
+        assert f"`{name}`" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,11 @@ NAMES = (
     "device-churn",
     "stale-devices",
 )
+
+
+def test_the_docs_have_every_scenario() -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "traces.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z0-9-]+)` \| [^|]+ \| \d+ (?:h|min) \|", docs, re.M) == [*NAMES]
 
 
 @pytest.fixture(params=NAMES)

@@ -1,0 +1,1 @@
+"""Make traces of what others have recorded, one module a format."""
