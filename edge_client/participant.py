@@ -94,11 +94,6 @@ class Participant:
         self._sender = Sender(link, self._key, self._outbox, self._events, self._senses.clock)
 
     @property
-    def is_done(self) -> bool:
-        """Whether its part in the job is over."""
-        return self._done or self._stopping
-
-    @property
     def outstanding(self) -> int:
         """How many messages of an adapter are to come yet."""
         return self._adapters.outstanding if self._adapters is not None else 0
@@ -144,18 +139,18 @@ class Participant:
         self._job = job
         self._events.emit("state", state="planning", detail="measuring, minutes the first time")
         self._plans = plans = Plans(
-            job, equipment, self._outbox, self._events, lambda: self._stopping, self._truncate
+            job, equipment, self._outbox, self._events, lambda: self._stopping, self._hold
         )
         plan = plans.now
         self._learner = learner = equipment.learner(plan, plans.step_down, self.polite)
         self._rank_start = plan.rank
-        settings, link, events = self._settings, self._connection, self._events
+        settings, events = self._settings, self._events
         if rank := settings.private_rank:
             self._private = Private(job, settings.name, rank, settings.state, events)
         self._adapters = Adapters(
             settings,
             job,
-            link,
+            self._connection,
             self._outbox,
             learner,
             events,
@@ -167,10 +162,10 @@ class Participant:
         whose = {"profile": settings.profile.name, "plan": str(plan)}
         events.emit("plan", **whose, train_tokens=learner.text.train_tokens, **plan.as_dict())
         self._base_loss = learner.evaluate(None)
-        self._events.emit("base", loss=self._base_loss)
+        events.emit("base", loss=self._base_loss)
         self._say("idle")
 
-    def _truncate(self, held: int) -> None:
+    def _hold(self, held: int) -> None:
         if self._adapters is not None:
             self._adapters.truncate(held)
 
@@ -189,7 +184,7 @@ class Participant:
 
     def _plan_anew(self, learner: Learning) -> str:
         """Plan by what memory there is now; return why none fits, empty where one does."""
-        assert self._plans is not None, "it has begun"
+        assert self._plans is not None
         try:
             if (plan := self._plans.anew()) is not None:
                 learner.use(plan)
@@ -339,7 +334,7 @@ class Participant:
             OwnChanges(job, self._settings.state).note(now.number, adapter, learned)
         drawn = learned.report.drawn_rows
         rank = learned.rank
-        if not learned.pruned():  # a plan alone may have kept it lower than what pruning has left
+        if not cut:  # a plan alone may have kept it lower than what pruning has left
             rank = max(rank, self._outbox.rank(now.job, job.rank))
         self._outbox.put(manifest, data, rank=rank, own_loss=own_loss, drawn_rows=drawn)
         checkpoint.forget(self._settings.state)

@@ -86,6 +86,8 @@ class VirtualDevice:
         self.time_s = 0.0
         """This device's own time: of the event that it is at."""
         self.is_over = self.is_online = self._is_closed = False
+        self.has_finished = False
+        """Whether its agent has kept the job's result."""
         self.fault = ""
         self._stage, self._trace, self._offset_s = stage, trace, offset_s
         self._equipment: VirtualEquipment | None = None
@@ -103,16 +105,7 @@ class VirtualDevice:
             outbox,
             key,
             equip=self._equip,
-            senses=Senses(
-                now=self._local_time,
-                clock=lambda: self.time_s,
-                state=self._state,
-                pressure=self._pressure,
-                taken_mib=self._taken_mib,
-                download_bytes=lambda: self._rates(self.time_s).down / 8 * settings.download_s,
-                needs_mib=self._needs_mib,
-                plans_anew=True,
-            ),
+            senses=self._senses(),
             also=(lambda: HEADLESS,) if fidelity == "headless" else (),
         )
         boot = outbox.next_boot(self._since_1970())
@@ -165,6 +158,21 @@ class VirtualDevice:
         return Rates(
             bits_s(sample.down_mbit, link.down_mbit if link else None),
             bits_s(sample.up_mbit, link.up_mbit if link else None),
+        )
+
+    def _senses(self) -> Senses:
+        def download_bytes() -> float:
+            return self._rates(self.time_s).down / 8 * self.settings.download_s
+
+        return Senses(
+            now=self._local_time,
+            clock=lambda: self.time_s,
+            state=self._state,
+            pressure=self._pressure,
+            taken_mib=self._taken_mib,
+            download_bytes=download_bytes,
+            needs_mib=self._needs_mib,
+            plans_anew=True,
         )
 
     # -- the agent's senses --------------------------------------------------------------------
@@ -355,6 +363,7 @@ class VirtualDevice:
 
     def _tell(self, event: Mapping[str, Any]) -> None:
         at_s = round(self.time_s, 6)
+        self.has_finished = self.has_finished or event["event"] == "finished"
         self._stage.on_event({**event, "time": at_s, "device": self.settings.name})
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 from device_profiles.errors import ReplayError
 from device_profiles.virtual.device import VirtualDevice
@@ -59,6 +60,11 @@ class Drive:
         self._settled_at = -1
         """Messages that had been published when all had settled last."""
 
+    @property
+    def stands(self) -> dict[str, Any]:
+        """Where the job stands, as the aggregator said last."""
+        return self._aggregator.stands
+
     def instant(self) -> bool:
         """Go to the next instant at which anything is due, and through it; False: there is none."""
         due = self._next_s()
@@ -76,7 +82,7 @@ class Drive:
 
     def _next_s(self) -> float | None:
         times = [self._schedule.next_s]
-        deadline = self._aggregator.stands["deadline"]
+        deadline = self.stands["deadline"]
         if deadline is not None:
             times.append(deadline - self._epoch_s)
         return min((t for t in times if t is not None), default=None)

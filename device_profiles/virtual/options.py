@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from aggregator.config import PolicySettings, build_job
 from aggregator.errors import ConfigError
 from aggregator.probe_text import with_probe_text
+from aggregator.rounds import Policy as RoundPolicy
 from device_profiles.demo_text import write_demo_text
 from device_profiles.errors import ReplayError
 from device_profiles.fleet import merge_settings
@@ -100,22 +101,13 @@ def prepare(
     count = options.devices or len(traces)
     fidelities = parse_fidelities(options.fidelity, count)
     taking_part = count - fidelities.get("headless", 0)
-    fields = merge_settings(_usual(options.seed, taking_part), dict(options.job))
-    name = str(fields["model"])
-    if "base" in fields:  # of an earlier run, whose model need not be described again
-        del fields["model"]
-    job, policy = build_job(fields, "the job")
+    name, job, policy, rules = _job(options, taking_part)
     _check(job, fidelities, max(policy.min_devices, policy.quorum), taking_part)
     needs_model = bool(fidelities.get("train")) or (taking_part and not options.pool)
     model = _model(name, job) if needs_model else Path(name)
     text = _text(options, folder) if needs_model else []
-    pool = None
-    if taking_part:
-        pool = (
-            Pool(Path(options.pool), job)
-            if options.pool
-            else _pool(job, model, options, cache, say)
-        )
+    pool = _pool(job, model, options, cache, say) if taking_part else None
+    if pool is not None:
         _keep_pool(pool, folder)
     scale = options.memory_scale or max(1.0, REFERENCE_PARAMETERS / job.base.parameters)
     staging = Staging(
@@ -138,7 +130,7 @@ def prepare(
         format=FORMAT,
         options=_plain(options),
         job=job.model_dump(mode="json"),
-        policy=PolicySettings.model_validate(fields.get("policy", {})).model_dump(mode="json"),
+        policy=rules,
         owner=owner.model_dump(mode="json"),
         memory_scale=scale,
         model=name,
@@ -270,8 +262,21 @@ def _check(job: Job, fidelities: Mapping[Any, int], wanted: int, taking_part: in
         )
 
 
+def _job(options: Options, taking_part: int) -> tuple[str, Job, RoundPolicy, dict[str, Any]]:
+    """Return the model's name, the job, how its rounds are run, and that as it is written down."""
+    fields = merge_settings(_usual(options.seed, taking_part), dict(options.job))
+    name = str(fields["model"])
+    if "base" in fields:  # of an earlier run, whose model need not be described again
+        del fields["model"]
+    job, policy = build_job(fields, "the job")
+    rules = PolicySettings.model_validate(fields.get("policy", {})).model_dump(mode="json")
+    return name, job, policy, rules
+
+
 def _pool(job: Job, model: Path, options: Options, cache: Path, say: Says) -> Pool:
     """Find the pool of a job: the same for every seed, so that it is made once."""
+    if options.pool:
+        return Pool(Path(options.pool), job)
     if options.data:
         return find_pool(job, model, [Path(path) for path in options.data], cache, say)
     with tempfile.TemporaryDirectory(prefix="tunefleet-text-") as folder:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from device_profiles.errors import ReplayError
 from device_profiles.virtual.training import Unhurried
 from edge_client.calibrate import ProbingProcess, calibrate
 from edge_client.errors import EdgeError
-from edge_client.learner import Learner
+from edge_client.learner import Learned, Learner
 from edge_client.memory import Activations, Way
 from edge_client.plan import Calibration, Plan
 from edge_client.trainer.worker import Text, TextReport
@@ -233,47 +234,15 @@ def make_pool(job: Job, model: Path, data: Sequence[Path], folder: Path, cache: 
     """
     constants = _measure(job, model, cache)
     first = initial_adapter(job.base.modules, job.rank, job.scale, SEED)
+    learned: dict[int, Learned] = {}
     base_loss, text = math.nan, TextReport(0, 0, ())
-    updates = []
     for rank in job.ladder:
-        with tempfile.TemporaryDirectory(prefix="tunefleet-pool-") as kept:
-            learner = Learner(
-                job,
-                "pool",
-                {"torch": model},
-                Text(tuple(data), SEED),
-                plain_plan(job, rank),
-                _no_step_down,
-                Unhurried(),
-                kept=Path(kept) / "kept",
-                kept_s=math.inf,
-            )
-            try:
-                if math.isnan(base_loss):
-                    base_loss, text = learner.evaluate(None), learner.text
-                learned = learner.train(
-                    first.truncated(rank),
-                    rank=rank,
-                    round_number=1,
-                    attempt=0,
-                    drawn_rows=0,
-                    on_step=lambda step, loss: None,
-                )
-            finally:
-                learner.stop()
-        change = _full(learned.change, first.truncated(rank))
-        encoded = encode(to_tensors(change), "f32")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / f"rank-{rank}.safetensors", encoded)
-        updates.append(
-            UpdateRecord(
-                rank=rank,
-                tokens=learned.report.tokens,
-                loss=learned.report.loss,
-                rows=learned.report.drawn_rows,
-                sha256=hashlib.sha256(encoded).hexdigest(),
-            )
-        )
+        with _learner(job, model, data, rank) as learner:
+            if math.isnan(base_loss):
+                base_loss, text = learner.evaluate(None), learner.text
+            learned[rank] = _train(learner, first.truncated(rank), rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    updates = [_keep(folder, rank, one, first) for rank, one in learned.items()]
     record = PoolRecord(
         format=FORMAT,
         base_sha256=job.base.sha256,
@@ -284,6 +253,45 @@ def make_pool(job: Job, model: Path, data: Sequence[Path], folder: Path, cache: 
         updates=updates,
     )
     write_durably(folder / FILE, record.model_dump_json(indent=1).encode())
+
+
+@contextmanager
+def _learner(job: Job, model: Path, data: Sequence[Path], rank: int) -> Iterator[Learner]:
+    """Yield what trains at a rank, in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="tunefleet-pool-") as kept:
+        learner = Learner(
+            job,
+            "pool",
+            {"torch": model},
+            Text(tuple(data), SEED),
+            plain_plan(job, rank),
+            _no_step_down,
+            Unhurried(),
+            kept=Path(kept) / "kept",
+            kept_s=math.inf,
+        )
+        try:
+            yield learner
+        finally:
+            learner.stop()
+
+
+def _train(learner: Learner, start: Adapter, rank: int) -> Learned:
+    place = {"round_number": 1, "attempt": 0, "drawn_rows": 0}
+    return learner.train(start, rank=rank, **place, on_step=lambda step, loss: None)
+
+
+def _keep(folder: Path, rank: int, learned: Learned, first: Adapter) -> UpdateRecord:
+    data = encode(to_tensors(_full(learned.change, first.truncated(rank))), "f32")
+    write_durably(folder / f"rank-{rank}.safetensors", data)
+    report = learned.report
+    return UpdateRecord(
+        rank=rank,
+        tokens=report.tokens,
+        loss=report.loss,
+        rows=report.drawn_rows,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
 
 
 def plain_plan(job: Job, rank: int) -> Plan:

@@ -96,59 +96,13 @@ def replay_traces(
     """
     watched, started = watched or Watched(), time.monotonic()
     events = _Log(folder / "events.jsonl", on_event)
-    shared = folder / SHARED
-    shared.mkdir(parents=True)
-    key = SigningKey.load_or_create(folder / "aggregator.key")
-    (shared / TRUST_FILE).write_text(key.public)
-    job_file = folder / "job.json"
-    fields = {**staging.job.model_dump(mode="json"), "policy": asdict(staging.policy)}
-    job_file.write_text(json.dumps(fields, indent=1))
-    epoch_s = (staging.epoch - datetime(1970, 1, 1)).total_seconds()
     with ExitStack() as stack:
         stack.callback(events.close)
-        broker = stack.enter_context(
-            running_broker(staging.broker, folder / "broker", len(staging.parts))
-        )
-        loop = Loop()
-        stack.callback(loop.close)
-        aggregator = PacedAggregator(
-            loop, folder, job_file, broker.address, epoch_s, events.of_aggregator
-        )
-        stack.callback(aggregator.stop)
-        watched.broker, watched.aggregator_pid = broker, aggregator.pid
-        schedule = Schedule()
-        benches = Benches()
-        stack.callback(benches.close)
-        calibration = pool.calibration if pool is not None else None
-        stage = Stage(
-            loop,
-            schedule,
-            staging.job,
-            calibration,
-            staging.epoch,
-            events.take,
-            ack_at_once=broker.kind == "embedded",
-        )
-        devices = [
-            _device(stage, staging, index, part, folder, broker, pool, benches)
-            for index, part in enumerate(staging.parts)
-        ]
-        watched.devices = devices
-        stack.callback(_close_all, devices)
-        drive = watched.drive = Drive(
-            loop,
-            schedule,
-            aggregator,
-            devices,
-            epoch_s=epoch_s,
-            resolution_s=staging.resolution_s,
-            speed=staging.speed,
-        )
-        events.now = lambda: drive.now_s
-        ended = _run(drive, aggregator, devices, staging)
+        drive = _set_up(stack, staging, folder, pool, events, watched)
+        ended = _run(drive, watched.devices, staging)
         traffic = {
-            "bytes_up": sum(d.link.bytes_sent for d in devices),
-            "bytes_down": sum(d.link.bytes_received for d in devices),
+            "bytes_up": sum(d.link.bytes_sent for d in watched.devices),
+            "bytes_down": sum(d.link.bytes_received for d in watched.devices),
         }
     result = {
         **_with_history(read_result(folder / "aggregator"), events),
@@ -163,14 +117,67 @@ def replay_traces(
     return result
 
 
-def _run(
-    drive: Drive, aggregator: PacedAggregator, devices: Sequence[VirtualDevice], staging: Staging
-) -> str:
+def _set_up(
+    stack: ExitStack,
+    staging: Staging,
+    folder: Path,
+    pool: Pool | None,
+    events: _Log,
+    watched: Watched,
+) -> Drive:
+    """Start the broker and the aggregator, make the devices; all end with the stack."""
+    key = SigningKey.load_or_create(folder / "aggregator.key")
+    (folder / SHARED).mkdir(parents=True)
+    (folder / SHARED / TRUST_FILE).write_text(key.public)
+    job_file = folder / "job.json"
+    fields = {**staging.job.model_dump(mode="json"), "policy": asdict(staging.policy)}
+    job_file.write_text(json.dumps(fields, indent=1))
+    epoch_s = (staging.epoch - datetime(1970, 1, 1)).total_seconds()
+    broker = stack.enter_context(
+        running_broker(staging.broker, folder / "broker", len(staging.parts))
+    )
+    loop, schedule, benches = Loop(), Schedule(), Benches()
+    stack.callback(loop.close)
+    aggregator = PacedAggregator(
+        loop, folder, job_file, broker.address, epoch_s, events.of_aggregator
+    )
+    stack.callback(aggregator.stop)
+    stack.callback(benches.close)
+    stage = Stage(
+        loop,
+        schedule,
+        staging.job,
+        pool.calibration if pool is not None else None,
+        staging.epoch,
+        events.take,
+        ack_at_once=broker.kind == "embedded",
+    )
+    devices = [
+        _device(stage, staging, index, part, folder, broker, pool, benches)
+        for index, part in enumerate(staging.parts)
+    ]
+    stack.callback(_close_all, devices)
+    drive = Drive(
+        loop,
+        schedule,
+        aggregator,
+        devices,
+        epoch_s=epoch_s,
+        resolution_s=staging.resolution_s,
+        speed=staging.speed,
+    )
+    events.now = lambda: drive.now_s
+    watched.broker, watched.aggregator_pid = broker, aggregator.pid
+    watched.drive, watched.devices = drive, devices
+    return drive
+
+
+def _run(drive: Drive, devices: Sequence[VirtualDevice], staging: Staging) -> str:
     """Go through virtual time until the job is finished, and who trains has kept its result."""
     training = [device for device in devices if device.fidelity == "train"]
     while drive.now_s < staging.until_s:
-        if aggregator.stands["state"] == "finished" and all(
-            d.participant.is_done or d.is_over or not d.is_online for d in training
+        if drive.stands["state"] == "finished" and all(
+            d.has_finished or d.is_over or not d.is_online for d in training
         ):
             return "finished"
         if not drive.instant():
