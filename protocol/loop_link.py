@@ -16,6 +16,8 @@ from contextlib import suppress
 from typing import Any
 
 import paho.mqtt.client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.connecting import QOS, VERSIONS, knock, new_client
@@ -146,11 +148,15 @@ class LoopLink:
             sock.close()
 
     def close(self) -> None:
-        """Leave the broker in good order: it says no will."""
+        """Leave the broker in good order: it says no will, and on MQTT 5 keeps no session."""
         client = self._client
         if client is not None and self._sock is not None:
             client.on_disconnect = None
-            client.disconnect()
+            last = None
+            if self._version == paho.MQTTv5:
+                last = Properties(PacketTypes.DISCONNECT)
+                last.SessionExpiryInterval = 0
+            client.disconnect(properties=last)
             client.loop_write()
         self.lose()
 

@@ -126,6 +126,7 @@ class VirtualLink:
         return (
             f"{self._link.unanswered} answers, {max(0, outstanding - self._on_its_way)} chunks"
             f"{', an echo of its status' if self._echo else ''}"
+            f"{', ' + self.failure if self.failure else ''}"
         )
 
     # -- what an agent does --------------------------------------------------------------------

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from aggregator.rounds import Policy as RoundPolicy
+from device_profiles.replay import clear_broker, leaving_broker
 from device_profiles.virtual.broker import RunningBroker, running_broker
 from device_profiles.virtual.device import Stage, VirtualDevice, for_replay
 from device_profiles.virtual.drive import Drive
@@ -133,6 +134,10 @@ def _set_up(
     fields = {**staging.job.model_dump(mode="json"), "policy": asdict(staging.policy)}
     job_file.write_text(json.dumps(fields, indent=1))
     epoch_s = (staging.epoch - datetime(1970, 1, 1)).total_seconds()
+    if staging.broker:
+        names = [part.name for part in staging.parts]
+        clear_broker(staging.broker, staging.job.job, names)
+        stack.enter_context(leaving_broker(staging.broker, staging.job.job, names))
     broker = stack.enter_context(
         running_broker(staging.broker, folder / "broker", len(staging.parts))
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from device_profiles.errors import ReplayError
+from device_profiles.virtual import broker
 from device_profiles.virtual.command import run_again
 from device_profiles.virtual.compare import Run as Kept
 from device_profiles.virtual.compare import same_result, table, write_picture
 from device_profiles.virtual.options import FILE, Options
+from protocol.transport import BrokerAddress, MqttTransport
 from tests.device_profiles.virtual.conftest import Run
 
 CHURN = Options(scenario="device-churn", devices=6, seed=3, resolution_s=2)
@@ -73,3 +75,25 @@ def test_what_has_changed_since_is_not_replayed(
         run_again(run.folder, tmp_path / "again", as_json=False)
     with pytest.raises(ReplayError, match="holds no replay of traces"):
         run_again(tmp_path, tmp_path / "again", as_json=False)
+
+
+def test_a_broker_of_ones_own_is_left_as_it_was(replay: Run, mosquitto: BrokerAddress) -> None:
+    policy = {"min_devices": 2, "quorum": 1, "deadline_s": 600}
+    options = replace(CHURN, devices=3, broker=str(mosquitto))
+    first = replay(options, rounds=1, policy=policy)
+    second = replay(options, rounds=1, policy=policy)
+    assert first.result["adapter_sha256"] == second.result["adapter_sha256"]
+    scout = MqttTransport(mosquitto, "scout")
+    scout.connect()
+    scout.subscribe(["tunefleet/#"])
+    assert scout.receive(0.5) is None, "nothing of the replay is retained"
+    scout.close()
+
+
+def test_a_small_fleet_needs_no_mosquitto(replay: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "find_mosquitto", lambda: None)
+    policy = {"min_devices": 2, "quorum": 2, "deadline_s": 600}
+    run = replay(CHURN, rounds=1, policy=policy)
+    assert run.result["state"] == "finished" and run.rounds[0]["counted"] >= 2
+    with pytest.raises(ReplayError, match="install Mosquitto"):
+        replay(replace(CHURN, devices=101), rounds=1, policy=policy)
