@@ -63,6 +63,8 @@ class VirtualLink:
         self._untaken = 0
         """Those of them that the agent has not got."""
         self.last_round = b""
+        self.bytes_received = 0
+        """Payload bytes that have reached the agent."""
 
     # -- the connection ------------------------------------------------------------------------
 
@@ -101,10 +103,6 @@ class VirtualLink:
     @property
     def bytes_sent(self) -> int:
         return self._link.bytes_sent
-
-    @property
-    def bytes_received(self) -> int:
-        return self._link.bytes_received
 
     @property
     def failure(self) -> str:
@@ -194,6 +192,7 @@ class VirtualLink:
         def arrive(time_s: float) -> None:
             if incoming.connection != self.connection or not self.connected:
                 return
+            self.bytes_received += len(incoming.payload)
             self._on_its_way -= is_part
             self._untaken -= is_told
             if not self._ack_at_once:
