@@ -17,7 +17,7 @@ from device_profiles.summary import human_bytes, human_seconds
 from device_profiles.virtual.compare import Run, same_result, table, write_picture
 from device_profiles.virtual.options import Options, again, prepare
 from device_profiles.virtual.pool import Pool
-from device_profiles.virtual.run import Staging, replay_traces
+from device_profiles.virtual.run import RESULT, Staging, replay_traces
 from edge_client.calibrate import cache_folder
 
 SHOWN = ("aggregator.round", "aggregator.merged", "killed", "ended", "aggregator.rejected")
@@ -96,13 +96,16 @@ def run_again(run: Path, out: Path, *, as_json: bool) -> bool:
         ReplayError: it can't be carried out.
     """
     teller = Teller(as_json=as_json)
-    before = Run(run)
+    before = Run(run) if (run / RESULT).exists() else None
     with run_folder(out) as folder:
         staging, pool, _, doubts = again(run, folder, cache_folder(), teller.say)
         for doubt in doubts:
             teller.say(f"not as it was: {doubt}")
         result = _replay(staging, pool, folder, teller)
     teller.result(result, folder)
+    if before is None:
+        teller.say(f"{run} had come to no result: there is nothing to compare this one with")
+        return True
     same, how = same_result(before, Run(folder))
     teller.say(how if same else f"not the same as {run}: {how}")
     return same
@@ -128,7 +131,15 @@ def run_compare(one: Path, other: Path, picture: Path | None) -> None:
 
 
 def _replay(staging: Staging, pool: Pool | None, folder: Path, teller: Teller) -> dict[str, Any]:
-    result = replay_traces(staging, folder, pool, teller.take)
+    """Replay, and export the adapter.
+
+    Raises:
+        ReplayError: it was not carried out; says how to repeat it.
+    """
+    try:
+        result = replay_traces(staging, folder, pool, teller.take)
+    except ReplayError as error:
+        raise ReplayError(f"{error}; `fleet-replay again {folder}` repeats it") from None
     export_adapter(folder / "aggregator", folder / "adapter")
     return result
 

@@ -11,6 +11,7 @@ from typing import Any
 from device_profiles.errors import ReplayError
 from device_profiles.summary import human_bytes, human_seconds
 from device_profiles.virtual.options import RunRecord, read_record
+from device_profiles.virtual.run import RESULT
 from protocol.errors import os_words
 
 COLOURS = ("#2f6fde", "#d1622b")
@@ -37,11 +38,11 @@ class Run:
         self.folder = folder
         self.record: RunRecord = read_record(folder)
         try:
-            self.result: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+            self.result: dict[str, Any] = json.loads((folder / RESULT).read_bytes())
         except OSError as error:
             raise ReplayError(f"{folder} has no result: {os_words(error)}") from None
         except ValueError:
-            raise ReplayError(f"{folder / 'result.json'} is damaged") from None
+            raise ReplayError(f"{folder / RESULT} is damaged") from None
 
     @property
     def rounds(self) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from protocol.signing import SigningKey
 EPOCH = datetime(2026, 1, 5)
 """A Monday, midnight."""
 LONGEST_S = 30 * 24 * 3600.0
+RESULT = "result.json"
 SHARED = "devices"
 """Folder of what devices that train nothing have on disk: the aggregator's key."""
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -114,7 +115,7 @@ def replay_traces(
         **traffic,
         "wall_s": round(time.monotonic() - started, 2),
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -67,6 +67,10 @@ def test_what_has_changed_since_is_not_replayed(
     with pytest.raises(ReplayError, match="traces have changed since"):
         run_again(run.folder, tmp_path / "again", as_json=False)
     log.write_text(known)
+    (run.folder / "result.json").unlink()  # as where the replay had failed
+    capsys.readouterr()
+    assert run_again(run.folder, tmp_path / "again", as_json=False)
+    assert "had come to no result" in " ".join(capsys.readouterr().out.split())
     shutil.rmtree(run.folder / "pool")
     record = json.loads(known)
     record["options"]["pool"] = str(tmp_path / "no such")
