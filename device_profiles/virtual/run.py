@@ -148,6 +148,7 @@ def _set_up(
         loop, folder, job_file, broker.address, epoch_s, events.of_aggregator
     )
     stack.callback(aggregator.stop)
+    watched.broker, watched.aggregator_pid = broker, aggregator.pid
     stack.callback(benches.close)
     stage = Stage(
         loop,
@@ -173,7 +174,6 @@ def _set_up(
         speed=staging.speed,
     )
     events.now = lambda: drive.now_s
-    watched.broker, watched.aggregator_pid = broker, aggregator.pid
     watched.drive, watched.devices = drive, devices
     return drive
 
