@@ -24,6 +24,8 @@ CHARTS = (
     ("loss", "Held-out loss that devices which train began the round with, nats a token", 1.0),
 )
 """Field of a round, what it shows, and what it is multiplied with."""
+ELSEWHERE = ("job", "pool", "memory_scale")
+"""Options that are compared by what they came to."""
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -70,7 +72,7 @@ def differences(one: Run, other: Run) -> Iterator[tuple[str, str, str]]:
     for name, fields in (("", "options"), ("job.", "job"), ("policy.", "policy")):
         a, b = getattr(one.record, fields), getattr(other.record, fields)
         for key in sorted({*a, *b}):
-            if a.get(key) != b.get(key) and not (fields == "options" and key == "job"):
+            if a.get(key) != b.get(key) and not (fields == "options" and key in ELSEWHERE):
                 yield name + key, _short(a.get(key)), _short(b.get(key))
 
 
@@ -81,6 +83,8 @@ def table(one: Run, other: Run) -> list[tuple[str, str, str]]:
     def both(name: str, show: Any) -> None:
         rows.append((name, show(one), show(other)))
 
+    if one.record.pool != other.record.pool:
+        both("pool", lambda run: str(run.record.pool)[:16])
     both("ended", lambda run: run.result["ended"])
     both("rounds merged", lambda run: str(sum(1 for r in run.rounds if r["version"])))
     both("updates counted", lambda run: str(sum(r["counted"] for r in run.rounds)))

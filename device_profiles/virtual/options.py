@@ -105,7 +105,7 @@ def prepare(
     _check(job, fidelities, max(policy.min_devices, policy.quorum), taking_part)
     needs_model = bool(fidelities.get("train")) or (taking_part and not options.pool)
     model = _model(name, job) if needs_model else Path(name)
-    text = _text(options, folder) if needs_model else []
+    text = _text(options, folder) if fidelities.get("train") else []
     pool = _pool(job, model, options, cache, say) if taking_part else None
     if pool is not None:
         _keep_pool(pool, folder)
