@@ -20,7 +20,9 @@ Float64Array = npt.NDArray[np.float64]
 Array = npt.NDArray[np.floating]
 
 PART, EXACT = 128, 64
-"""Rows that are summed, or columns that are gathered, at a time, and rows brought to float64."""
+"""Rows that are summed at a time, and rows brought to float64."""
+GATHERED = 1024
+"""Columns that are gathered at a time at most."""
 
 
 Source = Factors | Callable[[], Factors]
@@ -118,8 +120,11 @@ class Dense(Held):
     def __init__(self, terms: Sequence[Term], shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
         super().__init__(shape, dtype)
         total = np.zeros(shape, dtype)
+        # More rows at a time are faster; of many terms they are little beside what those take.
+        stacked = sum(term.rank for term in terms) * sum(shape)
+        rows = PART * min(4, max(1, stacked // (4 * total.size)))
         for a, b in _gathered(terms, shape, self.dtype):
-            for part in _parts(len(total)):
+            for part in _parts(len(total), rows):
                 total[part] += b[part] @ a
         self.total = total
 
@@ -199,7 +204,7 @@ def _gathered(
     They lie in the same memory each time, a sixth of what all of them would take at most.
     """
     ranks = [term.rank for term in terms]
-    width = max(min(4 * PART, sum(ranks) // 6), *ranks, 1)
+    width = max(min(GATHERED, sum(ranks) // 6), *ranks, 1)
     a, b = np.empty((width, shape[1]), dtype), np.empty((shape[0], width), dtype)
     filled = 0
     for i, term in enumerate(terms):
