@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from device_profiles import cli
 from device_profiles.virtual.broker import find_mosquitto
+from device_profiles.virtual.command import run_traces
+from device_profiles.virtual.options import Options
+from protocol.errors import TunefleetError
 
 TEXT = "The kettle was on, and so it was tea that they had. Nobody minded the rain at all. "
 JOB = """
 rounds = 2
-ladder = [2, 4]
+ladder = [2]
 
 [training]
 steps = 2
@@ -59,7 +65,7 @@ def test_real_and_recorded_training_come_out_alike_from_a_runs_log(tmp_path: Pat
         *("--data", "kitchen.txt", "--data", "desk.txt", "--out", "runs", "--until", 48),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "training once at each of the ranks [2, 4]" in done.stdout
+    assert "training once at each of the ranks [2]" in done.stdout
     first = tmp_path / "runs" / "latest"
     found = result(first)
     assert [each["counted"] for each in found["rounds"]] == [3, 3]
@@ -67,7 +73,7 @@ def test_real_and_recorded_training_come_out_alike_from_a_runs_log(tmp_path: Pat
     assert (first / "adapter" / "adapter_model.safetensors").exists()
     assert (first / "devices" / "train-00000" / "adapter").is_dir(), "and keeps its result"
     pool = json.loads((first / "pool" / "pool.json").read_text())
-    assert [each["rank"] for each in pool["updates"]] == [2, 4]
+    assert [each["rank"] for each in pool["updates"]] == [2]
 
     done = fleet_replay(tmp_path, "again", first.resolve(), "--out", "again")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,18 +87,18 @@ def test_real_and_recorded_training_come_out_alike_from_a_runs_log(tmp_path: Pat
 
 
 def test_what_is_wrong_with_a_command_is_said_in_a_line(tmp_path: Path) -> None:
-    for arguments, why in (
-        (("run", "--scenario", "sunshine", "--devices", 2), "no scenario has this name"),
-        (("run", "--scenario", "flaky-3g"), "say how many with --devices"),
-        (("run", "nothing-here"), "can't be read"),
-        (("run", "--scenario", "flaky-3g", "--devices", 2, "--speed", "fast"), "--speed 'fast'"),
-        (
-            ("run", "--scenario", "flaky-3g", "--devices", 2, "--fidelity", "train=3"),
-            "3 devices are more than --devices 2",
-        ),
-        (("run", "--devices", 2), "that is for traces"),
-        (("again", "nothing-here"), "holds no replay of traces"),
+    done = fleet_replay(tmp_path, "run", "nothing-here")
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "can't be read" in said and "Traceback" not in said, said
+    flaky = Options(scenario="flaky-3g")
+    for options, why in (
+        (Options(scenario="sunshine", devices=2), "no scenario has this name"),
+        (flaky, "say how many with --devices"),
+        (Options(), "name a trace, a folder of traces, or a --scenario"),
+        (replace(flaky, devices=2, fidelity="train=3"), "3 devices are more than --devices 2"),
     ):
-        done = fleet_replay(tmp_path, *arguments)
-        said = done.stdout + done.stderr
-        assert done.returncode != 0 and why in said and "Traceback" not in said, said
+        with pytest.raises(TunefleetError, match=why):
+            run_traces(options, tmp_path / "runs", as_json=False)
+    assert not list((tmp_path / "runs").iterdir()), "nothing is left of what did not begin"
+    with pytest.raises(typer.BadParameter, match="that is for traces"):
+        cli.run(None, devices=2)
