@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aggregator.errors import ConfigError, StoreError
+from aggregator.link import Link
 from protocol import topics
 from protocol.artifact import (
     AGAIN,
@@ -28,7 +29,7 @@ from protocol.events import EventLog
 from protocol.files import write_durably
 from protocol.messages import ARTIFACT_CHUNKS, ArtifactFile, ArtifactManifest, Job
 from protocol.signing import SigningKey, open_message
-from protocol.transport import Incoming, MqttTransport
+from protocol.transport import Incoming
 
 SLICE = 32
 """Chunks that are published before other work goes on."""
@@ -112,7 +113,7 @@ class ArtifactPublisher:
         folder: Path | None,
         state: Path,
         key: SigningKey,
-        link: MqttTransport,
+        link: Link,
         events: EventLog,
         meanwhile: Callable[[], None],
     ) -> None:

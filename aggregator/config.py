@@ -82,8 +82,16 @@ def read_job(path: Path) -> tuple[Job, Policy]:
     Raises:
         ConfigError: it is not there, not TOML, or a field is missing, unknown or wrong.
     """
-    fields = with_probe_text(read_settings(path, "job file", ConfigError), path.parent, str(path))
-    return build_job(fields, str(path))
+    return build_job(read_fields(path), str(path))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return what a job file sets, with its probe's text, unchecked.
+
+    Raises:
+        ConfigError: it is not there, or not TOML.
+    """
+    return with_probe_text(read_settings(path, "job file", ConfigError), path.parent, str(path))
 
 
 def build_job(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:

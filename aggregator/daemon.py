@@ -1,7 +1,8 @@
-"""The aggregator at work: start up, serve until the job is done or somebody says stop, shut down.
+"""A job as it is served: start up, take in what has come, do what is due.
 
-One thread: what has come is dealt with, committed, acknowledged, answered; then the state machine
-of aggregator.rounds is asked what is due.
+One thread: what has come is dealt with, committed, acknowledged, answered; then what an operator
+asked for is done, and the state machine of aggregator.rounds is asked what is due. The loop around
+one job, or several, is aggregator.service's.
 """
 
 from __future__ import annotations
@@ -15,29 +16,24 @@ from aggregator.alone import check_alone
 from aggregator.artifacts import ArtifactPublisher
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
-from aggregator.memory import read_memory, write_memory
-from aggregator.merge import RoundView, merge
-from aggregator.merge.round_view import completed
-from aggregator.outcome import Outcome
-from aggregator.personal import strategy_of
-from aggregator.personal.serving import merge_personal
+from aggregator.link import Link, own_link
+from aggregator.memory import write_memory
+from aggregator.merging import merge_round
+from aggregator.operating import Done, Operator
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
 from aggregator.rounds import Action, Policy, RoundState, next_action
+from aggregator.steering import moved
 from aggregator.store import Store
 from aggregator.sweeper import Sweeper
-from aggregator.updates import stored_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
-from protocol.errors import TransportError
 from protocol.events import EventLog
-from protocol.factors import trained_factors
 from protocol.faults import fault_point
 from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
-from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
-from protocol.transport import BrokerAddress, Incoming, MqttTransport
+from protocol.transport import BrokerAddress, Incoming
 
 TICK_S = 0.2
 BATCH = 32
@@ -45,14 +41,17 @@ BATCH = 32
 
 
 class Daemon:
-    """Run one job; `onnx` is the folder of an artifact set for devices to fetch."""
+    """Serve one job; `onnx` is the folder of an artifact set for devices to fetch.
+
+    It has a link of its own, or one that it is given, in which several jobs have a part each.
+    """
 
     def __init__(
         self,
         job: Job,
         policy: Policy,
         store: Store,
-        broker: BrokerAddress,
+        broker: BrokerAddress | Link,
         events: EventLog,
         *,
         key: SigningKey,
@@ -67,8 +66,9 @@ class Daemon:
         self.taken_in = 0
         """Messages of devices that have been dealt with: committed, and answered."""
         self._job = job
-        self._policy = policy
         self._store = store
+        self._steering = store.steering()
+        self._policy = self._steering.in_force(policy)
         self._events = events
         self._exit_when_done = exit_when_done
         self._wait_for_broker = wait_for_broker
@@ -79,13 +79,12 @@ class Daemon:
         self._key = key
         self._registry = membership.registry if membership else None
         tls = membership.tls if membership else None
-        self._certified = tls is not None and broker.tls
-        self._link = MqttTransport(
-            broker,
-            f"tunefleet-aggregator-{job.job}",
-            tls=tls,
-            on_outage=lambda why: self._waiting.say(f"the broker at {broker}", why),
+        self._link: Link = (
+            own_link(broker, job.job, tls, self._waiting)
+            if isinstance(broker, BrokerAddress)
+            else broker
         )
+        self._certified = tls is not None and self._link.address.tls
         self._versions = Versions(job, store)
         self._intake = Intake(
             job,
@@ -93,38 +92,33 @@ class Daemon:
             self._versions,
             self._key,
             events,
-            policy=policy,
+            policy=self._policy,
             registry=self._registry,
             clock=clock,
         )
+        self._operator = Operator(job, policy, store, self._versions, events, clock)
         self._sweeper: Sweeper | None = None
         if membership is not None and self._certified:
             self._sweeper = Sweeper(
                 job.job, membership.jobs, membership.registry, self._intake, self._link, events
             )
-        self._publisher = Publisher(job, store, self._key, self._link, self._take_in_next)
+        self._publisher = Publisher(job, store, self._key, self._link, self.take_in_next)
         self._artifacts = ArtifactPublisher(
-            job, onnx, store.folder, self._key, self._link, events, self._take_in_next
+            job, onnx, store.folder, self._key, self._link, events, self.take_in_next
         )
 
-    def run(self) -> None:
-        """Serve; returns after SIGTERM, SIGINT, or the end of the job if so asked.
+    @property
+    def job(self) -> str:
+        return self._job.job
 
-        Raises:
-            TransportError: the broker can't be reached, or the connection has ended for good.
-        """
-        with stop_on_signals(self._stop):
-            try:
-                self.start()
-                while not self._stopping:
-                    self.serve()
-                    self.step()
-            except TransportError:
-                # Asked to stop while the broker is away: what is unsaid is said at the next start.
-                if not self._stopping:
-                    raise
-            finally:
-                self.close()
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop, or its job is done and it is to end then."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """Let nobody wait for anything any longer; it may be called from a signal handler."""
+        self._stopping = True
 
     def close(self) -> None:
         """Leave the broker, which keeps the job."""
@@ -135,13 +129,7 @@ class Daemon:
     def start(self) -> None:
         """Check that the job can be served, and only then make the state folder this job's."""
         job, settings = self._job.job, self._job.model_dump_json()
-        self._store.check_job(settings)
-        if not self._certified:
-            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
-            # all. It would also give a scout the aggregator's own session, by its certificate.
-            check_alone(
-                self._link.address, job, self._key.public, self._store.round(), self._connect
-            )
+        self.check()
         if not self._connect(self._link):
             return
         if self._sweeper is not None:
@@ -153,6 +141,7 @@ class Daemon:
             )
         fault_point("aggregator.start.connected")
         self._store.bind_job(settings)
+        self._store.set_policy(self._operator.policy)
         if self._store.round().version == 0:
             first = self._versions.write(first_version(self._job), version=1, parent=None)
             fault_point("aggregator.start.written")
@@ -176,7 +165,26 @@ class Daemon:
         )
         self._end_if_done(state)
 
-    def _connect(self, link: MqttTransport) -> bool:
+    def check(self) -> None:
+        """Check that the state is this job's, and that nobody else serves it.
+
+        Raises:
+            StoreError: it is not, or somebody does.
+            TransportError: the broker can't be reached.
+        """
+        self._store.check_job(self._job.model_dump_json())
+        if not self._certified:
+            # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
+            # all. It would also give a scout the aggregator's own session, by its certificate.
+            check_alone(
+                self._link.address,
+                self._job.job,
+                self._key.public,
+                self._store.round(),
+                self._connect,
+            )
+
+    def _connect(self, link: Link) -> bool:
         """Connect, once the broker is up; return False when stopped before."""
         return connect_when_up(
             link, self._waiting, stopping=lambda: self._stopping, wait=self._wait_for_broker
@@ -228,6 +236,13 @@ class Daemon:
             fault_point("aggregator.message.answered")
         self.taken_in += len(batch)
 
+    @property
+    def standing(self) -> str:
+        """Where the job stands, in a few words."""
+        now = self._store.round()
+        state = now.state if self._steering.paused is None else "paused"
+        return f"{self.job}: round {now.number} of {self._job.rounds}, {state}"
+
     def _answer(self, topic: str, payload: bytes) -> None:
         self._link.post(topic, payload)
 
@@ -238,13 +253,17 @@ class Daemon:
             return []
         return self._intake.handle(incoming.topic, incoming.payload)
 
-    def _take_in_next(self) -> None:
+    def take_in_next(self) -> None:
         """Take in what comes while something else is being said."""
         if (incoming := self._link.receive(0)) is not None:
             self._take_in(incoming)
 
     def step(self) -> Action | None:
-        """Ask what is due now, do it, and return what it was."""
+        """Do what an operator asked for; ask what is due now, do it, and return what it was."""
+        for done in self._operator.step():
+            self._steer(done)
+        if self._steering.paused is not None:
+            return None
         state = self._store.round()
         delivered, refused = self._store.uploads.answered(state.number, state.attempt)
         action = next_action(
@@ -266,6 +285,28 @@ class Daemon:
         elif action == "finish":
             self._enter(replace(state, state="finished", deadline=None))
         return action
+
+    def reload(self, policy: Policy) -> None:
+        """Go by what the job file says of rounds now; what a command has changed stays changed."""
+        kept, now = self._store.steering(), self._store.round()
+        before = kept.policy(self._operator.policy)
+        after = moved(now, before, kept.policy(policy))
+        with self._store.transaction():
+            self._store.set_policy(policy)
+            self._store.set_round(after)
+        self._operator.policy = policy
+        self._steer()
+
+    def _steer(self, done: Done | None = None) -> None:
+        """Go by what was changed, and tell everybody."""
+        self._steering = self._store.steering()
+        self._policy = self._intake.policy = self._steering.in_force(self._operator.policy)
+        version = done.version if done is not None else None
+        if version is not None:
+            self._publisher.version(version)
+        self._announce(self._store.round())
+        if version is not None:
+            tidy(self._store, self._policy.keep_versions)
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
@@ -348,34 +389,5 @@ class Daemon:
         if state.state == "finished" and self._exit_when_done:
             self._stopping = True
 
-    def _stop(self) -> None:
-        self._stopping = True
-        self._link.abandon()
-
     def _deadline(self) -> float:
         return self._clock() + self._policy.deadline_s
-
-
-def merge_round(job: Job, store: Store, versions: Versions, state: RoundState) -> Outcome:
-    """Merge the counted updates of a round by the job's rule, which reads them module by module."""
-    if (strategy := strategy_of(job.rule)) is not None:
-        return merge_personal(job, strategy, store, versions, state)
-    updates = []
-    trained = trained_factors(job.training.factors, state.number)
-    for manifest in store.uploads.of_round(state.number, "counted"):
-        update = stored_update(job, versions, manifest, store.uploads.file(manifest))
-        if behind := state.number - manifest.round:
-            update = completed(update, versions.load(manifest.version))
-            update = replace(update, staleness=behind)
-            trained = "both"  # it has other rows than the previous global of what it left frozen
-        updates.append(update)
-    view = RoundView(
-        versions.load(state.version),
-        updates,
-        job.base.modules,
-        job.rank,
-        seed=job.seed + state.number,
-        memory=read_memory(store),
-        trained=trained,
-    )
-    return Outcome(merge(job.rule, view, settings=job.rule_settings))

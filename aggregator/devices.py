@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+from aggregator.history import History
 from protocol.database import Database
 from protocol.messages import Status
 
@@ -18,8 +21,9 @@ CREATE TABLE IF NOT EXISTS conduct (
 class Devices:
     """Hold the devices of one job, in the store's database, whose transactions they are part of."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, history: History) -> None:
         self._db = db
+        self._history = history
         self._ready: set[str] | None = None
         """Who is ready, once that was asked for: asked with each message, it is kept up here."""
 
@@ -40,6 +44,8 @@ class Devices:
         same = self.key(status.device) == public_key
         if known is not None and same and known.boot > status.boot:
             return False
+        if known != status:  # one that the broker keeps is heard again with each connection
+            self._history.heard(status.device, time.time())
         self._db.run(
             "INSERT INTO devices VALUES (?, ?, ?) "
             "ON CONFLICT (name) DO UPDATE SET "

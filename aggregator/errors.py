@@ -8,6 +8,8 @@ TunefleetError                 anything a person is to read as one line (protoco
     ├── ConfigError            the job file or a flag is missing something or wrong
     ├── StoreError             the state folder can't be used
     ├── JobInUse               a job is to be withdrawn, and devices are online in it
+    ├── NoDaemon               a running aggregator was asked for something, and there is none
+    ├── ControlRefused         a running aggregator was asked for something that it does not do
     ├── FolderError            a fleet's folder is missing, there already, or not in order
     └── EnrolmentRefused       somebody asked to be let in and may not; the reason is for them
 """
@@ -68,6 +70,22 @@ class JobInUse(AggregatorError):
         )
         self.broker = broker
         self.devices = tuple(devices)
+
+
+class NoDaemon(AggregatorError):
+    """A running aggregator was asked for something, and there is none, or it did not get to it."""
+
+
+class ControlRefused(AggregatorError):
+    """A running aggregator was asked for something that it does not do.
+
+    `code` is for programs: "wrong" (no such command or value), "unknown" (no such version, device
+    or job), "state" (not as things stand), "late" (the daemon got to it too late), "failed".
+    """
+
+    def __init__(self, code: str, why: str) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 class FolderError(AggregatorError):

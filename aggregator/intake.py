@@ -55,7 +55,7 @@ class Intake:
         self._versions = versions
         self._key = key
         self._events = events
-        self._policy = policy or Policy()
+        self.policy = policy or Policy()
         self._registry = registry
         self._clock = clock
         self._seldom = Seldom(events, clock)
@@ -106,8 +106,8 @@ class Intake:
 
     def blame(self, device: str) -> None:
         """Bring a device nearer to quarantine."""
-        until = self._clock() + self._policy.quarantine_s
-        if self._store.devices.strike(device, self._policy.quarantine_after, until):
+        until = self._clock() + self.policy.quarantine_s
+        if self._store.devices.strike(device, self.policy.quarantine_after, until):
             self._events.emit("quarantined", device=device, until=until)
 
     def _refuse(self, device: str, topic: str, error: Exception) -> None:
@@ -268,7 +268,7 @@ class Intake:
         behind = now.number - manifest.round
         if behind < 0:
             return f"round {manifest.round} has not begun (it is round {now.number}, {now.state})"
-        if now.state != "open" or behind > self._policy.late_updates:
+        if now.state != "open" or behind > self.policy.late_updates:
             return f"round {manifest.round} is over (it is round {now.number}, {now.state})"
         if behind and self._store.uploads.has_counted(manifest.device, now.number):
             return f"another update of this device counts in round {now.number} already"
@@ -276,6 +276,8 @@ class Intake:
             return f"attempt {manifest.attempt} at round {now.number} has not begun"
         if manifest.version != (started := now.version - behind):
             return f"it starts from version {manifest.version}, the round from {started}"
+        if behind and self._store.history.left(manifest.round, now.number):
+            return f"what round {manifest.round} began from has been left for an older version"
         if behind and self._store.version(started) is None:
             return f"version {started}, from which it starts, is not kept any more"
         return ""

@@ -128,7 +128,8 @@ def main() -> None:
 
     threading.Thread(target=listen, name="orders", daemon=True).start()
     clock = ToldClock(given.time)
-    events = EventLog(as_json=True, clock=clock)
+    events = EventLog(as_json=True)
+    events.clock = clock
     job, policy = read_job(given.job)
     daemon = PacedDaemon(
         job,

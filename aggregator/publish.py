@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aggregator.errors import StoreError
+from aggregator.link import Link
 from aggregator.places import Place, beside, common
 from aggregator.rounds import RoundState
 from aggregator.store import Store
@@ -14,7 +15,6 @@ from protocol.errors import os_words
 from protocol.faults import fault_point
 from protocol.messages import FileInfo, GlobalManifest, Job, Round, describe_file
 from protocol.signing import SigningKey
-from protocol.transport import MqttTransport
 
 VERSIONS_KEPT = 2
 """Versions on the broker: the newest, and the one that devices may still be downloading. The state
@@ -29,7 +29,7 @@ class Publisher:
         job: Job,
         store: Store,
         key: SigningKey,
-        link: MqttTransport,
+        link: Link,
         meanwhile: Callable[[], None],
     ) -> None:
         self._job = job

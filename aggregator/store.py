@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -15,14 +16,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from aggregator.commands import SCHEMA as COMMANDS_SCHEMA
+from aggregator.commands import STORE_FILE, CommandTable
 from aggregator.devices import SCHEMA as DEVICES_SCHEMA
 from aggregator.devices import Devices
 from aggregator.errors import StoreError
+from aggregator.history import SCHEMA as HISTORY_SCHEMA
+from aggregator.history import History
 from aggregator.issued import SCHEMA as ISSUED_SCHEMA
 from aggregator.issued import Issued
 from aggregator.parts import Parts
 from aggregator.places import Place
-from aggregator.rounds import RoundState
+from aggregator.rounds import Policy, RoundState
+from aggregator.steering import Steering
 from aggregator.uploads import SCHEMA as UPLOADS_SCHEMA
 from aggregator.uploads import Uploads
 from protocol.database import FULL, Database, DatabaseDamaged
@@ -33,7 +39,7 @@ from protocol.mistakes import first_difference
 
 RESERVE_BYTES = 64 << 20
 """Left free of uploads, for versions, the database, and what else is on that disk."""
-SCHEMA = """
+_TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
   number INTEGER PRIMARY KEY, version INTEGER NOT NULL, seconds REAL NOT NULL,
@@ -41,6 +47,9 @@ CREATE TABLE IF NOT EXISTS rounds (
 CREATE TABLE IF NOT EXISTS versions (
   version INTEGER PRIMARY KEY, manifest TEXT NOT NULL) STRICT;
 """
+SCHEMA = (
+    _TABLES + UPLOADS_SCHEMA + DEVICES_SCHEMA + ISSUED_SCHEMA + HISTORY_SCHEMA + COMMANDS_SCHEMA
+)
 
 
 class CarriedFile(NamedTuple):
@@ -59,8 +68,8 @@ class Store:
         self._parts = Parts(folder / "uploads")
         try:
             self._db = Database(
-                folder / "store.sqlite",
-                SCHEMA + UPLOADS_SCHEMA + DEVICES_SCHEMA + ISSUED_SCHEMA,
+                folder / STORE_FILE,
+                SCHEMA,
                 self.on_disk,
                 before_commit=self._parts.sync,
                 after_commit=self._parts.settle,
@@ -75,9 +84,13 @@ class Store:
                 f"can't keep the aggregator's state in {folder}: {os_words(error)}; name a folder "
                 "that can be written to with --state"
             ) from None
-        self.devices = Devices(self._db)
+        self.history = History(self._db)
+        self.commands = CommandTable(self._db)
+        self.devices = Devices(self._db, self.history)
         self.issued = Issued(self._db)
-        self.uploads = Uploads(self._db, self._parts, folder / "updates", self.on_disk)
+        self.uploads = Uploads(
+            self._db, self._parts, folder / "updates", self.on_disk, self.history
+        )
         self.uploads.finish_keeping()
 
     def close(self) -> None:
@@ -152,7 +165,22 @@ class Store:
         return RoundState(**json.loads(known))
 
     def set_round(self, state: RoundState) -> None:
-        self._set_meta("round", json.dumps(asdict(state)))
+        with self.transaction():
+            self._set_meta("round", json.dumps(asdict(state)))
+            if state.state == "open":
+                self.history.opened(state.number, time.time())
+
+    def steering(self) -> Steering:
+        """Return what an operator has changed while the job was served."""
+        known = self._meta("steering")
+        return Steering() if known is None else Steering(**json.loads(known))
+
+    def set_steering(self, steering: Steering) -> None:
+        self._set_meta("steering", json.dumps(asdict(steering)))
+
+    def set_policy(self, policy: Policy) -> None:
+        """Remember what the job file says of rounds, for who looks at this state."""
+        self._set_meta("policy", json.dumps(asdict(policy)))
 
     def finish_round(
         self,
@@ -184,6 +212,7 @@ class Store:
                 residual,
             )
             self.uploads.forget_unfinished(number - late_updates)
+            self.history.ended(number, time.time())
             self._set_meta("carried", json.dumps(carried or {}))
             beside()
             self.set_round(after)
@@ -193,6 +222,21 @@ class Store:
         """Return the version that a round was merged into; None: it is not merged."""
         row = self._db.one("SELECT version FROM rounds WHERE number = ?", number)
         return row[0] if row else None
+
+    def begin_anew(
+        self, after: RoundState, manifest: GlobalManifest, *, ended: RoundState, note: str
+    ) -> None:
+        """Commit a version that no merge has made; an open round ends, and `note` says why.
+
+        What a rule would carry to the next round is of the versions that are left, and goes.
+        """
+        with self.transaction():
+            self.add_version(manifest)
+            if ended.state == "open":
+                self.history.ended(ended.number, time.time(), note)
+                self.uploads.forget_unfinished(ended.number)
+            self._set_meta("carried", "{}")
+            self.set_round(after)
 
     def carried(self) -> dict[str, CarriedFile]:
         """Return the files that the last merge handed on, by what they hold."""
@@ -204,11 +248,13 @@ class Store:
         return self.folder / "memory"
 
     def add_version(self, manifest: GlobalManifest) -> None:
-        self._db.run(
-            "INSERT OR REPLACE INTO versions VALUES (?, ?)",
-            manifest.version,
-            manifest.model_dump_json(),
-        )
+        with self.transaction():
+            self._db.run(
+                "INSERT OR REPLACE INTO versions VALUES (?, ?)",
+                manifest.version,
+                manifest.model_dump_json(),
+            )
+            self.history.published(manifest)
 
     def version(self, number: int) -> GlobalManifest | None:
         row = self._db.one("SELECT manifest FROM versions WHERE version = ?", number)

@@ -18,10 +18,11 @@ from paho.mqtt.client import topic_matches_sub
 
 from aggregator.enrol.registry import Registry
 from aggregator.intake import TOPIC_SHOWN, Intake
+from aggregator.link import Link
 from protocol import topics
 from protocol.errors import ProtocolError
 from protocol.events import EventLog, Seldom
-from protocol.transport import Delivery, Incoming, MqttTransport
+from protocol.transport import Delivery, Incoming
 
 # The filter of upload chunks matches upload manifests too; both would bring them twice.
 FILTERS = [topics.subscription(kind) for kind in ("status", "upload_chunk")]
@@ -45,7 +46,7 @@ class Sweeper:
         jobs: Collection[str],
         registry: Registry,
         intake: Intake,
-        link: MqttTransport,
+        link: Link,
         events: EventLog,
     ) -> None:
         self._job = job

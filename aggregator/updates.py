@@ -14,6 +14,7 @@ from protocol.bands import Stack, read_adapter, stacks, stored_layers
 from protocol.factors import trained_factors
 from protocol.layers import from_bitmap, only
 from protocol.messages import Job, UploadManifest
+from protocol.notify import alive
 from protocol.probe import TopLogits, decode_probe
 
 
@@ -72,6 +73,7 @@ def stored_update(job: Job, versions: Versions, manifest: UploadManifest, path: 
     before = versions.base(manifest).layers
 
     def after(module: str) -> Factors:
+        alive()  # a merge asks for a module of an update at a time
         own, change = before[module].take(chosen[module]), changes[module]
         return Factors(own.a + change.a, own.b + change.b)
 

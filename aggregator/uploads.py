@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from aggregator.history import History
 from aggregator.parts import Parts
 from protocol.chunks import check_file
 from protocol.database import Database
@@ -50,11 +51,13 @@ class Uploads:
         parts: Parts,
         folder: Path,
         on_disk: Callable[[], AbstractContextManager[None]],
+        history: History,
     ) -> None:
         self._db = db
         self._parts = parts
         self.folder = folder
         self._on_disk = on_disk
+        self._history = history
         self._answered: tuple[tuple[int, int], set[str], set[str]] | None = None
         """Of one round's attempt: whose update counts, and whose of the attempt was refused."""
 
@@ -145,6 +148,7 @@ class Uploads:
                 self._db.run("INSERT INTO late VALUES (?, ?, ?)", *late)
             self._parts.keep(manifest, self.file(manifest))
             self._settle(manifest, "counted", "")
+            self._history.counted(manifest, late_for or manifest.round, time.time())
             if self._answered is not None:
                 (number, _), counted, _ = self._answered
                 if number == (manifest.round if late_for is None else late_for):
@@ -157,6 +161,7 @@ class Uploads:
             self._forget(before, manifest.device, manifest.upload)
             self.expect(manifest)
             self._settle(manifest, "rejected", reason)
+            self._history.refused(manifest.device, reason, time.time())
             self.forget_answers()
 
     def forget(self, manifest: UploadManifest) -> None:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from edge_client.config import Settings
 from edge_client.discover import discover_job, enter_job, link_of
 from edge_client.errors import EdgeError
-from edge_client.notify import alive
 from edge_client.outbox import Outbox
 from edge_client.participant import Participant
 from edge_client.policy.polite import noting_pauses
@@ -20,6 +19,7 @@ from edge_client.standing import Standing
 from edge_client.storage import keeping
 from protocol.errors import TransportError
 from protocol.events import EventLog
+from protocol.notify import alive
 from protocol.signals import stop_on_signals
 from protocol.signing import SigningKey
 from protocol.transport import Incoming, MqttTransport

@@ -137,7 +137,7 @@ class Outbox:
     def pending(self, job: str = "") -> list[str]:
         """Return the ids of the updates that wait, of one job or all, oldest round first."""
         rows = self._db.rows(
-            "SELECT upload FROM updates WHERE ?1 IN ('', json_extract(manifest, '$.job')) "
+            "SELECT upload FROM updates WHERE ? IN ('', json_extract(manifest, '$.job')) "
             "ORDER BY round",
             job,
         )

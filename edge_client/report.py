@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from edge_client.errors import StorageError
-from edge_client.notify import notify
+from protocol.lifetime import began, is_alive
+from protocol.notify import notify
 
 FILE = "status.json"
 WRITTEN_EVERY_S = 5.0
 """Steps are written down as often at most: memory cards wear out."""
-BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _PARTS: Mapping[str, Mapping[str, type]] = {
     "job": {"name": str},
@@ -96,26 +93,7 @@ def agent_runs(state: Path) -> bool:
 
 def is_running(told: Mapping[str, Any]) -> bool:
     """Say whether the process that wrote this down still is."""
-    try:
-        return bool(began(told["pid"]) == told["began"])
-    except (KeyError, TypeError, ValueError, OverflowError, OSError, psutil.Error):
-        return False
-
-
-def began(pid: int) -> str | float:
-    """Return what tells a process from another that had its number, or will.
-
-    On Linux the boot and the clock ticks since then (proc(5)): the time of day at which a process
-    began moves when the clock is set, as it is on a board without a battery after each start.
-
-    Raises:
-        OSError, psutil.Error: there is no such process.
-    """
-    if not sys.platform.startswith("linux"):
-        return float(psutil.Process(pid).create_time())
-    stat = Path(f"/proc/{int(pid)}/stat").read_bytes()
-    ticks = stat.rpartition(b")")[2].split()[19]  # the 22nd; the name before may hold anything
-    return f"{BOOT.read_text().strip()}/{int(ticks)}"
+    return is_alive(told.get("pid"), told.get("began"))
 
 
 def read_told(state: Path) -> tuple[dict[str, Any], str]:

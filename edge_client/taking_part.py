@@ -8,12 +8,12 @@ from signal import Signals
 
 from edge_client.agent import Agent
 from edge_client.config import Settings
-from edge_client.notify import notify
 from edge_client.report import Report
 from protocol.cli import Interrupted
 from protocol.errors import TunefleetError
 from protocol.events import EventLog
 from protocol.files import lock_folder
+from protocol.notify import notify
 
 
 def take_part(settings: Settings, *, as_json: bool) -> None:

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_client.policy.owner import Policy
-from protocol.systemd import ADDRESS_FAMILIES, SANDBOX, SYSTEM_CALLS, argument, quoted
+from protocol.systemd import (
+    ADDRESS_FAMILIES,
+    EVERYWHERE,
+    OF_THE_SYSTEM,
+    SANDBOX,
+    SYSTEM_CALLS,
+    argument,
+    quoted,
+)
 
 NAME = "tunefleet-device.service"
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
@@ -21,22 +29,6 @@ AGENT_MIB = 384
 """What the agent takes beside its training process, with room for adapters on their way."""
 NICE, CPU_WEIGHT = 10, 20
 """Where the owner's policy says nothing."""
-
-_EVERYWHERE = """LockPersonality=yes
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallErrorNumber=EPERM"""
-_OF_THE_SYSTEM = """AmbientCapabilities=
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-RemoveIPC=yes
-KeyringMode=private"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +60,7 @@ def device_unit(service: Service) -> str:
     memory = f"MemoryMax={int(cap_mib + AGENT_MIB)}M\n" if cap_mib else ""
     if system:
         writes = " ".join(quoted(path) for path in service.writes)
-        sandbox = f"User={service.user}\n{SANDBOX}\n{_OF_THE_SYSTEM}\nReadWritePaths={writes}"
+        sandbox = f"User={service.user}\n{SANDBOX}\n{OF_THE_SYSTEM}\nReadWritePaths={writes}"
     else:
         sandbox = f"NoNewPrivileges=yes\n{ADDRESS_FAMILIES}\n{SYSTEM_CALLS}\nUMask=0077"
     return f"""[Unit]
@@ -90,7 +82,7 @@ OOMPolicy=continue
 IOSchedulingClass={"best-effort" if policy.io == "normal" else "idle"}
 CPUWeight={policy.cpu_weight or CPU_WEIGHT}
 {sandbox}
-{_EVERYWHERE}
+{EVERYWHERE}
 
 [Install]
 WantedBy={"multi-user.target" if system else "default.target"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -25,10 +26,10 @@ class EventLog:
         as_json: bool,
         stream: TextIO | None = None,
         also: Callable[[Mapping[str, Any]], None] | None = None,
-        clock: Callable[[], float] = time.time,
         **always: object,
     ) -> None:
-        self._clock = clock
+        self.clock: Callable[[], float] = time.time
+        """Seconds since 1970, by which events are dated; a replay has a clock of its own."""
         self._also = also
         self._as_json = as_json
         self._stream = stream or sys.stdout
@@ -37,14 +38,26 @@ class EventLog:
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event; a reader that has gone away is no error."""
-        record = {"event": event, "time": round(self._clock(), 3), **self._always, **fields}
+        record = {"event": event, "time": round(self.clock(), 3), **self._always, **fields}
         if self._also is not None:
             self._also(record)
-        if self._as_json:
-            line = json.dumps(record)
-        else:
-            shown = (f"{k}={_short(v)}" for k, v in record.items() if k not in ("event", "time"))
-            line = f"{time.strftime('%H:%M:%S')} {event:<12} {' '.join(shown)}"
+        self._say(record)
+
+    def _say(self, record: Mapping[str, Any]) -> None:
+        self._take(json.dumps(record) if self._as_json else self.in_words(record))
+
+    @classmethod
+    def in_words(cls, record: Mapping[str, Any]) -> str:
+        """Return an event as people read it."""
+        fields = (f"{k}={shown(v)}" for k, v in record.items() if k not in ("event", "time"))
+        return f"{cls.clock(record['time'])} {record['event']:<12} {' '.join(fields)}"
+
+    @staticmethod
+    def clock(at: float) -> str:
+        return time.strftime("%H:%M:%S", time.localtime(at))
+
+    def _take(self, line: str) -> None:
+        """Write a line, now or with those that are held."""
         if self._held is not None:
             self._held.append(line)
         else:
@@ -65,8 +78,11 @@ class EventLog:
     def _write(self, text: str) -> None:
         try:
             print(text, file=self._stream, flush=True)
-        except (BrokenPipeError, ValueError):
+        except ValueError:
             return
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's reader, a closed terminal
+                raise
 
 
 class Seldom:
@@ -92,7 +108,8 @@ class Seldom:
         return True
 
 
-def _short(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value as people read it: short, and with no terminal sequence of its own."""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = value if isinstance(value, str) else json.dumps(value)

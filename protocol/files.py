@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from protocol.adapter import Adapter
 from protocol.errors import StateError
@@ -16,6 +17,8 @@ from protocol.tensors import encode
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names of the files of an adapter."""
+LOCK = "lock"
+"""File of a state folder that its process has locked, and has written its number to."""
 PRIVATE = 0o600
 """Mode of a file that its owner alone may read."""
 PRIVATE_UMASK = 0o077
@@ -73,7 +76,7 @@ def lock_folder(folder: Path, who: str) -> Iterator[None]:
 def _locked(folder: Path, who: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = (folder / LOCK).open("a")
     except OSError as error:
         raise StateError(
             f"can't keep the {who}'s state in {folder}: {error.strerror}; name a folder that can "
@@ -87,7 +90,31 @@ def _locked(folder: Path, who: str) -> Iterator[None]:
                 f"another {who} is running with its state in {folder}; end it, or name another "
                 "folder with --state"
             ) from None
+        _sign(file)
         yield
+
+
+def _sign(lock: TextIO) -> None:
+    """Write down which process has a lock, for who asks without taking it."""
+    from protocol.lifetime import began
+
+    pid = os.getpid()
+    with suppress(OSError):  # a full disk: it holds all the same
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": pid, "began": began(pid)}))
+        lock.flush()
+
+
+def folder_holder(folder: Path) -> int | None:
+    """Return the process that has a state folder now; None if nobody does."""
+    from protocol.lifetime import is_alive
+
+    try:
+        told = json.loads((folder / LOCK).read_text())
+        pid, begun = told["pid"], told["began"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return pid if is_alive(pid, begun) else None
 
 
 def write_peft(adapter: Adapter, folder: Path, *, base_model: str) -> None:

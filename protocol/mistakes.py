@@ -52,7 +52,7 @@ def first_mistake(error: ValidationError, *within: str) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == "missing" and first["loc"] == ("base",):
         return MODEL_MISSING  # a job file names the base by its model
-    setting, said = _setting([*within, *first["loc"]]), _allowed(first) + _instead(first)
+    setting, said = setting_name([*within, *first["loc"]]), _allowed(first) + _instead(first)
     return f"{setting}: {said}" if setting else said
 
 
@@ -107,8 +107,8 @@ def _flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     return flat
 
 
-def _setting(path: Sequence[str | int]) -> str:
-    """Return "training.steps", or "ladder[1]" for the second entry of a list."""
+def setting_name(path: Sequence[str | int]) -> str:
+    """Return a setting's name: "training.steps", or "ladder[1]" for the second entry of a list."""
     name = ""
     for part in path:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from protocol.errors import BrokerUnreachable
 from protocol.events import EventLog
-from protocol.transport import MqttTransport
 
 SELDOM_S = 600.0
 LONGEST_PAUSE_S = 30.0
 _GLANCE_S = 0.2
+
+
+class Connecting(Protocol):
+    """What connects to a broker; see protocol.transport.MqttTransport."""
+
+    def connect(self, timeout_s: float = ..., stopping: Callable[[], bool] = ...) -> None: ...
 
 
 class Waiting:
@@ -31,7 +37,7 @@ class Waiting:
 
 
 def connect_when_up(
-    link: MqttTransport, waiting: Waiting, *, stopping: Callable[[], bool], wait: bool = True
+    link: Connecting, waiting: Waiting, *, stopping: Callable[[], bool], wait: bool = True
 ) -> bool:
     """Connect, with growing pauses while nobody answers; return False when stopped before.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,30 @@ else:
 
 SHOWN = 60
 """Characters of a wrong line that are shown."""
+
+
+def line_of(text: str, setting: Sequence[str]) -> int | None:
+    """Return the line of a TOML file in which a setting, by its tables' names and its own, is set.
+
+    None where it is not found: a file can be written in ways that this does not follow.
+    """
+    table: tuple[str, ...] = ()
+    best: tuple[int, int] | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.fullmatch(r"\s*\[\[?([^\]]+)\]\]?\s*(#.*)?", line):
+            table = _keys(header[1])
+            name = table
+        elif key := re.match(r"\s*([\w.\-\"' ]+?)\s*=", line):
+            name = (*table, *_keys(key[1]))
+        else:
+            continue
+        if name == tuple(setting[: len(name)]) and (best is None or len(name) > best[0]):
+            best = len(name), number
+    return best[1] if best else None
+
+
+def _keys(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
 def read_settings(path: Path, what: str, refusal: type[TunefleetError]) -> dict[str, Any]:

@@ -16,6 +16,24 @@ ProtectProc=invisible
 UMask=0077"""
 """For system services: what is not named in ReadWritePaths is read-only."""
 
+EVERYWHERE = """LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM"""
+"""For services of a user too, whose manager may not make mount namespaces."""
+OF_THE_SYSTEM = """AmbientCapabilities=
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RemoveIPC=yes
+KeyringMode=private"""
+"""For system services, beside SANDBOX."""
+
 
 def quoted(word: object) -> str:
     """Return a path as systemd reads it back."""

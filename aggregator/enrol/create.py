@@ -79,6 +79,7 @@ def _fill(making: Path, path: Path, settings: FleetSettings, now: datetime) -> N
             memory_bytes=psutil.virtual_memory().total // 2,
         ),
         "systemd/tunefleet-aggregator.service": units.aggregator_unit(path, user),
+        units.SETTINGS: units.daemon_settings(),
         "systemd/mosquitto.service.d/tunefleet.conf": units.mosquitto_drop_in(
             path, user, [path / name for name in secrets]
         ),

@@ -4,7 +4,7 @@ fleet.json      hosts and ports        ca.pem ca.key        the private CA
 mosquitto.conf  acl  crl.pem           server.pem .key      broker and enrolment
 devices.sqlite  who is in              aggregator.pem .key  the aggregator at the broker
 signing.key     Ed25519, of messages   state/ broker/       what each keeps
-systemd/        units
+systemd/        units                  fleet.toml           settings of the daemon
 """
 
 from __future__ import annotations
@@ -233,7 +233,8 @@ class FleetFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise FolderError(
-                    f"another aggregator serves {self.path}; one job at a time"
+                    f"another aggregator serves {self.path}; one process serves all "
+                    "its jobs: aggregator serve -c"
                 ) from None
             yield
 

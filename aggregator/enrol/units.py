@@ -9,27 +9,52 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from protocol.systemd import SANDBOX, quoted
+from protocol.systemd import EVERYWHERE, OF_THE_SYSTEM, SANDBOX, argument, quoted
+
+SETTINGS = "fleet.toml"
 
 
 def aggregator_unit(folder: Path, user: str) -> str:
-    """Return tunefleet-aggregator.service; it serves job.toml in the fleet's folder."""
-    python, job, place = quoted(sys.executable), quoted(folder / "job.toml"), quoted(folder)
+    """Return tunefleet-aggregator.service; it serves what fleet.toml in the folder names."""
+    python, place = quoted(sys.executable), quoted(folder)
+    command = f"{python} -m aggregator serve -c {argument(folder / SETTINGS)}"
     return f"""[Unit]
 Description=Tunefleet aggregator
 Wants=network-online.target
 After=network-online.target mosquitto.service
 
 [Service]
+Type=notify
 User={user}
-ExecStart={python} -m aggregator serve {job} --dir {place}
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 RestartSec=10
+# It is ready once its jobs are said to the broker, for which it waits as long as that takes.
+TimeoutStartSec=infinity
+# Told to stop, it takes in and answers what has come; a merge that is begun is ended.
+TimeoutStopSec=5min
+# Fed by each turn of its loop, each module that is merged, each message that is published.
+WatchdogSec=5min
 {SANDBOX}
+{OF_THE_SYSTEM}
+{EVERYWHERE}
 ReadWritePaths={place}
 
 [Install]
 WantedBy=multi-user.target
+"""
+
+
+def daemon_settings() -> str:
+    """Return fleet.toml, the daemon's settings, as a fleet begins with it."""
+    return """# Settings of `aggregator serve -c fleet.toml`; docs/operator.md has all of them.
+# Paths are from this folder.
+dir = "."
+jobs = ["job.toml"]
+
+[log]
+level = "info"
 """
 
 

@@ -12,10 +12,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from edge_client.errors import WorkerError, WorkerKilled
-from edge_client.notify import alive
 from edge_client.trainer.pipe import receive, send
 from edge_client.trainer.watchdog import Watchdog
 from edge_client.trainer.worker import OUT_OF_MEMORY, serve
+from protocol.notify import alive
 
 _ending = False
 """Whether this process is to end, and its training with it."""

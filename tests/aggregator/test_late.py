@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from aggregator.config import build_job
-from aggregator.daemon import merge_round
 from aggregator.errors import ConfigError
+from aggregator.merging import merge_round
 from aggregator.retention import tidy
 from aggregator.rounds import Policy, RoundState
 from aggregator.updates import upload_directions

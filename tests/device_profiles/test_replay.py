@@ -23,7 +23,7 @@ from protocol.transport import BrokerAddress, MqttTransport
 from tests.edge_client.ort.artifacts import needs_onnx
 
 FLEET = """
-rounds = 2
+rounds = 3
 
 [training]
 steps = 2
@@ -158,7 +158,7 @@ def test_a_mixed_replay_ends_with_the_same_kind_of_table(
     (tmp_path / "fleet.toml").write_text(fleet)
     out, broker = tmp_path / "runs", f"mqtt://{mosquitto.host}:{mosquitto.port}"
     command = ["run", tmp_path / "fleet.toml", "--broker", broker, "--out", out]
-    done = fleet_replay(*command, "--backend", "mixed", "--rounds", 1)
+    done = fleet_replay(*command, "--backend", "mixed")
     assert done.returncode == 0, done.stderr
     assert "ONNX Runtime trains small" in done.stdout
     assert re.search(r"device +with +rank", done.stdout)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from edge_client import install as installing
-from edge_client import notify as notifying
 from edge_client.errors import ConfigError
-from edge_client.notify import alive, notify
 from edge_client.policy.owner import Policy
 from edge_client.unit import NAME, Service, device_unit
+from protocol import notify as notifying
+from protocol.notify import alive, notify
 
 EXPOSURE = 3.0
 """systemd's own measure, 0 to 10, of what a service could do if it were broken into."""

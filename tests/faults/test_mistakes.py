@@ -119,8 +119,10 @@ def test_a_damaged_version_is_neither_served_nor_exported(
     export_adapter(tmp_path / "state", tmp_path / "out")
     for path in (tmp_path / "state" / "versions" / "1").iterdir():
         path.write_bytes(path.read_bytes()[:-1] + b"?")
+    again = serve(make_job(), tmp_path / "state", mosquitto)
     with pytest.raises(StoreError, match="is not what version 1 was published as"):
-        serve(make_job(), tmp_path / "state", mosquitto).run()
+        again.start()
+    again.close()
     for path in (tmp_path / "state" / "versions" / "1").iterdir():
         path.unlink()
     with pytest.raises(StoreError, match=r"version 1 in .* is damaged"):
@@ -132,7 +134,7 @@ def test_a_job_that_another_aggregator_serves(tmp_path: Path, mosquitto: BrokerA
     first = serve(job, tmp_path / "first", mosquitto)
     first.start()
     with pytest.raises(StoreError, match=r"from another aggregator.*another job name"):
-        serve(job, tmp_path / "second", mosquitto).run()
+        serve(job, tmp_path / "second", mosquitto).start()
     assert first._link.connected
     assert first._link.connection == 1, "the first one was pushed off the broker"
     first._link.close()

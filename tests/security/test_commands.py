@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,3 +167,18 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
             pytest.skip("systemd is not installed")
         complaints = [line for line in checked.stderr.splitlines() if str(path.name) in line]
         assert complaints == []
+
+
+def test_the_units_expose_little(tmp_path: Path) -> None:
+    """systemd's own measure, 0 to 10, of what a service could do if it were broken into."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    unit = make_folder(tmp_path / "fleet").path / "systemd" / "tunefleet-aggregator.service"
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", ended.stdout)
+    if found is None:
+        pytest.skip(f"this systemd-analyze does not read files: {ended.stderr[-200:]}")
+    assert float(found[1]) <= 3.0
+    lines = unit.read_text().splitlines()
+    assert {"Type=notify", "WatchdogSec=5min", "ExecReload=/bin/kill -HUP $MAINPID"} <= {*lines}

@@ -76,7 +76,7 @@ def test_what_waits_for_the_aggregator_waits_on_while_it_starts(
             membership=fleet.folder.membership(),
         )
         fleet.stack.callback(made._link.close)
-        made._start()
+        made.start()
         return made
 
     daemon()._link.close()

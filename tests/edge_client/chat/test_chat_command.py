@@ -110,7 +110,10 @@ def test_mistakes_are_told_in_one_line_each(tmp_path: Path) -> None:
     (broken / GRAPH).write_bytes(b"not a graph")
     nobody = tmp_path / "nobody"
     mistakes: list[tuple[list[object], str]] = [
-        (["chat", tmp_path / "gone", "--prompt", "a"], "No such file"),
+        (
+            ["chat", tmp_path / "gone", "--prompt", "a"],
+            "give a folder that edge-client export wrote",
+        ),
         (["chat", broken, "--prompt", "a"], "is not what tunefleet.json says"),
         (["chat", exported("onnx"), "--prompt", " \n"], "the text is empty"),
         (["chat", "--adapter", "personal", "--state", nobody], "has no adapter of its own"),

@@ -1,7 +1,8 @@
 """Tell systemd how a service is: ready, what it is at, alive (sd_notify(3)).
 
-Only progress says that it is alive: a turn of the agent's loop, a step or batch of its training,
-a step of measuring, a file that is read.
+Only progress says that it is alive. Of a device: a turn of the agent's loop, a step or batch of its
+training, a step of measuring, a file that is read; of the aggregator: a turn of its loop, a module
+of an update that is merged, a message that is published or taken in meanwhile.
 One that hangs is ended and started again by its unit's WatchdogSec.
 """
 
