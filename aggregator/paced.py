@@ -129,7 +129,7 @@ def main() -> None:
     threading.Thread(target=listen, name="orders", daemon=True).start()
     clock = ToldClock(given.time)
     events = EventLog(as_json=True)
-    events.clock = clock
+    events.now = clock
     job, policy = read_job(given.job)
     daemon = PacedDaemon(
         job,

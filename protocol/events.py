@@ -28,7 +28,7 @@ class EventLog:
         also: Callable[[Mapping[str, Any]], None] | None = None,
         **always: object,
     ) -> None:
-        self.clock: Callable[[], float] = time.time
+        self.now: Callable[[], float] = time.time
         """Seconds since 1970, by which events are dated; a replay has a clock of its own."""
         self._also = also
         self._as_json = as_json
@@ -38,7 +38,7 @@ class EventLog:
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event; a reader that has gone away is no error."""
-        record = {"event": event, "time": round(self.clock(), 3), **self._always, **fields}
+        record = {"event": event, "time": round(self.now(), 3), **self._always, **fields}
         if self._also is not None:
             self._also(record)
         self._say(record)
