@@ -140,6 +140,8 @@ class LoopLink:
         if client is None:
             return
         client.on_disconnect = None
+        if self._sock is not None:
+            client.loop_write()  # what was handed over before has left
         sock = self._sock
         self._closed()
         if isinstance(sock, socket.socket):
