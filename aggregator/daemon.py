@@ -265,6 +265,7 @@ class Daemon:
         if self._steering.paused is not None:
             return None
         state = self._store.round()
+        delivered, refused = self._store.uploads.answered(state.number, state.attempt)
         action = next_action(
             state,
             self._policy,
@@ -272,12 +273,8 @@ class Daemon:
             rounds=self._job.rounds,
             time_s=self._clock(),
             online=self._ready(),
-            delivered={m.device for m in self._store.uploads.of_round(state.number, "counted")},
-            refused={
-                m.device
-                for m in self._store.uploads.of_round(state.number, "rejected")
-                if m.attempt == state.attempt
-            },
+            delivered=delivered,
+            refused=refused,
         )
         if action == "open":
             self._enter(RoundState(state.number + 1, "open", state.version, self._deadline()))
@@ -313,10 +310,10 @@ class Daemon:
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
-        found = self._store.devices.ready() - self._store.devices.quarantined(self._clock())
-        if self._registry is not None:
-            found &= self._registry.devices()
-        return found
+        found = self._store.devices.ready()
+        if kept_out := self._store.devices.quarantined(self._clock()):
+            found = found - kept_out
+        return found if self._registry is None else found & self._registry.devices()
 
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""

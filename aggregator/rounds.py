@@ -82,11 +82,15 @@ def next_action(
             return "finish"
         return "open" if len(online) >= policy.min_devices else None
     share = policy.share(now.attempt)
-    asked = {d for d in online if in_cohort(d, job, now.number, share)}
-    enough = len(delivered) >= policy.quorum
-    heard_all = asked <= {*delivered, *refused}
+    answered = {*delivered, *refused}
+    # Asked with each message, of all the fleet: it ends at the first who has not answered.
+    heard_all = not any(
+        device not in answered and in_cohort(device, job, now.number, share) for device in online
+    )
     late = now.deadline is not None and time_s >= now.deadline
-    if enough:
+    if len(delivered) >= policy.quorum:
         return "merge" if heard_all or late else None
-    others = {*online} - asked
-    return "extend" if late or (heard_all and others) else None
+    if late:
+        return "extend"
+    others = heard_all and any(not in_cohort(d, job, now.number, share) for d in online)
+    return "extend" if others else None

@@ -58,6 +58,26 @@ class Uploads:
         self.folder = folder
         self._on_disk = on_disk
         self._history = history
+        self._answered: tuple[tuple[int, int], set[str], set[str]] | None = None
+        """Of one round's attempt: whose update counts, and whose of the attempt was refused."""
+
+    def forget_answers(self) -> None:
+        """Ask the database again who has answered: what was noted since is not committed."""
+        self._answered = None
+
+    def answered(self, round_number: int, attempt: int) -> tuple[set[str], set[str]]:
+        """Return whose update counts in a round, and whose of its attempt was refused.
+
+        Asked with each message, it is kept up here; the sets are not to be changed.
+        """
+        place = round_number, attempt
+        if self._answered is None or self._answered[0] != place:
+            counted = {m.device for m in self.of_round(round_number, "counted")}
+            refused = {
+                m.device for m in self.of_round(round_number, "rejected") if m.attempt == attempt
+            }
+            self._answered = place, counted, refused
+        return self._answered[1:]
 
     def known(self, upload: str) -> Upload | None:
         row = self._db.one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
@@ -129,6 +149,10 @@ class Uploads:
             self._parts.keep(manifest, self.file(manifest))
             self._settle(manifest, "counted", "")
             self._history.counted(manifest, late_for or manifest.round, time.time())
+            if self._answered is not None:
+                (number, _), counted, _ = self._answered
+                if number == (manifest.round if late_for is None else late_for):
+                    counted.add(manifest.device)
 
     def reject(self, manifest: UploadManifest, reason: str) -> None:
         """Refuse an upload; of those of a device that were refused the last is remembered."""
@@ -138,6 +162,7 @@ class Uploads:
             self.expect(manifest)
             self._settle(manifest, "rejected", reason)
             self._history.refused(manifest.device, reason, time.time())
+            self.forget_answers()
 
     def forget(self, manifest: UploadManifest) -> None:
         """Forget an upload that does not count, and what of it has come."""
