@@ -30,11 +30,16 @@ class Panel:
     stacked: bool = False
 
 
+ONLINE = 'sum(tunefleet_devices{job=~"$job",state!="offline"})'
+ROUND = {"{{job}}": f"tunefleet_round_number{JOB}", "of": f"tunefleet_rounds_planned{JOB}"}
 PANELS = (
-    Panel("Online", {"online": f'sum(tunefleet_devices{{job=~"$job",state!="offline"}})'}, "stat", width=4, height=4),
+    Panel("Online", {"online": ONLINE}, "stat", width=4, height=4),
     Panel("Ready", {"ready": f"sum(tunefleet_devices_ready{JOB})"}, "stat", width=4, height=4),
-    Panel("Kept out", {"kept out": f"sum(tunefleet_devices_quarantined{JOB})"}, "stat", width=4, height=4),
-    Panel("Round", {"{{job}}": f"tunefleet_round_number{JOB}", "of": f"tunefleet_rounds_planned{JOB}"}, "stat", width=4, height=4),
+    Panel(
+        "Kept out", {"kept out": f"sum(tunefleet_devices_quarantined{JOB})"},
+        "stat", width=4, height=4,
+    ),
+    Panel("Round", ROUND, "stat", width=4, height=4),
     Panel("Version", {"{{job}}": f"tunefleet_version_number{JOB}"}, "stat", width=4, height=4),
     Panel(
         "Until the deadline",
@@ -159,7 +164,11 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         },
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}}
         if panel.kind != "stat"
-        else {"colorMode": "none", "graphMode": "area", "reduceOptions": {"calcs": ["lastNotNull"]}},
+        else {
+            "colorMode": "none",
+            "graphMode": "area",
+            "reduceOptions": {"calcs": ["lastNotNull"]},
+        },
         "targets": [
             {"refId": chr(65 + i), "expr": query, "legendFormat": legend, "datasource": SOURCE}
             for i, (legend, query) in enumerate(panel.queries.items())

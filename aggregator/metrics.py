@@ -16,15 +16,16 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from aggregator.view import FleetReader, JobView, StateView, Totals
-from aggregator.view.devices import STATES
+from aggregator.view.crowd import LETTERS
 
 BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 """Upper bounds of the buckets of merge times."""
+STATES = tuple(word for word in LETTERS if word != "quarantined")
 JOB_STATES = ("waiting", "open", "finished")
 Row = tuple[Sequence[str], float]
 """Values of the labels behind the job's, and the sample's."""
@@ -174,9 +175,13 @@ def _totals(jobs: Sequence[tuple[JobView, Totals]]) -> Iterator[Metric]:
     yield from (merge, updates, up, down)
 
 
-def expose(fleet: FleetReader) -> tuple[bytes, str]:
-    """Return what Prometheus reads, and its content type; of this process too."""
+def expose(fleet: FleetReader, accept: str = "") -> tuple[bytes, str]:
+    """Return what Prometheus reads, of this process too, and its content type.
+
+    `accept` is what the asker can read: the text format, or OpenMetrics if it prefers that.
+    """
     registry = CollectorRegistry()
     registry.register(FleetCollector(fleet))
     ProcessCollector(registry=registry)
-    return generate_latest(registry), CONTENT_TYPE_LATEST
+    encode, kind = choose_encoder(accept)
+    return encode(registry), kind

@@ -47,8 +47,8 @@ class Served:
     hosts: Sequence[str] | None = None
     """Names that the page is asked for by; None: any."""
     health: Callable[[], Health] = Health
-    metrics: Callable[[FleetReader], tuple[bytes, str]] | None = None
-    """Returns what Prometheus reads, and its content type."""
+    metrics: Callable[[FleetReader, str], tuple[bytes, str]] | None = None
+    """From what the asker accepts to what Prometheus reads, and its content type."""
 
 
 def build_app(served: Served, watchers: Watchers) -> ASGIApp:
@@ -149,10 +149,11 @@ def _stamp(job: str | None, fleet: FleetReader) -> Hashable:
 
 def _metrics(app: FastAPI, served: Served) -> None:
     @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
-        if served.metrics is None:
+    async def metrics(request: Request) -> Response:
+        expose, accept = served.metrics, request.headers.get("accept", "")
+        if expose is None:
             return JSONResponse({"detail": "metrics need the package prometheus-client"}, 404)
-        data, kind = await served.reader.ask(served.metrics)
+        data, kind = await served.reader.ask(lambda fleet: expose(fleet, accept))
         return Response(data, headers={"content-type": kind})
 
 
@@ -182,5 +183,3 @@ def _errors(app: FastAPI) -> None:
     app.add_exception_handler(NoDaemon, refused)
     app.add_exception_handler(TunefleetError, other)
     app.add_exception_handler(HTTPException, http)
-
-

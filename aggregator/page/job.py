@@ -26,6 +26,8 @@ from protocol.human import human_bytes, human_seconds
 
 FEW = 60
 """Devices up to which all are on one page, and no map of them is drawn."""
+VERSIONS = 20
+"""Versions that are shown, the newest."""
 LINES = 8
 """Devices up to which each has a line of its own in the chart of losses."""
 
@@ -61,11 +63,11 @@ def job_page(state: StateView, past: Past, asked: Asked, around: Around) -> Page
             "head": _head(job),
             "tiles": render("tiles.html", tiles=tiles(job, rounds)),
             "fleet": _fleet(state, job, asked, around),
-            "rounds": past.drawn(job.name, rounds, lambda: _rounds(state, job, rounds)),
+            "rounds": past.drawn(job.name, rounds, lambda: _rounds(state, past, job, rounds)),
             "trust": _trust(state, past, job),
             "versions": _versions(state, job),
             "steer": render("steer.html", job=job, enrols=around.enrols),
-            "settings": render("settings.html", settings=[*_settings(state.settings())]),
+            "settings": render("settings.html", groups=_settings(state.settings())),
         }
     return Page(f"{headline(job)} · {job.name}", fragments, _links(job, around, fragments))
 
@@ -115,7 +117,8 @@ def tiles(job: JobView, rounds: Sequence[RoundView]) -> list[tuple[str, str, str
         (
             "Online",
             f"{job.devices.online:,}",
-            f"of {job.devices.known:,}, {job.devices.ready:,} ready" + f", {out} kept out" * bool(out),
+            f"of {job.devices.known:,}, {job.devices.ready:,} ready"
+            + f", {out} kept out" * bool(out),
         ),
         ("Training", f"{busy:,}", "or sending what they trained"),
         (
@@ -169,7 +172,7 @@ def _fleet(state: StateView, job: JobView, asked: Asked, around: Around) -> Mark
     pages = max(1, -(-matching // PER_PAGE))
     rows = [Row(view, shown_state(view), why_not(view)) for view in state.devices(**asked.view())]
     first = (asked.page - 1) * PER_PAGE
-    standings = state.standings() if many else None
+    crowd = state.crowd() if many else None
     return render(
         "fleet.html",
         base=f"/jobs/{job.name}",
@@ -180,8 +183,8 @@ def _fleet(state: StateView, job: JobView, asked: Asked, around: Around) -> Mark
         link=asked.link,
         orders=ORDERS.items(),
         many=many,
-        map=standings.map if standings else "",
-        reasons=sorted(standings.reasons.items(), key=lambda r: -r[1]) if standings else [],
+        map=crowd.map if crowd else "",
+        reasons=crowd.reasons.items() if crowd else [],
         devices=rows,
         pages=pages,
         shown=f"{first + 1:,} to {first + len(rows):,} of {matching:,}",
@@ -202,10 +205,12 @@ def strip(counts: DeviceCounts) -> Iterable[tuple[str, float, float]]:
 # -- rounds, trust, versions -----------------------------------------------------------------------
 
 
-def _rounds(state: StateView, job: JobView, rounds: Sequence[RoundView]) -> Markup:
+def _rounds(state: StateView, past: Past, job: JobView, rounds: Sequence[RoundView]) -> Markup:
     shades = shades_of([rank for view in rounds for rank in view.ranks])
     lines = state.device_losses([view.number for view in rounds], LINES) if rounds else {}
+    band = [] if lines else past.spreads(state, job.name, rounds)
     loss_key = [("k-line mean", "mean")]
+    loss_key += [("k-box band", "the middle 80 % of devices")] if any(band) else []
     loss_key += [(f"k-line d{index}", name) for index, name in enumerate(lines)]
     left_out = (rounds[0].number - 1) if rounds else 0
     note = "Point at a round, or go through them with the arrow keys, for its figures."
@@ -215,8 +220,8 @@ def _rounds(state: StateView, job: JobView, rounds: Sequence[RoundView]) -> Mark
         "rounds.html",
         note=note,
         rounds=rounds,
-        loss=loss_chart(rounds, lines),
-        loss_key=loss_key if lines else [],
+        loss=loss_chart(rounds, lines, band),
+        loss_key=loss_key if len(loss_key) > 1 else [],
         merge=merge_chart(rounds),
         ranks=rank_chart(rounds, shades),
         rank_key=[(f"k-box r{shade}", f"rank {rank}") for rank, shade in shades.items()][:24],
@@ -246,22 +251,32 @@ def _trust(state: StateView, past: Past, job: JobView) -> Markup:
 def _versions(state: StateView, job: JobView) -> Markup:
     versions = state.versions()
     personal = any(view.personal for view in versions) or job.rule.startswith("trust-")
-    return render("versions.html", job=job, versions=versions, personal=personal)
+    return render(
+        "versions.html",
+        job=job,
+        versions=versions[:VERSIONS],
+        left_out=max(0, len(versions) - VERSIONS),
+        personal=personal,
+    )
 
 
-def _settings(settings: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
-    """Yield a job's settings, those of its tables behind the table's name."""
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return a job's settings in groups: its own, then each of its tables, by name."""
+    tables = {name: table for name, table in settings.items() if isinstance(table, dict) and table}
+    own = {name: value for name, value in settings.items() if name not in tables}
+    own = {"base": tables.pop("base", {}).get("name"), **own}
+    groups = [("", [*_words(own)])]
+    return groups + [
+        (name.replace("_", " ").capitalize(), [*_words(t)]) for name, t in tables.items()
+    ]
+
+
+def _words(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for name, value in settings.items():
-        if before == "" and name in ("protocol", "job"):
-            continue
-        term = f"{before}{name.replace('_', ' ')}"
-        if name == "modules" and isinstance(value, dict):
-            yield f"{before}modules", f"{len(value):,} with an adapter"
-        elif isinstance(value, dict):
-            yield from _settings(value, f"{term}, ")
-        elif isinstance(value, list):
+        term = name.replace("_", " ").capitalize()
+        if isinstance(value, list):
             yield term, ", ".join(map(str, value))
-        elif value is not None:
+        elif value not in (None, {}) and name not in ("protocol", "job"):
             yield term, _plain(value)
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from aggregator.issued import TrustMatrix
 from aggregator.view import JobView, RoundView, StateView
 
+Spread = tuple[float, float]
 ROUNDS = 120
 """Rounds that a page shows, the newest."""
 
@@ -23,6 +24,7 @@ class Past:
     def __init__(self) -> None:
         self._ended: dict[str, list[RoundView]] = {}
         """Job → its rounds that have ended, ascending, at most `ROUNDS`."""
+        self._spreads: dict[tuple[str, int], Spread | None] = {}
         self._drawn: dict[str, tuple[list[RoundView], Markup]] = {}
         self._trust: dict[str, tuple[int, TrustMatrix]] = {}
         self._maps: dict[str, tuple[int, Markup]] = {}
@@ -37,6 +39,18 @@ class Past:
         # What ended long ago was read with what it still lacked, if a round before it was open.
         self._ended[job.name] = [*known, *ended][-ROUNDS:]
         return [*known, *found][-ROUNDS:]
+
+    def spreads(
+        self, state: StateView, job: str, rounds: Sequence[RoundView]
+    ) -> list[Spread | None]:
+        """Return between what most losses of each round are; of those that have ended once."""
+        kept = {}
+        for view in rounds:
+            place = (job, view.number)
+            known = place in self._spreads and view.ended is not None
+            kept[place] = self._spreads[place] if known else state.loss_spread(view.number)
+        self._spreads = {**{p: s for p, s in self._spreads.items() if p[0] != job}, **kept}
+        return [*kept.values()]
 
     def drawn(self, job: str, rounds: Sequence[RoundView], draw: Callable[[], Markup]) -> Markup:
         """Return what is drawn of rounds, drawn again when one of them has changed."""

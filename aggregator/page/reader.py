@@ -31,9 +31,7 @@ class Reader:
 
         Raises what the function does.
         """
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, question, self._fleet
-        )
+        return await asyncio.get_running_loop().run_in_executor(self._thread, question, self._fleet)
 
     def ask_now(self, question: Callable[[FleetReader], T]) -> T:
         """Return it to a caller that is no coroutine, which waits."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, HTTPException, Path, Query
@@ -165,5 +164,3 @@ def _download(routes: APIRouter, reader: Reader) -> None:
             media_type="application/zip",
             background=BackgroundTask(file.unlink, missing_ok=True),
         )
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 from starlette.datastructures import Headers
@@ -19,7 +20,9 @@ def session_routes(token: str, sessions: Sessions, *, encrypted: bool) -> APIRou
     """Return what begins and ends a session."""
     routes = APIRouter(prefix="/api/v1/session", tags=["session"])
 
-    @routes.post("", response_model=Done, responses={403: {"model": Problem}, 409: {"model": Problem}})
+    problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (403, 409)}
+
+    @routes.post("", response_model=Done, responses=problems)
     async def begin(told: Token) -> Response:
         """Trade the page's token for a cookie."""
         if not token:

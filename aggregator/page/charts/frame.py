@@ -1,4 +1,4 @@
-"""What all charts share: a frame with axes, a column for each round, and what it tells when asked."""
+"""What all charts share: axes, a column for each round, and what is told of it when asked."""
 
 from __future__ import annotations
 

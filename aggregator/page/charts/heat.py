@@ -43,8 +43,18 @@ def heat_map(matrix: TrustMatrix, round_number: int) -> Markup:
         f'<div class="chart heat" tabindex="0" role="img" aria-label="{escape(label)}" data-chart>'
         f'<svg class="y" width="{NAMES_PX}" height="{count * row}" aria-hidden="true">{labels}'
         f'</svg><svg class="plot" width="100%" height="{count * row}" aria-hidden="true">{marks}'
-        "</svg></div>"
+        f"</svg>{_columns(names) if count <= NUMBERS else ''}</div>"
     )
+
+
+def _columns(names: Sequence[str]) -> str:
+    """Return the columns' names, for where there is room."""
+    labels = "".join(
+        f'<text x="{100 * (j + 0.5) / len(names):.3f}%" y="15" text-anchor="middle">'
+        f"{escape(_short(name, max(5, 90 // len(names))))}</text>"
+        for j, name in enumerate(names)
+    )
+    return f'<svg class="x" width="100%" height="20" aria-hidden="true">{labels}</svg>'
 
 
 def block_size(devices: int) -> int:
@@ -55,7 +65,7 @@ def block_size(devices: int) -> int:
 def _blocks(
     devices: Sequence[str], weights: Sequence[Sequence[float]]
 ) -> tuple[list[str], list[list[float]], int]:
-    """Return names and weights (B, B) of blocks of devices: what a row's devices take of a column's.
+    """Return names and weights (B, B) of blocks of devices, and how many each has.
 
     A block's weight is the sum over its columns of the mean over its rows, so that rows sum to 1.
     """
@@ -97,5 +107,5 @@ def _share(value: float, name: str) -> str:
     return f"{100 * value:.1f} % of {name}"
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else name[: NAME - 1] + "…"
+def _short(name: str, most: int = NAME) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

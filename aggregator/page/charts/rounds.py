@@ -29,10 +29,9 @@ RANK_SHADES = 8
 def loss_chart(
     rounds: Sequence[RoundView],
     devices: Mapping[str, Points] | None = None,
-    *,
-    emphasis: str = "mean",
+    band: Sequence[tuple[float, float] | None] = (),
 ) -> Markup | None:
-    """Return held-out loss over rounds: the mean, and each of a few devices beside it.
+    """Return held-out loss over rounds: the mean, and a few devices or a band of many beside it.
 
     None where no round has a loss.
     """
@@ -41,11 +40,13 @@ def loss_chart(
     known = [value for line in (mean, *lines.values()) for value in line if value is not None]
     if not known:
         return None
+    known += [edge for edges in band if edges is not None for edge in edges]
     scale = scale_of(min(known), max(known))
-    marks = [
+    marks = [_band(band, scale)]
+    marks += [
         _line(points, scale, f"line d{index % 8}") for index, points in enumerate(lines.values())
     ]
-    marks.append(_line(mean, scale, f"line {emphasis}"))
+    marks.append(_line(mean, scale, "line mean"))
     columns = [
         Column(str(view.number), _loss_tip(view, {name: p[i] for name, p in lines.items()}))
         for i, view in enumerate(rounds)
@@ -75,7 +76,9 @@ def merge_chart(rounds: Sequence[RoundView]) -> Markup | None:
         Column(
             str(view.number),
             f"round {view.number}\n"
-            + ("not merged" if view.merge_s is None else f"merged in {human_seconds(view.merge_s)}"),
+            + (
+                "not merged" if view.merge_s is None else f"merged in {human_seconds(view.merge_s)}"
+            ),
         )
         for view in rounds
     ]
@@ -150,14 +153,20 @@ def _line(points: Points, scale: Scale, kind: str) -> str:
         None if value is None else (centre(i, count), scale.y(value))
         for i, value in enumerate(points)
     ]
-    steps = "".join(
-        f"M{a[0]:g} {a[1]:g}L{b[0]:g} {b[1]:g}" for a, b in pairwise(at) if a and b
-    )
+    steps = "".join(f"M{a[0]:g} {a[1]:g}L{b[0]:g} {b[1]:g}" for a, b in pairwise(at) if a and b)
     path = f'<path class="{kind}" d="{steps}" vector-effect="non-scaling-stroke"/>' if steps else ""
-    dots = "".join(
-        f'<circle class="{kind}" cx="{p[0]:g}%" cy="{p[1]:g}" r="3"/>' for p in at if p
-    )
+    dots = "".join(f'<circle class="{kind}" cx="{p[0]:g}%" cy="{p[1]:g}" r="3"/>' for p in at if p)
     return stretched(path, HEIGHT_PX) + (dots if count <= 60 else "")
+
+
+def _band(band: Sequence[tuple[float, float] | None], scale: Scale) -> str:
+    """Return the area between two lines, over the rounds that have both."""
+    at = [(centre(i, len(band)), edges) for i, edges in enumerate(band) if edges is not None]
+    if len(at) < 2:
+        return ""
+    low = [f"{x:g} {scale.y(edges[0]):g}" for x, edges in at]
+    high = [f"{x:g} {scale.y(edges[1]):g}" for x, edges in reversed(at)]
+    return stretched(f'<path class="band" d="M{"L".join([*low, *high])}Z"/>', scale.height)
 
 
 def _loss_tip(view: RoundView, devices: Mapping[str, float | None]) -> str:

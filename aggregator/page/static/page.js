@@ -39,6 +39,10 @@
     }
     if (now.nodeType !== 1) return;
     if (now.nodeName === "TIME" && now.getAttribute("datetime") === next.getAttribute("datetime")) return;
+    if (now.nodeName === "CANVAS") {
+      now.dataset.map = next.dataset.map; // its size is the script's
+      return;
+    }
     morphAttributes(now, next);
     // What somebody is filling in is theirs.
     if (now.nodeName === "INPUT" || now.nodeName === "SELECT") return;
