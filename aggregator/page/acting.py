@@ -23,6 +23,7 @@ from aggregator.control import (
     RollBack,
     ask,
 )
+from aggregator.page import enrolling
 from aggregator.page.answers import NAME, Done, Enrolled, NewDevice, Policy, Problem, Rollback
 from aggregator.page.guard import ACTION_HEADER
 from aggregator.page.reader import Reader
@@ -42,13 +43,13 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def acting(reader: Reader, *, enrols: bool) -> APIRouter:
+def acting(reader: Reader, fleet: FilePath | None) -> APIRouter:
     """Return the routes; all are POST."""
     routes = APIRouter(
         prefix="/api/v1", responses=PROBLEMS, tags=["act"], dependencies=[Security(marked)]
     )
     _on_jobs(routes, reader)
-    _on_devices(routes, reader, enrols)
+    _on_devices(routes, reader, fleet)
     return routes
 
 
@@ -81,9 +82,9 @@ def _on_jobs(routes: APIRouter, reader: Reader) -> None:
         return await tell(job, RollBack(back.version), key)
 
 
-def _on_devices(routes: APIRouter, reader: Reader, enrols: bool) -> None:
+def _on_devices(routes: APIRouter, reader: Reader, fleet: FilePath | None) -> None:
     def of_fleet() -> None:
-        if not enrols:
+        if fleet is None:
             raise HTTPException(
                 409,
                 "this aggregator serves without a fleet's folder, where anybody takes part: "
@@ -95,7 +96,10 @@ def _on_devices(routes: APIRouter, reader: Reader, enrols: bool) -> None:
     @routes.post("/devices/enrol", dependencies=needs_fleet)
     async def enrol(new: NewDevice) -> Enrolled:
         """Make a token that lets a device in, once."""
-        return await asyncio.to_thread(enrol_device, reader.root, new.device, new.hours)
+        assert fleet is not None, "it needs a fleet"
+        return await asyncio.to_thread(
+            enrolling.enrol, fleet, reader.root, new.device, new.hours, by=BY
+        )
 
     @routes.post("/devices/{device}/revoke", dependencies=needs_fleet)
     async def revoke(device: Name, key: Key = "") -> Done:
@@ -115,7 +119,3 @@ async def _ask(folder: FilePath, command: Command, key: str) -> Done:
 
     answer = await asyncio.to_thread(wait)
     return Done(said=answer.said, fields=answer.fields)
-
-
-def enrol_device(root: FilePath, device: str, hours: float) -> Enrolled:
-    raise NotImplementedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
@@ -40,8 +41,8 @@ class Served:
     """What the page is of, and whom it lets in."""
 
     reader: Reader
-    enrols: bool = False
-    """Whether it is a fleet's folder, which lets devices in and puts them out."""
+    fleet: Path | None = None
+    """The fleet's folder, which lets devices in and puts them out; None: there is none."""
     token: str = ""
     encrypted: bool = False
     hosts: Sequence[str] | None = None
@@ -64,7 +65,7 @@ def build_app(served: Served, watchers: Watchers) -> ASGIApp:
     )
     _pages(app, served, watchers)
     app.include_router(reading(served.reader))
-    app.include_router(acting(served.reader, enrols=served.enrols))
+    app.include_router(acting(served.reader, served.fleet))
     app.include_router(session_routes(served.token, sessions, encrypted=served.encrypted))
     app.include_router(health_routes(served.health))
     _metrics(app, served)
@@ -92,7 +93,7 @@ def _pages(app: FastAPI, served: Served, watchers: Watchers) -> None:
         return HTMLResponse(html_of(made), made.status)
 
     def around(fleet: FleetReader) -> Around:
-        return Around(served.enrols, list(fleet.jobs()))
+        return Around(served.fleet is not None, list(fleet.jobs()))
 
     @app.get("/", include_in_schema=False)
     async def home(request: Request) -> Response:

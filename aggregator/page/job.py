@@ -96,7 +96,7 @@ def headline(job: JobView) -> str:
     if job.state == "waiting":
         return "Paused before the first round" if job.paused else "Waiting for the first round"
     word = "is paused" if job.paused else "is open"
-    return f"Round {job.round} of {job.rounds} {word}, {job.delivered} delivered"
+    return f"Round {job.round} of {job.rounds} {word}, {job.delivered:,} delivered"
 
 
 def _head(job: JobView) -> Markup:

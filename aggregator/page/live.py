@@ -54,8 +54,8 @@ class Watchers:
             yield b"retry: 2000\n\n"
             sent: dict[str, str] = {}
             async for page in self._pages(source):
-                changed = {id: html for id, html in page.fragments.items() if sent.get(id) != html}
-                changed = {id: str(html) for id, html in changed.items()}
+                now = {id: str(html) for id, html in page.fragments.items()}
+                changed = {id: html for id, html in now.items() if sent.get(id) != html}
                 sent |= changed
                 yield _event("page", {"title": page.title, "fragments": changed})
         finally:

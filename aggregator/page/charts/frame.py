@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 HEIGHT_PX = 190
 Y_AXIS_PX = 52
-LABELS = 8
+LABELS = 12
 """Most numbers of rounds that are written below a chart."""
 
 
@@ -101,12 +101,13 @@ def _grid(scale: Scale) -> str:
 
 
 def _x_axis(labels: Sequence[str]) -> str:
+    """Return the numbers of rounds below the columns: all of them, or the round ones among them."""
     count = len(labels)
-    step = math.ceil(count / LABELS) if count else 1
-    shown = [i for i in range(count) if (count - 1 - i) % step == 0]
+    step = _nice(count / LABELS) if count > LABELS else 1
     rows = "".join(
-        f'<text x="{centre(i, count):g}%" y="15" text-anchor="middle">{escape(labels[i])}</text>'
-        for i in shown
+        f'<text x="{centre(i, count):g}%" y="15" text-anchor="middle">{escape(label)}</text>'
+        for i, label in enumerate(labels)
+        if step == 1 or int(label) % round(step) == 0
     )
     return f'<svg class="x" width="100%" height="20" aria-hidden="true">{rows}</svg>'
 
