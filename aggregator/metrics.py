@@ -19,6 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from aggregator.view import FleetReader, JobView, StateView, Totals
 from aggregator.view.crowd import LETTERS
@@ -164,7 +165,7 @@ def _totals(jobs: Sequence[tuple[JobView, Totals]]) -> Iterator[Metric]:
         labels=["job"],
     )
     for job, total in jobs:
-        bounds = [*(f"{bound:g}" for bound in BUCKETS_S), "+Inf"]
+        bounds = [*map(floatToGoString, BUCKETS_S), "+Inf"]
         merge.add_metric(
             [job.name], list(zip(bounds, total.merges_within, strict=True)), total.merge_s
         )

@@ -27,22 +27,22 @@ HOW = (
 OFFLINE = 0.08
 
 
-def made_job(rule: str = "anchored", rounds: int = 200) -> Job:
+def made_job(rule: str = "anchored", rounds: int = 200, name: str = JOB) -> Job:
     """Return a job with a tiny base."""
     modules = {f"layer.{n}.{part}": (64, 64) for n in range(4) for part in ("q", "v")}
     base = BaseModelInfo(name="base-tiny", sha256="0" * 64, parameters=1_000_000, modules=modules)
     return Job(
-        job=JOB, base=base, scale=2.0, ladder=LADDER, rule=rule, rounds=rounds,
+        job=name, base=base, scale=2.0, ladder=LADDER, rule=rule, rounds=rounds,
         training=Training(steps=50),
     )  # fmt: skip
 
 
 def made_fleet(
-    folder: Path, devices: int, rounds: int, *, trust: bool = False, seed: int = 1
+    folder: Path, devices: int, rounds: int, *, trust: bool = False, seed: int = 1, name: str = JOB
 ) -> None:
     """Make a state folder in which so many rounds of a job have ended, and one is open."""
     draw = random.Random(seed)
-    job = made_job("trust-predictions" if trust else "anchored")
+    job = made_job("trust-predictions" if trust else "anchored", name=name)
     store = Store(folder)
     with store.transaction():
         store.bind_job(job.model_dump_json())
@@ -52,8 +52,8 @@ def made_fleet(
             manifest = versions.write(first_version(job), version=number, parent=number - 1 or None)
             store.add_version(manifest)
         now = time.time()
-        if devices:
-            store.set_round(RoundState(rounds + 1, "open", rounds + 1, now + 1900))
+        is_open = RoundState(rounds + 1, "open", rounds + 1, now + 1900)
+        store.set_round(is_open if devices else RoundState(0, "waiting", 1, None))
         for device in names(devices):
             store.devices.set_status(_status(job, device, rounds, draw), "ed25519-key-of-" + device)
         if trust and devices:

@@ -7,7 +7,6 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -135,9 +134,9 @@ class _Complaints(logging.Handler):
         self._seldom.emit(("page", why[:80]), "page", reason=why[:400])
 
 
-def names_of(host: str, others: Mapping[str, object] | tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the names that a page on a host may be asked for by."""
-    return (*LOOPBACK, host.strip("[]"), *others)
+def names_of(host: str) -> tuple[str, ...]:
+    """Return the names that a page on a host of this computer may be asked for by."""
+    return (*LOOPBACK, host.strip("[]"))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from aggregator.errors import ConfigError
 from aggregator.tracking.base import Run, Sink, values_of
@@ -99,11 +100,20 @@ class Tracker:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             self._events.emit("tracking-failed", sink=name, reason=why[:400])
 
+    def _settings(self, view: StateView) -> dict[str, Any] | None:
+        """Return the job's settings once it is served; None if it ends before."""
+        while not view.is_bound:
+            if self._stop.wait(self._every_s):
+                return None
+        return view.settings()
+
     def _track(self, name: str, options: Mapping[str, str]) -> None:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
         with StateView(self._state) as view:
-            settings = view.settings()
+            settings = self._settings(view)
+            if settings is None:
+                return
             sink = SINKS[name](Run(settings["job"], settings, folder, options))
             try:
                 last = _read_done(folder)

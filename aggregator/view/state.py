@@ -110,6 +110,11 @@ class StateView:
                 process=folder_holder(self.folder),
             )
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether a job has been served from here."""
+        return self._meta("job") is not None
+
     def settings(self) -> dict[str, Any]:
         """Return the job's settings, as it was begun with."""
         known = self._meta("job")

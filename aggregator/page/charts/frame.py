@@ -30,9 +30,10 @@ class Scale:
 
 def scale_of(low: float, high: float, *, height: float = HEIGHT_PX, steps: int = 4) -> Scale:
     """Return a scale that holds both values, with about `steps` round numbers on it."""
-    if not high > low:
-        pad = abs(low) * 0.1 or 1.0
-        low, high = (low - pad, high + pad) if low else (0.0, pad)
+    size = max(abs(low), abs(high))
+    if high - low < max(1e-6 * size, 1e-9):
+        pad = 0.1 * size if size > 1e-9 else 1.0
+        low, high = low - pad * (low != 0), high + pad
     step = _nice((high - low) / steps)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(round(n * step, 12) for n in range(first, last + 1))
@@ -72,7 +73,7 @@ def frame(
     `label` says to who can't see it what it shows; `words` writes a value of the axis.
     """
     return Markup(
-        f'<div class="chart" tabindex="0" role="img" aria-label="{escape(label)}" data-chart>'
+        f'<div class="chart" tabindex="0" role="img" aria-label="{escape(label)}" data-chart="">'
         f"{_y_axis(scale, words)}"
         f'<svg class="plot" width="100%" height="{scale.height:g}" aria-hidden="true">'
         f"{_grid(scale)}{marks}{_hits(columns, scale)}</svg>"

@@ -40,7 +40,7 @@ def heat_map(matrix: TrustMatrix, round_number: int) -> Markup:
     label = f"Who trusts whom after round {round_number}: {len(matrix.devices)} devices"
     label += f" in blocks of {size}" if size > 1 else ""
     return Markup(
-        f'<div class="chart heat" tabindex="0" role="img" aria-label="{escape(label)}" data-chart>'
+        f'<div class="chart heat" tabindex="0" role="img" aria-label="{escape(label)}" data-chart="">'
         f'<svg class="y" width="{NAMES_PX}" height="{count * row}" aria-hidden="true">{labels}'
         f'</svg><svg class="plot" width="100%" height="{count * row}" aria-hidden="true">{marks}'
         f"</svg>{_columns(names) if count <= NUMBERS else ''}</div>"
