@@ -117,9 +117,14 @@ def _hits(columns: Sequence[Column], scale: Scale) -> str:
     width = 100 / max(len(columns), 1)
     return "".join(
         f'<rect class="hit" x="{i * width:.3f}%" y="0" width="{width:.3f}%" '
-        f'height="{scale.height:g}" data-tip="{escape(column.tip)}"/>'
+        f'height="{scale.height:g}" data-tip="{in_attribute(column.tip)}"/>'
         for i, column in enumerate(columns)
     )
+
+
+def in_attribute(text: str) -> str:
+    """Return lines as they stand in an attribute, which else may be read as one line."""
+    return str(escape(text)).replace("\n", "&#10;")
 
 
 def stretched(inside: str, height: float) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from aggregator.issued import TrustMatrix
+from aggregator.page.charts.frame import in_attribute
 
 CELLS = 40
 """Rows and columns at most: above that many devices each stands for a block of them."""
@@ -40,7 +41,8 @@ def heat_map(matrix: TrustMatrix, round_number: int) -> Markup:
     label = f"Who trusts whom after round {round_number}: {len(matrix.devices)} devices"
     label += f" in blocks of {size}" if size > 1 else ""
     return Markup(
-        f'<div class="chart heat" tabindex="0" role="img" aria-label="{escape(label)}" data-chart="">'
+        f'<div class="chart heat" tabindex="0" role="img" aria-label="{escape(label)}" '
+        'data-chart="">'
         f'<svg class="y" width="{NAMES_PX}" height="{count * row}" aria-hidden="true">{labels}'
         f'</svg><svg class="plot" width="100%" height="{count * row}" aria-hidden="true">{marks}'
         f"</svg>{_columns(names) if count <= NUMBERS else ''}</div>"
@@ -99,7 +101,7 @@ def _cell(i: int, j: int, value: float, most: float, count: int, row: int, tip: 
         f'<rect class="cell" x="{x:.3f}%" y="{i * row}" width="{width:.3f}%" height="{row}" '
         f'fill-opacity="{share:.3f}"/>{number}'
         f'<rect class="hit" x="{x:.3f}%" y="{i * row}" width="{width:.3f}%" height="{row}" '
-        f'data-tip="{escape(tip)}"/>'
+        f'data-tip="{in_attribute(tip)}"/>'
     )
 
 
