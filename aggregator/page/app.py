@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,8 +53,8 @@ class Served:
     """From what the asker accepts to what Prometheus reads, and its content type."""
 
 
-def build_app(served: Served, watchers: Watchers) -> ASGIApp:
-    """Return the whole application."""
+def build_app(served: Served, watchers: Watchers, past: Past) -> ASGIApp:
+    """Return the whole application; `past` is what its pages remember."""
     sessions = Sessions()
     app = FastAPI(
         title="Tunefleet",
@@ -63,7 +64,7 @@ def build_app(served: Served, watchers: Watchers) -> ASGIApp:
         redoc_url=None,
         openapi_url="/api/v1/openapi.json",
     )
-    _pages(app, served, watchers)
+    _pages(app, served, watchers, past)
     app.include_router(reading(served.reader))
     app.include_router(acting(served.reader, served.fleet))
     app.include_router(session_routes(served.token, sessions, encrypted=served.encrypted))
@@ -74,8 +75,8 @@ def build_app(served: Served, watchers: Watchers) -> ASGIApp:
     return Guard(app, token=served.token, sessions=sessions, hosts=served.hosts)
 
 
-def _pages(app: FastAPI, served: Served, watchers: Watchers) -> None:
-    reader, past = served.reader, Past()
+def _pages(app: FastAPI, served: Served, watchers: Watchers, past: Past) -> None:
+    reader = served.reader
 
     async def answer(
         request: Request, make: Callable[[FleetReader], Page], job: str | None
@@ -140,6 +141,13 @@ def _pages(app: FastAPI, served: Served, watchers: Watchers) -> None:
     @app.get("/login", include_in_schema=False)
     async def login() -> Response:
         return HTMLResponse(render("login.html"))
+
+
+def look_ahead(past: Past, fleet: FleetReader) -> None:
+    """Read what has ended before anybody asks for it: of a large fleet it takes its time."""
+    for state in fleet.jobs().values():
+        with suppress(StoreError):  # who asks for it is told
+            job_page(state, past, Asked(), Around())
 
 
 def _stamp(job: str | None, fleet: FleetReader) -> Hashable:

@@ -8,15 +8,17 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import uvicorn
 
 from aggregator.errors import ConfigError
-from aggregator.page.app import Served, build_app
+from aggregator.page.app import Served, build_app, look_ahead
 from aggregator.page.guard import check_exposure, is_loopback
 from aggregator.page.live import Watchers
+from aggregator.page.past import Past
 from protocol.events import EventLog, Seldom
 
 PORT = 8885
@@ -92,10 +94,10 @@ class PageServer:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        watchers = Watchers()
+        watchers, past = Watchers(), Past()
         self._server = uvicorn.Server(
             uvicorn.Config(
-                build_app(self._served, watchers),
+                build_app(self._served, watchers, past),
                 ssl_certfile=self._where.certificate,
                 ssl_keyfile=self._where.key,
                 log_config=None,
@@ -109,8 +111,10 @@ class PageServer:
             )
         )
         letting_go = asyncio.create_task(_let_go(self._server, watchers))
+        looking = asyncio.create_task(self._served.reader.ask(partial(look_ahead, past)))
         await self._server.serve([self._socket])
         letting_go.cancel()
+        await looking
 
 
 async def _let_go(server: uvicorn.Server, watchers: Watchers) -> None:

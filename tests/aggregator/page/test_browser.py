@@ -112,6 +112,8 @@ def until(holds: Callable[[], bool], limit_s: float = 60.0) -> None:
 def settled(fleet: LiveFleet, rounds: int, online: int = 5) -> None:
     """Wait until so many rounds are merged and so many devices are there, and pause the job."""
     with fleet.view() as view:
+        if view.job().round <= rounds and view.job().paused is not None:
+            assert fleet.site.act("/api/v1/jobs/notes/resume").status == 200
         until(lambda: view.job().round > rounds and view.job().devices.online >= online)
         if view.job().paused is None:
             assert fleet.site.act("/api/v1/jobs/notes/pause").status == 200
