@@ -7,6 +7,7 @@ want of an answer, is done once.
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime, timezone
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -23,10 +24,12 @@ from aggregator.control import (
     RollBack,
     ask,
 )
-from aggregator.page import enrolling
+from aggregator.enrol.folder import FleetFolder
+from aggregator.enrolling import enrol as enrol_device
 from aggregator.page.answers import NAME, Done, Enrolled, NewDevice, Policy, Problem, Rollback
 from aggregator.page.guard import ACTION_HEADER
 from aggregator.page.reader import Reader
+from protocol.link import in_url
 
 BY = "page"
 TIMEOUT_S = 20.0
@@ -97,9 +100,7 @@ def _on_devices(routes: APIRouter, reader: Reader, fleet: FilePath | None) -> No
     async def enrol(new: NewDevice) -> Enrolled:
         """Make a token that lets a device in, once."""
         assert fleet is not None, "it needs a fleet"
-        return await asyncio.to_thread(
-            enrolling.enrol, fleet, reader.root, new.device, new.hours, by=BY
-        )
+        return await asyncio.to_thread(_let_in, FleetFolder(fleet), new)
 
     @routes.post("/devices/{device}/revoke", dependencies=needs_fleet)
     async def revoke(device: Name, key: Key = "") -> Done:
@@ -109,6 +110,19 @@ def _on_devices(routes: APIRouter, reader: Reader, fleet: FilePath | None) -> No
 
 def _folder(state: Any) -> FilePath | None:
     return None if state is None else state.folder
+
+
+def _let_in(fleet: FleetFolder, new: NewDevice) -> Enrolled:
+    """Have the daemon let a device in; return its token, and how it is used."""
+    now = datetime.now(timezone.utc)
+    token = enrol_device(fleet, new.device, hours=new.hours, by=BY, now=now)
+    where = f"https://{in_url(fleet.settings.hosts[0])}:{fleet.settings.enrol_port}"
+    return Enrolled(
+        device=new.device,
+        token=str(token),
+        expires=now.timestamp() + new.hours * 3600,
+        command=f"edge-client join {where} --token {token}",
+    )
 
 
 async def _ask(folder: FilePath, command: Command, key: str) -> Done:
