@@ -22,6 +22,8 @@ from protocol.human import human_bytes, human_seconds
 
 Points = Sequence[float | None]
 """A value a round; None where there is none."""
+LARGEST = 1e6
+"""A loss beyond is no loss of a language model, and would press all others into a line."""
 RANK_SHADES = 8
 """Classes of page.css, r0 the lightest."""
 
@@ -35,8 +37,9 @@ def loss_chart(
 
     None where no round has a loss.
     """
-    mean: Points = [view.loss for view in rounds]
-    lines = dict(devices or {})
+    mean = _believable([view.loss for view in rounds])
+    lines = {name: _believable(points) for name, points in (devices or {}).items()}
+    band = [edges if edges is None or None not in _believable(edges) else None for edges in band]
     known = [value for line in (mean, *lines.values()) for value in line if value is not None]
     if not known:
         return None
@@ -136,6 +139,11 @@ def shades_of(ranks: Sequence[int]) -> dict[int, int]:
     ordered = sorted(set(ranks))
     last = max(len(ordered) - 1, 1)
     return {rank: round(i * (RANK_SHADES - 1) / last) for i, rank in enumerate(ordered)}
+
+
+def _believable(points: Points) -> Points:
+    """Return losses without those that only a broken or hostile device tells."""
+    return [v if v is not None and abs(v) <= LARGEST else None for v in points]
 
 
 def _up(view: RoundView) -> int:

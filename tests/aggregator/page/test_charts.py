@@ -83,6 +83,15 @@ def test_a_loss_that_nobody_told_leaves_a_gap() -> None:
     assert len(marks(chart, "mean")) == 1 + 4, "the line, and a dot for each round that has one"
 
 
+def test_a_loss_that_can_not_be_is_not_drawn() -> None:
+    losses = [3.0, 1.7e308, float("inf"), 2.8]
+    rounds = [made_round(n, loss=loss) for n, loss in enumerate(losses, 1)]
+    chart = loss_chart(rounds, {"liar": [-1.7e308, 3.0, float("nan"), 2.9]}, [(1.0, 9e99)] * 4)
+    dots = marks(chart, "mean")
+    assert len([one for one in dots if one.get("r")]) == 2
+    assert all(0 <= float(one.get("cy", "0")) <= HEIGHT_PX for one in dots)
+
+
 def test_nothing_to_draw_is_nothing() -> None:
     empty = made_round(1, loss=None, merge_s=None, ranks={}, up_bytes=0, down_bytes=0)
     assert loss_chart([empty]) is merge_chart([empty]) is traffic_chart([empty]) is None
