@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.staticfiles import StaticFiles
@@ -32,7 +31,8 @@ from aggregator.page.sessions import session_routes
 from aggregator.view import FleetReader
 from protocol.errors import TunefleetError
 
-T = TypeVar("T")
+MOST = 2**53
+"""Devices that a fleet may have, and more."""
 REFUSED = {"wrong": 400, "unknown": 404, "state": 409, "late": 503, "failed": 500}
 """Code of a refused command → the HTTP status."""
 
@@ -64,7 +64,7 @@ def build_app(served: Served, watchers: Watchers, past: Past) -> ASGIApp:
         redoc_url=None,
         openapi_url="/api/v1/openapi.json",
     )
-    _pages(app, served, watchers, past)
+    _add_pages(app, _Pages(served, watchers, past))
     app.include_router(reading(served.reader))
     app.include_router(acting(served.reader, served.fleet))
     app.include_router(session_routes(served.token, sessions, encrypted=served.encrypted))
@@ -75,26 +75,46 @@ def build_app(served: Served, watchers: Watchers, past: Past) -> ASGIApp:
     return Guard(app, token=served.token, sessions=sessions, hosts=served.hosts)
 
 
-def _pages(app: FastAPI, served: Served, watchers: Watchers, past: Past) -> None:
-    reader = served.reader
+class _Pages:
+    """Make pages, and answer with them."""
+
+    def __init__(self, served: Served, watchers: Watchers, past: Past) -> None:
+        self.reader = served.reader
+        self._has_fleet, self._watchers, self.past = served.fleet is not None, watchers, past
 
     async def answer(
-        request: Request, make: Callable[[FleetReader], Page], job: str | None
+        self, request: Request, make: Callable[[FleetReader], Page], job: str | None
     ) -> Response:
         """Return a page, or, to who asks for events, what changes on it."""
 
         async def page() -> Page:
-            return await reader.ask(make)
+            return await self.reader.ask(make)
 
         if "text/event-stream" in request.headers.get("accept", ""):
-            source = Source(page, partial(reader.ask, partial(_stamp, job)))
-            stream = watchers.stream(source)
+            source = Source(page, partial(self.reader.ask, partial(_stamp, job)))
+            stream = self._watchers.stream(source)
             return stream or JSONResponse({"detail": "too many watch already"}, 429)
         made = await page()
         return HTMLResponse(html_of(made), made.status)
 
-    def around(fleet: FleetReader) -> Around:
-        return Around(served.fleet is not None, list(fleet.jobs()))
+    def around(self, fleet: FleetReader) -> Around:
+        return Around(self._has_fleet, list(fleet.jobs()))
+
+    def job(self, name: str, asked: Asked, fleet: FleetReader) -> Page:
+        state = fleet.jobs().get(name)
+        if state is None:
+            return sorry(404, f"There is no job {name!r} here", "Its name may be misspelt.")
+        return job_page(state, self.past, asked, self.around(fleet))
+
+    def device(self, job: str, name: str, fleet: FleetReader) -> Page:
+        state = fleet.jobs().get(job)
+        page = state and device_page(state, self.past, name, self.around(fleet))
+        words = f"There is no device {name!r} in job {job!r}"
+        return page or sorry(404, words, "It may not have been heard of yet.")
+
+
+def _add_pages(app: FastAPI, pages: _Pages) -> None:
+    reader = pages.reader
 
     @app.get("/", include_in_schema=False)
     async def home(request: Request) -> Response:
@@ -102,19 +122,12 @@ def _pages(app: FastAPI, served: Served, watchers: Watchers, past: Past) -> None
         if len(names) == 1:
             return RedirectResponse(f"/jobs/{names[0]}", 303)
         root = str(reader.root)
-        return await answer(request, lambda fleet: jobs_page(fleet.fleet(), root), None)
+        return await pages.answer(request, lambda fleet: jobs_page(fleet.fleet(), root), None)
 
     @app.get("/jobs/{job}", include_in_schema=False)
     async def job(request: Request, job: str) -> Response:
         asked = Asked.read(request.query_params)
-
-        def make(fleet: FleetReader) -> Page:
-            state = fleet.jobs().get(job)
-            if state is None:
-                return sorry(404, f"There is no job {job!r} here", "Its name may be misspelt.")
-            return job_page(state, past, asked, around(fleet))
-
-        return await answer(request, make, job)
+        return await pages.answer(request, partial(pages.job, job, asked), job)
 
     @app.get("/jobs/{job}/devices/at/{index}", include_in_schema=False)
     async def device_at(job: str, index: int) -> Response:
@@ -122,7 +135,7 @@ def _pages(app: FastAPI, served: Served, watchers: Watchers, past: Past) -> None
 
         def find(fleet: FleetReader) -> str:
             state = fleet.jobs().get(job)
-            found = state.devices(offset=index, limit=1) if state and index >= 0 else []
+            found = state.devices(offset=index, limit=1) if state and 0 <= index < MOST else []
             return found[0].name if found else ""
 
         name = await reader.ask(find)
@@ -130,13 +143,7 @@ def _pages(app: FastAPI, served: Served, watchers: Watchers, past: Past) -> None
 
     @app.get("/jobs/{job}/devices/{device}", include_in_schema=False)
     async def device(request: Request, job: str, device: str) -> Response:
-        def make(fleet: FleetReader) -> Page:
-            state = fleet.jobs().get(job)
-            page = state and device_page(state, past, device, around(fleet))
-            words = f"There is no device {device!r} in job {job!r}"
-            return page or sorry(404, words, "It may not have been heard of yet.")
-
-        return await answer(request, make, job)
+        return await pages.answer(request, partial(pages.device, job, device), job)
 
     @app.get("/login", include_in_schema=False)
     async def login() -> Response:

@@ -33,37 +33,52 @@ Order = Literal["name", "state", "rank", "seen", "up", "round"]
 MISSING: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
 
 
+class _Jobs:
+    """Ask the views of jobs; what is not there is 404."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    async def ask(self, job: str, question: Callable[[StateView], T | None]) -> T:
+        def of_job(fleet: FleetReader) -> T | None:
+            state = fleet.jobs().get(job)
+            return None if state is None else question(state)
+
+        found = await self.reader.ask(of_job)
+        if found is None:
+            raise HTTPException(404, f"there is no such thing in job {job!r}, or no such job")
+        return found
+
+
 def reading(reader: Reader) -> APIRouter:
     """Return the routes; all are GET and change nothing."""
     routes = APIRouter(prefix="/api/v1", responses=MISSING, tags=["read"])
+    jobs = _Jobs(reader)
+    _of_jobs(routes, jobs)
+    _of_devices(routes, jobs)
+    _of_rounds(routes, jobs)
+    _of_versions(routes, jobs)
+    return routes
 
-    async def of_job(name: str, question: Callable[[StateView], T | None]) -> T:
-        """Ask a job's view; what is not there is 404."""
 
-        def ask(fleet: FleetReader) -> T | None:
-            state = fleet.jobs().get(name)
-            return None if state is None else question(state)
-
-        found = await reader.ask(ask)
-        if found is None:
-            raise HTTPException(404, f"there is no such thing in job {name!r}, or no such job")
-        return found
-
+def _of_jobs(routes: APIRouter, jobs: _Jobs) -> None:
     @routes.get("/fleet")
     async def fleet() -> FleetView:
         """Return how all jobs stand."""
-        return await reader.ask(lambda fleet: fleet.fleet())
+        return await jobs.reader.ask(lambda fleet: fleet.fleet())
 
     @routes.get("/jobs/{job}")
     async def job(job: Name) -> JobView:
         """Return how a job stands."""
-        return await of_job(job, lambda state: state.job())
+        return await jobs.ask(job, lambda state: state.job())
 
     @routes.get("/jobs/{job}/settings")
     async def settings(job: Name) -> dict[str, Any]:
         """Return a job's settings, as devices are told them."""
-        return await of_job(job, lambda state: state.settings())
+        return await jobs.ask(job, lambda state: state.settings())
 
+
+def _of_devices(routes: APIRouter, jobs: _Jobs) -> None:
     @routes.get("/jobs/{job}/devices")
     async def devices(
         job: Name,
@@ -87,13 +102,15 @@ def reading(reader: Reader) -> APIRouter:
             )
             return DevicePage(total=view.count(state=state, search=search), devices=page)
 
-        return await of_job(job, ask)
+        return await jobs.ask(job, ask)
 
     @routes.get("/jobs/{job}/devices/{device}")
     async def device(job: Name, device: Name, rounds: Limit = 50) -> DeviceDetail:
         """Return all that is known of a device in a job."""
-        return await of_job(job, lambda state: state.device(device, rounds))
+        return await jobs.ask(job, lambda state: state.device(device, rounds))
 
+
+def _of_rounds(routes: APIRouter, jobs: _Jobs) -> None:
     @routes.get("/jobs/{job}/rounds")
     async def rounds(
         job: Name,
@@ -101,19 +118,19 @@ def reading(reader: Reader) -> APIRouter:
         limit: Limit = 100,
     ) -> list[RoundView]:
         """Return a job's rounds, the newest first."""
-        return await of_job(job, lambda state: state.rounds(before=before, limit=limit))
+        return await jobs.ask(job, lambda state: state.rounds(before=before, limit=limit))
 
     @routes.get("/jobs/{job}/rounds/{number}")
     async def one_round(job: Name, number: Number) -> RoundView:
         """Return a round with its shares."""
-        return await of_job(job, lambda state: state.round(number))
+        return await jobs.ask(job, lambda state: state.round(number))
 
     @routes.get("/jobs/{job}/rounds/{number}/devices")
     async def round_devices(
         job: Name, number: Number, offset: Offset = 0, limit: Limit = 100
     ) -> list[RoundDevice]:
         """Return what devices did in a round."""
-        return await of_job(
+        return await jobs.ask(
             job, lambda state: state.round_devices(number, offset=offset, limit=limit)
         )
 
@@ -125,18 +142,15 @@ def reading(reader: Reader) -> APIRouter:
             found = state.trust(number)
             return None if found is None else Trust(round=number, **found._asdict())
 
-        return await of_job(job, ask)
+        return await jobs.ask(job, ask)
 
+
+def _of_versions(routes: APIRouter, jobs: _Jobs) -> None:
     @routes.get("/jobs/{job}/versions")
     async def versions(job: Name) -> list[VersionView]:
         """Return the versions that are kept, the newest first."""
-        return await of_job(job, lambda state: state.versions())
+        return await jobs.ask(job, lambda state: state.versions())
 
-    _download(routes, reader)
-    return routes
-
-
-def _download(routes: APIRouter, reader: Reader) -> None:
     @routes.get(
         "/jobs/{job}/versions/{version}/adapter",
         response_class=FileResponse,
@@ -148,16 +162,9 @@ def _download(routes: APIRouter, reader: Reader) -> None:
         device: Annotated[str, Query(pattern=f"{NAME}|^$")] = "",
     ) -> FileResponse:
         """Return a version's adapter, or with a device its own one, as a zip of a PEFT folder."""
-
-        def folder(fleet: FleetReader) -> Any:
-            state = fleet.jobs().get(job)
-            return None if state is None else state.folder
-
-        found = await reader.ask(folder)
-        if found is None:
-            raise HTTPException(404, f"there is no job {job!r} here")
+        state = await jobs.ask(job, lambda state: state.folder)
         name = "-".join(part for part in (job, device, f"v{version}") if part)
-        file = await asyncio.to_thread(adapter_zip, found, name, version=version, device=device)
+        file = await asyncio.to_thread(adapter_zip, state, name, version=version, device=device)
         return FileResponse(
             file,
             filename=f"{name}.zip",
