@@ -8,14 +8,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from aggregator.cli import app
 from aggregator.enrol.create import create_fleet
 from aggregator.enrol.folder import FleetSettings
 from aggregator.errors import ConfigError
+from aggregator.page.app import Served
 from aggregator.page.guard import COOKIE, SESSION_S, SESSIONS, Sessions, check_exposure
 from aggregator.page.opening import make_token, read_token
-from aggregator.page.server import Where
+from aggregator.page.reader import Reader
+from aggregator.page.server import PageServer, Where
 from benchmarks.made_fleet import made_fleet
+from protocol.events import EventLog
 from tests.aggregator.page.site import ACTION, Site, running_page
 
 TOKEN = "a-token-of-more-than-sixteen-characters"
@@ -150,6 +155,22 @@ def test_beyond_this_computer_it_needs_a_token_and_tls(host: str) -> None:
         with pytest.raises(ConfigError, match="open to the network"):
             check_exposure(host, token=token, encrypted=encrypted)
     check_exposure(host, token=TOKEN, encrypted=True)
+
+
+def test_a_page_for_others_without_a_token_does_not_start(states: Path) -> None:
+    with Reader(states) as reader, pytest.raises(ConfigError, match="a token .* and TLS"):
+        PageServer(Served(reader), Where("0.0.0.0", 0), EventLog(as_json=True))
+
+
+def test_the_command_makes_the_fleets_token_and_tells_it_again(tmp_path: Path) -> None:
+    now = datetime.now(timezone.utc)
+    fleet = create_fleet(tmp_path / "fleet", FleetSettings(hosts=["fleet.example"]), now)
+    command = ["page-token", "--dir", str(fleet.path)]
+    first, again = (CliRunner().invoke(app, command) for _ in range(2))
+    assert first.exit_code == 0, first.output
+    token = first.output.strip()
+    assert again.output.strip() == token == read_token(fleet.path / "page.token")
+    assert CliRunner().invoke(app, ["page-token"]).exit_code != 0
 
 
 def test_a_short_token_is_refused() -> None:
