@@ -158,7 +158,7 @@ def test_beyond_this_computer_it_needs_a_token_and_tls(host: str) -> None:
 
 
 def test_a_page_for_others_without_a_token_does_not_start(states: Path) -> None:
-    with Reader(states) as reader, pytest.raises(ConfigError, match="a token .* and TLS"):
+    with Reader(states) as reader, pytest.raises(ConfigError, match=r"a token .* and TLS"):
         PageServer(Served(reader), Where("0.0.0.0", 0), EventLog(as_json=True))
 
 
