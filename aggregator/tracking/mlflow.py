@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from aggregator.tracking.base import Run, Values, flat_settings
@@ -13,6 +14,8 @@ class MlflowSink:
     """Write a run of the job's name; a restart goes on with it."""
 
     def __init__(self, run: Run) -> None:
+        # Without a database's packages a folder is all there is; MLflow wants that to be said.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
         uri = run.options.get("uri") or run.folder.absolute().as_uri()

@@ -151,7 +151,8 @@ def _records(data: bytes) -> list[bytes]:
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 @pytest.mark.filterwarnings("default")
-def test_mlflow_has_every_round(state: Path) -> None:
+def test_mlflow_has_every_round(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow import MlflowClient
 
     assert track(state, "mlflow") == ""
