@@ -92,16 +92,20 @@ def _links(job: JobView, around: Around, fragments: Mapping[str, Markup]) -> tup
 def headline(job: JobView) -> str:
     """Return in one sentence where a job stands."""
     if job.state == "finished":
-        return f"All {job.rounds} rounds are merged"
+        return f"All {job.rounds:,} rounds are merged"
     if job.state == "waiting":
         return "Paused before the first round" if job.paused else "Waiting for the first round"
     word = "is paused" if job.paused else "is open"
-    return f"Round {job.round} of {job.rounds} {word}, {job.delivered:,} delivered"
+    return f"Round {job.round:,} of {job.rounds:,} {word}, {job.delivered:,} delivered"
 
 
 def _head(job: JobView) -> Markup:
     eyebrow = f"{job.name} · merged by {job.rule} · {job.base}"
-    lede = "The job is finished." if job.state == "finished" else f"Waits for {job.waiting_for}."
+    lede = f"Waits for {job.waiting_for}."
+    if job.state == "finished":
+        lede = "The job is finished."
+    elif job.paused:
+        lede = "Waits to be resumed; what comes is still counted."
     if not job.running:
         lede += " No aggregator serves it now."
     return render("head.html", eyebrow=eyebrow, headline=headline(job), lede=lede)

@@ -93,6 +93,7 @@
 
   function state(word, text) {
     const live = $("live");
+    if (!live) return;
     if (live.dataset.state === word) return;
     live.dataset.state = word;
     live.lastElementChild.textContent = text;

@@ -25,7 +25,7 @@ from tests.conftest import mosquitto_of, running_mosquitto
 from tests.faults.processes import Program
 
 JOB = "/api/v1/jobs/notes"
-EXAMPLES = 6
+EXAMPLES = 4
 """For each operation; what is found is the same every time."""
 
 
