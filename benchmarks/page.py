@@ -71,7 +71,7 @@ def _claims(found: dict[str, Any]) -> list[Claim]:
     ]
     if "browser_load_s" in found:
         claims += [
-            _below("loaded and drawn in Chromium, s", found["browser_load_s"], 1.0),
+            _below("loaded and drawn in Chromium, median, s", found["browser_load_s"], 1.0),
             _below("a device's going away is seen in Chromium, s", found["browser_away_s"], 3.0),
             _below("longest time the browser was frozen, s", found["browser_frozen_s"], 0.2),
         ]
@@ -155,6 +155,7 @@ def _watched(store: Path, port: int, process: psutil.Process, seconds: float) ->
         taken = (_processor_s(process) - before) / (time.perf_counter() - started)
         ended.set()
         changing.join()
+        reading.join(10)  # something comes every few seconds
     return taken
 
 
@@ -184,9 +185,11 @@ def _in_browser(chromium: str, store: Path, port: int, seconds: float) -> dict[s
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(url)
-        started = time.perf_counter()
-        page.goto(url, wait_until="load")
-        load_s = time.perf_counter() - started
+        loads = []
+        for _ in range(LOADS):
+            started = time.perf_counter()
+            page.goto(url, wait_until="load")
+            loads.append(time.perf_counter() - started)
         page.wait_for_selector('#live[data-state="on"]')
         page.wait_for_timeout(1500)
         page.evaluate(
@@ -209,7 +212,7 @@ def _in_browser(chromium: str, store: Path, port: int, seconds: float) -> dict[s
         changing.join()
         browser.close()
     return {
-        "browser_load_s": load_s,
+        "browser_load_s": median(loads),
         "browser_away_s": away_s,
         "browser_frozen_s": frozen_s,
     }
