@@ -65,6 +65,16 @@ def serve(
             "[TUNEFLEET_ONNX]"
         ),
     ] = None,
+    page: Annotated[
+        int | None,
+        typer.Option(
+            help="Serve the live page and its API on this port (0: a free one).", min=0, max=65535
+        ),
+    ] = None,
+    page_host: Annotated[
+        str | None,
+        typer.Option(help="Address of the page (default 127.0.0.1); others need a token and TLS."),
+    ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
@@ -91,6 +101,7 @@ def serve(
             "(aggregator serve -c fleet.toml)"
         )
     log = {"level": log_level, "format": "json" if as_json else log_format}
+    shown = {"port": page, "host": page_host}
     flags: dict[str, Any] = {
         "dir": folder,
         "state": state,
@@ -101,6 +112,7 @@ def serve(
         "onnx": onnx,
         "exit_when_done": exit_when_done or None,
         "wait_for_broker": False if no_wait else None,
+        "page": {name: value for name, value in shown.items() if value is not None} or None,
         "log": {name: value for name, value in log.items() if value is not None} or None,
     }
     known = settings.read(config_file, flags, os.environ)

@@ -158,6 +158,25 @@ def in_a_fleet(story: Story) -> None:
     story.run(".venv/bin/edge-client export --format onnx-int8")
     story.run(".venv/bin/aggregator revoke kitchen --dir ~/fleet")
     serving()
+    story.run("aggregator page-token --dir ~/fleet")
+    shown = "aggregator serve job.toml --dir ~/fleet --page 8885 --page-host 0.0.0.0"
+    story.start(shown, "serving")()
+    job.write_text(job.read_text().replace("rounds = 1\n", "rounds = 20\n"))
+
+
+def with_a_page(story: Story) -> None:
+    """The live page's API, of the job that was served first."""
+    serving = story.start("aggregator serve job.toml --page 8885", "serving")
+    for command in (
+        "curl http://localhost:8885/api/v1/jobs/notes",
+        "curl 'http://localhost:8885/api/v1/jobs/notes/devices?state=waiting&limit=20'",
+        "curl -OJ http://localhost:8885/api/v1/jobs/notes/versions/1/adapter",
+        "curl -X POST -H 'X-Tunefleet: action' http://localhost:8885/api/v1/jobs/notes/pause",
+        "curl -X POST -H 'X-Tunefleet: action' --json '{\"quorum\": 3}' "
+        "http://localhost:8885/api/v1/jobs/notes/policy",
+    ):
+        story.run(command, typed=command.replace("curl", "curl --fail", 1))
+    serving()
 
 
 def as_operator(story: Story) -> None:
@@ -206,6 +225,7 @@ def main() -> None:
         on_a_broker(story)
         in_a_fleet(story)
         story.end()
+        with_a_page(story)
         as_operator(story)
         with_traces(story)
     finally:
