@@ -13,12 +13,12 @@ from rich.table import Table
 from aggregator.export import export_adapter
 from device_profiles.errors import ReplayError
 from device_profiles.replay import name_latest, run_folder
-from device_profiles.summary import human_bytes, human_seconds
 from device_profiles.virtual.compare import Run, same_result, table, write_picture
 from device_profiles.virtual.options import Options, again, prepare
 from device_profiles.virtual.pool import Pool
 from device_profiles.virtual.run import RESULT, Staging, replay_traces
 from edge_client.calibrate import cache_folder
+from protocol.human import human_bytes, human_seconds
 
 SHOWN = ("aggregator.round", "aggregator.merged", "killed", "ended", "aggregator.rejected")
 """Events that a person sees; all are in events.jsonl."""

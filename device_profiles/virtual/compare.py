@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from device_profiles.errors import ReplayError
-from device_profiles.summary import human_bytes, human_seconds
 from device_profiles.virtual.options import RunRecord, read_record
 from device_profiles.virtual.run import RESULT
 from protocol.errors import os_words
+from protocol.human import human_bytes, human_seconds
 
 COLOURS = ("#2f6fde", "#d1622b")
 """Of the first run and the second."""
