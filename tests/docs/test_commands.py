@@ -15,6 +15,7 @@ import pytest
 from tests.docs.commands import ROOT, all_commands
 
 INSTALL = "scripts/arm64_smoke.sh"
+SCENARIOS = "tests/device_profiles/virtual/test_scenarios.py"
 ELSEWHERE = {
     r"make (demo|test)\b.*": ".ci/run",
     r"(sudo apt-get|python3 -m venv|git clone|cd tunefleet).*": INSTALL,
@@ -24,7 +25,7 @@ ELSEWHERE = {
     r"\.venv/bin/fleet-replay demo .*": "tests/device_profiles/test_replay.py",
     r"\.venv/bin/fleet-replay run FLEET\.toml": "tests/device_profiles/test_replay.py",
     r"(\.venv/bin/)?fleet-replay (again|compare) .*": "tests/device_profiles/virtual/test_again.py",
-    r"(\.venv/bin/)?fleet-replay run --scenario .*": "tests/device_profiles/virtual/test_scenarios.py",
+    r"(\.venv/bin/)?fleet-replay run --scenario .*": SCENARIOS,
     r"fleet-replay run traces/ .*": "tests/device_profiles/virtual/test_training.py",
     r"\.venv/bin/fleet-replay import .*": "tests/device_profiles/traces/test_imports.py",
     r"\.venv/bin/edge-client record .*": "tests/edge_client/test_record.py",
