@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def in_a_fleet(story: Story) -> None:
     """README's real fleet, and what a device's owner does in it."""
     job = story.folder / "job.toml"
     job.write_text(job.read_text().replace("rounds = 20", "rounds = 1"))
+    shutil.rmtree(story.folder / ".local")  # another reader: a device knows one aggregator
     story.run(".venv/bin/aggregator init ~/fleet --host fleet.example")
     story.start("mosquitto -c ~/fleet/mosquitto.conf", "onnx/manifest")
     serving = story.start(".venv/bin/aggregator serve job.toml --dir ~/fleet", "serving")
