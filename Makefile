@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEMO_FLAGS ?=
 
-.PHONY: demo test faults lint bench clean mosquitto flower
+.PHONY: demo test faults lint bench clean mosquitto tools flower
 
 demo: $(VENV)
 	$(BIN)/fleet-replay demo --out runs $(DEMO_FLAGS)
@@ -38,8 +38,11 @@ $(FLOWER)/complete: pyproject.toml constraints-flower.txt
 mosquitto:
 	@sh scripts/install_mosquitto.sh
 
+tools: $(VENV)
+	@sh scripts/install_test_tools.sh $(VENV)
+
 # Many tests wait for real processes most of the time: three run at once, also on two cores.
-test: $(VENV) mosquitto
+test: $(VENV) mosquitto tools
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Kills everything everywhere, about 500 times, and prints what became of every update.

@@ -22,7 +22,7 @@ from aggregator.merging import commit_round
 from aggregator.operating import Done, Operator
 from aggregator.publish import Publisher
 from aggregator.retention import tidy
-from aggregator.rounds import Action, Policy, RoundState, delivered, next_action
+from aggregator.rounds import Action, Policy, RoundState, next_action
 from aggregator.shared_intake import upload_filters
 from aggregator.steering import moved
 from aggregator.store import Store
@@ -272,7 +272,7 @@ class Daemon:
         if self._steering.paused is not None:
             return None
         state = self._store.round()
-        counted = self._store.uploads.of_round(state.number, "counted")
+        answers = self._store.uploads.answered(state.number, state.attempt)
         action = next_action(
             state,
             self._policy,
@@ -280,13 +280,9 @@ class Daemon:
             rounds=self._job.rounds,
             time_s=self._clock(),
             online=self._ready(),
-            delivered=delivered(counted, state, self._policy),
-            refused={
-                m.device
-                for m in self._store.uploads.of_round(state.number, "rejected")
-                if m.attempt == state.attempt
-            },
-            buffered=len(counted),
+            delivered=answers.delivered(self._policy),
+            refused=answers.refused,
+            buffered=len(answers.updates),
         )
         if action == "open":
             self._enter(RoundState(state.number + 1, "open", state.version, self._deadline()))
@@ -322,10 +318,10 @@ class Daemon:
 
     def _ready(self) -> set[str]:
         """Return the devices that may take part: no round waits for one that is kept out."""
-        found = self._store.devices.ready() - self._store.devices.quarantined(self._clock())
-        if self._registry is not None:
-            found &= self._registry.devices()
-        return found
+        found = self._store.devices.ready()
+        if kept_out := self._store.devices.quarantined(self._clock()):
+            found = found - kept_out
+        return found if self._registry is None else found & self._registry.devices()
 
     def _merge(self, state: RoundState) -> None:
         """Merge the round, publish its version, and go on to the next round."""

@@ -24,6 +24,12 @@ class Devices:
     def __init__(self, db: Database, history: History) -> None:
         self._db = db
         self._history = history
+        self._ready: set[str] | None = None
+        """Who is ready, once that was asked for: asked with each message, it is kept up here."""
+
+    def forget(self) -> None:
+        """Ask the database again who is ready: what was noted since is not committed."""
+        self._ready = None
 
     def key(self, device: str) -> str | None:
         row = self._db.one("SELECT public_key FROM devices WHERE name = ?", device)
@@ -48,6 +54,9 @@ class Devices:
             public_key,
             status.model_dump_json(),
         )
+        if self._ready is not None:
+            ready = status.online and status.state not in NOT_READY
+            (self._ready.add if ready else self._ready.discard)(status.device)
         return True
 
     def status(self, device: str) -> Status | None:
@@ -55,14 +64,17 @@ class Devices:
         return Status.model_validate_json(row[0]) if row else None
 
     def ready(self) -> set[str]:
-        """Return the devices that are online and can train."""
+        """Return the devices that are online and can train; not to be changed."""
+        if self._ready is not None:
+            return self._ready
         state = "json_extract(status, '$.state')"
         rows = self._db.rows(
             "SELECT name FROM devices WHERE json_extract(status, '$.online') "
             f"AND {state} NOT IN ({', '.join('?' * len(NOT_READY))})",
             *NOT_READY,
         )
-        return {row[0] for row in rows}
+        self._ready = {row[0] for row in rows}
+        return self._ready
 
     def strike(self, device: str, limit: int, until: float) -> bool:
         """Note a refused update, or a flood; at `limit` quarantine begins and True is returned."""

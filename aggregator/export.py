@@ -1,20 +1,22 @@
-"""Write an adapter, the shared one or a device's own, as the PEFT directory everybody can load."""
+"""Write an adapter, the shared one or a device's own, as a PEFT directory with a model card."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from aggregator.card import CARD, model_card
 from aggregator.errors import StoreError
 from aggregator.places import Place, common
 from aggregator.store import Store
 from aggregator.versions import Versions
+from aggregator.view.state import StateView
 from protocol.adapter import Adapter
 from protocol.errors import BadTensors, os_words
-from protocol.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_peft
+from protocol.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_durably, write_peft
 from protocol.messages import Job
 
-PEFT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,12 @@ def export_adapter(
         adapter = Versions(job, store).load_at(place)
     except (OSError, BadTensors) as error:
         raise StoreError(f"{place} in {state} is damaged: {os_words(error)}") from None
+    with StateView(state) as view:
+        rounds = view.rounds(limit=job.rounds)
     try:
         write_peft(adapter, out, base_model=job.base.name)
-        files = {name: (out / name).stat().st_size for name in PEFT_FILES}
+        write_durably(out / CARD, model_card(job, place, adapter, rounds).encode())
+        files = {name: (out / name).stat().st_size for name in FILES}
     except OSError as error:
         raise StoreError(f"can't write the adapter to {out}: {os_words(error)}") from None
     return Exported(str(out), place.version, adapter.rank, _parameters(adapter), files)
@@ -67,7 +72,9 @@ def export_adapter(
 def _check_free(out: Path) -> None:
     """Refuse to mix an adapter with files of another kind."""
     try:
-        other = sorted({path.name for path in out.iterdir()} - {*PEFT_FILES})
+        names = {path.name for path in out.iterdir()}
+        mine = {*FILES} if names & {ADAPTER_CONFIG, ADAPTER_WEIGHTS} else set()
+        other = sorted(names - mine)
     except FileNotFoundError:
         return
     except NotADirectoryError:

@@ -54,15 +54,16 @@ class History:
         What the device has downloaded for it is reckoned: the bands of the version it started from
         that hold its directions. Only the broker knows what it sent.
         """
-        down = "(SELECT coalesce(sum(bytes), 0) FROM band_sizes WHERE version = ?5 AND start < ?4)"
+        down = "(SELECT coalesce(sum(bytes), 0) FROM band_sizes WHERE version = ? AND start < ?)"
         self._db.run(
-            f"INSERT OR REPLACE INTO counted VALUES (?1, ?2, ?3, ?4, ?6, {down}, ?7, ?8, ?9)",
+            f"INSERT OR REPLACE INTO counted VALUES (?, ?, ?, ?, ?, {down}, ?, ?, ?)",
             round_number,
             manifest.device,
             manifest.rank,
             manifest.held,
-            manifest.version,
             manifest.file.bytes,
+            manifest.version,
+            manifest.held,
             manifest.metrics.get(LOSS),
             at,
             manifest.round,

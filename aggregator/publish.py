@@ -37,6 +37,8 @@ class Publisher:
         self._key = key
         self._link = link
         self._meanwhile = meanwhile
+        self.last_round = b""
+        """What was last said of where the job stands."""
 
     def job(self) -> None:
         topic = topics.topic("job", job=self._job.job)
@@ -55,7 +57,8 @@ class Publisher:
             attempt=state.attempt,
             behind=policy.max_staleness if policy.buffer else 0,
         )
-        self._send([(topic, self._key.seal(message, topic))])
+        self.last_round = self._key.seal(message, topic)
+        self._send([(topic, self.last_round)])
 
     def version(self, manifest: GlobalManifest, *, again: bool = False) -> None:
         """Publish a version whole, its manifest last, and clear what is too old.

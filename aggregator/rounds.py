@@ -17,7 +17,7 @@ fleet waits for nobody who has delivered already. Source: FedBuff, arXiv 2106.06
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from protocol.messages import UploadManifest, in_cohort
@@ -72,12 +72,33 @@ class RoundState:
     """Times the round has been extended."""
 
 
-def delivered(counted: Collection[UploadManifest], now: RoundState, policy: Policy) -> set[str]:
-    """Return who need not be waited for, of the devices whose updates count in a round.
+@dataclass(slots=True)
+class Answers:
+    """Hold who has answered in a round, kept up as updates are counted."""
 
-    In a buffered round a device that has delivered for an older version trains on, from this one.
-    """
-    return {m.device for m in counted if m.round == now.number or not policy.buffer}
+    number: int
+    refused: set[str] = field(default_factory=set)
+    """Devices whose update of this attempt was refused."""
+    updates: set[str] = field(default_factory=set)
+    """Uploads that count in the round."""
+    devices: set[str] = field(default_factory=set)
+    """Whose they are."""
+    trained: set[str] = field(default_factory=set)
+    """Devices whose update is of this round, and not of an earlier one."""
+
+    def add(self, manifest: UploadManifest) -> None:
+        """Count an update in the round; the same one may be added again."""
+        self.updates.add(manifest.upload)
+        self.devices.add(manifest.device)
+        if manifest.round == self.number:
+            self.trained.add(manifest.device)
+
+    def delivered(self, policy: Policy) -> set[str]:
+        """Return who need not be waited for, of the devices whose updates count.
+
+        In a buffered round a device that has delivered for an older version trains on, from this.
+        """
+        return self.trained if policy.buffer else self.devices
 
 
 def next_action(
@@ -105,16 +126,20 @@ def next_action(
             return "finish"
         return "open" if len(online) >= policy.min_devices else None
     share = policy.share(now.attempt)
-    asked = {d for d in online if in_cohort(d, job, now.number, share)}
     if policy.buffer and buffered >= policy.buffer:
         return "merge"
-    enough = max(len(delivered), buffered) >= policy.quorum
-    heard_all = asked <= {*delivered, *refused}
+    answered = {*delivered, *refused}
+    # Asked with each message, of all the fleet: it ends at the first who has not answered.
+    heard_all = not any(
+        device not in answered and in_cohort(device, job, now.number, share) for device in online
+    )
     late = now.deadline is not None and time_s >= now.deadline
-    if enough:
+    if max(len(delivered), buffered) >= policy.quorum:
         return "merge" if heard_all or late else None
-    others = {*online} - asked
-    return "extend" if late or (heard_all and others) else None
+    if late:
+        return "extend"
+    others = heard_all and any(not in_cohort(d, job, now.number, share) for d in online)
+    return "extend" if others else None
 
 
 def wanted_no_more(

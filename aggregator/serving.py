@@ -26,10 +26,13 @@ from aggregator.rounds import Policy
 from aggregator.service import Service
 from aggregator.settings import DEFAULT_STATE, Effective, ServeSettings
 from aggregator.store import Store
+from aggregator.tracking.tracker import Tracker
 from protocol.errors import TunefleetError
+from protocol.events import EventLog
 from protocol.extras import how_to_install
 from protocol.files import lock_folder
 from protocol.messages import Job
+from protocol.notify import since_alive_s
 from protocol.patience import Waiting
 from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress
@@ -104,14 +107,17 @@ class _Serving:
             self._shared.part(job.job)
         self._engine = self._stack.enter_context(open_engine(self._settings.engine))
         daemons = [self.open(job, policy) for job, policy in jobs]
-        Service(
+        service = Service(
             self._shared,
             daemons,
             self._log,
             desk=desk,
             reload=self._reload,
             stay=not self._alone and not self._settings.exit_when_done,
-        ).run()
+        )
+        if self._settings.page.port is not None:
+            self._open_page(service, jobs[0][0].job)
+        service.run()
 
     # -- one job ---------------------------------------------------------------------------------
 
@@ -126,12 +132,13 @@ class _Serving:
             stack.callback(store.close)
             part = self._shared.part(job.job)
             stack.callback(part.close)
+            daemon_log = self._log if self._alone else self._log.part(job=job.job)
             daemon = Daemon(
                 job,
                 policy,
                 store,
                 part,
-                self._log if self._alone else self._log.part(job=job.job),
+                daemon_log,
                 key=place.key or signing_key(where, self._settings.key),
                 membership=place.membership,
                 onnx=self._settings.onnx,
@@ -140,8 +147,32 @@ class _Serving:
                 exit_when_done=self._settings.exit_when_done,
                 wait_for_broker=self._settings.wait_for_broker,
             )
+            stack.enter_context(self._tracker(job.job, where, daemon_log))
             self._closing[job.job] = self._stack.enter_context(stack.pop_all())
         return daemon
+
+    def _tracker(self, job: str, state: Path, log: EventLog) -> Tracker:
+        """Return what tells trackers of a job's rounds."""
+        settings = self._settings.tracking
+        folder = settings.folder / job if settings.folder is not None else None
+        options = {
+            "wandb": {"mode": settings.wandb_mode, "project": settings.wandb_project},
+            "mlflow": {"uri": settings.mlflow_uri, "experiment": settings.mlflow_experiment},
+        }
+        return Tracker(state, settings.sinks, log, options, folder=folder)
+
+    def _open_page(self, service: Service, job: str) -> None:
+        """Serve the live page beside the jobs, for as long as the stack lasts."""
+        from aggregator.page.health import Health
+        from aggregator.page.opening import open_page
+
+        def health() -> Health:
+            return Health(since_alive_s(), dict.fromkeys(service.jobs, service.connected))
+
+        place = self._place
+        one_state = self._alone and place.fleet is None
+        root = self._state_of(job) if one_state else place.root
+        open_page(self._stack, self._settings.page, root, place.fleet, health, self._log)
 
     def close(self, job: str) -> None:
         """Let go of a job that is not served after all."""

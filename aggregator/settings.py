@@ -27,9 +27,12 @@ from protocol.mistakes import first_mistake, setting_name, unknown_setting
 from protocol.settings_file import line_of, read_settings
 
 PREFIX, NESTED = "TUNEFLEET_", "__"
-PATHS = ("dir", "state", "key", "onnx")
+PATHS = (
+    "dir", "state", "key", "onnx",
+    "page.token_file", "page.certificate", "page.certificate_key", "tracking.folder",
+)  # fmt: skip
 WHAT = "settings"
-FLAGS = {"wait_for_broker": "--no-wait"}
+FLAGS = {"wait_for_broker": "--no-wait", "page.port": "--page"}
 """Settings whose flag has another name."""
 DEFAULT_STATE = Path("aggregator-state")
 
@@ -41,6 +44,33 @@ class LogSettings(BaseModel):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "plain", "json"] = "auto"
+
+
+class PageSettings(BaseModel):
+    """Where the live page, its API and /metrics are, and who may see them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    port: int | None = Field(None, ge=0, le=65535)
+    """None: there is no page."""
+    host: str = "127.0.0.1"
+    token_file: Path | None = None
+    certificate: Path | None = None
+    certificate_key: Path | None = None
+
+
+class TrackingSettings(BaseModel):
+    """Which trackers of experiments are told of rounds, beside the JSON Lines."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sinks: list[Literal["jsonl", "tensorboard", "wandb", "mlflow"]] = []
+    folder: Path | None = None
+    """Where they write; a folder for each job is made in it."""
+    wandb_mode: Literal["offline", "online"] = "offline"
+    wandb_project: str = "tunefleet"
+    mlflow_uri: str = ""
+    mlflow_experiment: str = "tunefleet"
 
 
 class ServeSettings(BaseSettings):
@@ -60,6 +90,8 @@ class ServeSettings(BaseSettings):
     shared_intake: bool = False
     exit_when_done: bool = False
     wait_for_broker: bool = True
+    page: PageSettings = PageSettings()
+    tracking: TrackingSettings = TrackingSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("broker")
@@ -134,8 +166,10 @@ def _from_file(file: Path | None) -> tuple[str, dict[str, Any]]:
         where = line_of(text, _first_unknown(fields))
         raise ConfigError(f"{file}{f', line {where}' if where else ''}: {unknown}")
     for name in PATHS:
-        if isinstance(fields.get(name), str):
-            fields[name] = str(_from(file.parent, fields[name]))
+        table, _, key = name.rpartition(".")
+        place = fields.get(table) if table else fields
+        if isinstance(place, dict) and isinstance(place.get(key), str):
+            place[key] = str(_from(file.parent, place[key]))
     if isinstance(fields.get("jobs"), list):
         fields["jobs"] = [
             str(_from(file.parent, job)) if isinstance(job, str) else job for job in fields["jobs"]

@@ -84,7 +84,7 @@ class Store:
                 self.on_disk,
                 before_commit=self._parts.sync,
                 after_commit=self._parts.settle,
-                after_rollback=self._parts.forget,
+                after_rollback=self._forget,
             )
         except DatabaseDamaged as error:
             raise StoreError(self._damaged(error)) from None
@@ -111,6 +111,12 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+
+    def _forget(self) -> None:
+        """Forget what was noted beside rows that are not committed."""
+        self._parts.forget()
+        self.devices.forget()
+        self.uploads.forget_answers()
 
     @contextmanager
     def on_disk(self) -> Iterator[None]:
@@ -243,6 +249,11 @@ class Store:
             beside()
             self.set_round(after)
             fault_point("aggregator.round.settling")
+
+    def merged_version(self, number: int) -> int | None:
+        """Return the version that a round was merged into; None: it is not merged."""
+        row = self._db.one("SELECT version FROM rounds WHERE number = ?", number)
+        return row[0] if row else None
 
     def begin_anew(
         self, after: RoundState, manifest: GlobalManifest, *, ended: RoundState, note: str

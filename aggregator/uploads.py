@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from aggregator.history import History
 from aggregator.parts import Parts
+from aggregator.rounds import Answers
 from protocol.chunks import check_file
 from protocol.database import Database
 from protocol.faults import fault_point
@@ -62,6 +63,29 @@ class Uploads:
         self.folder = folder
         self._on_disk = on_disk
         self._history = history
+        self._answered: tuple[tuple[int, int, int], Answers] | None = None
+        """Who has answered in one round's attempt, and as of what commit of another process."""
+
+    def forget_answers(self) -> None:
+        """Ask the database again who has answered: what was noted since is not committed."""
+        self._answered = None
+
+    def answered(self, round_number: int, attempt: int) -> Answers:
+        """Return whose update counts in a round, and whose of its attempt was refused.
+
+        Asked with each message, it is kept up here, until another process (a shared intake, say)
+        commits something; it is not to be changed.
+        """
+        place = round_number, attempt, self._db.others_commits()
+        if self._answered is None or self._answered[0] != place:
+            answers = Answers(round_number)
+            for manifest in self.of_round(round_number, "counted"):
+                answers.add(manifest)
+            for manifest in self.of_round(round_number, "rejected"):
+                if manifest.attempt == attempt:
+                    answers.refused.add(manifest.device)
+            self._answered = place, answers
+        return self._answered[1]
 
     def known(self, upload: str) -> Upload | None:
         row = self._db.one("SELECT manifest, state, reason FROM uploads WHERE upload = ?", upload)
@@ -141,6 +165,10 @@ class Uploads:
             self._parts.keep(manifest, self.file(manifest))
             self._settle(manifest, "counted", "")
             self._history.counted(manifest, late_for or manifest.round, time.time())
+            if self._answered is not None:
+                answers = self._answered[1]
+                if answers.number == (manifest.round if late_for is None else late_for):
+                    answers.add(manifest)
 
     def reject(self, manifest: UploadManifest, reason: str) -> None:
         """Refuse an upload; of those of a device that were refused the last is remembered."""
@@ -150,6 +178,7 @@ class Uploads:
             self.expect(manifest)
             self._settle(manifest, "rejected", reason)
             self._history.refused(manifest.device, reason, time.time())
+            self.forget_answers()
 
     def forget(self, manifest: UploadManifest) -> None:
         """Forget an upload that does not count, and what of it has come."""

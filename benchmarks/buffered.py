@@ -24,7 +24,7 @@ from rich.table import Table
 
 from aggregator.merge import RoundView, Update, merge
 from aggregator.merge.round_view import completed, rebased
-from aggregator.rounds import Policy, RoundState, delivered, next_action, wanted_no_more
+from aggregator.rounds import Answers, Policy, RoundState, next_action, wanted_no_more
 from benchmarks.claims import Claim, write_claims
 from benchmarks.quality.demo import demo_simulation
 from benchmarks.simulation import SimulatedDevice, Simulation, rounded
@@ -162,7 +162,9 @@ class Fleet:
             self.course.behind.append(self._now.number - began.number)
 
     def _is_due(self, at: float) -> bool:
-        manifests = [manifest for manifest, _ in self._buffer.values()]
+        answers = Answers(self._now.number)
+        for manifest, _ in self._buffer.values():
+            answers.add(manifest)
         action = next_action(
             self._now,
             self._arm.policy,
@@ -170,8 +172,8 @@ class Fleet:
             rounds=1 << 30,
             time_s=at,
             online={device.name for device in self._simulation.devices},
-            delivered=delivered(manifests, self._now, self._arm.policy),
-            buffered=len(manifests),
+            delivered=answers.delivered(self._arm.policy),
+            buffered=len(answers.updates),
         )
         return action == "merge"
 

@@ -27,7 +27,9 @@ add_commands(app)
 FleetFile = Annotated[
     Path | None,
     typer.Argument(
-        metavar="FLEET.toml", help="The fleet; docs/job.md has an example (default: the demo's)."
+        metavar="FLEET.toml|TRACES",
+        help="A fleet file (docs/job.md; default: the demo's), or a trace or folder of traces to "
+        "replay in virtual time (docs/replay.md).",
     ),
 ]
 Out = Annotated[
@@ -92,6 +94,94 @@ Set = Annotated[
 ]
 
 
+VIRTUAL = "Replaying traces"
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        metavar="NUMBER",
+        min=1,
+        help="Virtual devices (default: one for each trace).",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+Scenario = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="A situation instead of traces: overnight-charging, flaky-3g, memory-pressure, "
+        "thermal-throttle, flash-crowd, device-churn, stale-devices.",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+Fidelity = Annotated[
+    str,
+    typer.Option(
+        metavar="train=N,recorded=N,headless=N",
+        help="How many devices really train, replay real updates, or only take part in the "
+        "protocol (default: all are recorded).",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+Speed = Annotated[
+    str,
+    typer.Option(
+        metavar="X",
+        help="Virtual seconds a second; max: to the next event as soon as all is settled.",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+Resolution = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        min=0.001,
+        help="How often, in virtual time, the aggregator decides at most.",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+JobFile = Annotated[
+    Path | None,
+    typer.Option("--job", metavar="JOB.toml", help="A job file.", rich_help_panel=VIRTUAL),
+]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        metavar="POLICY.toml",
+        help="What every device's owner allows (default: the scenario's, or everything).",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH",
+        help="Text of the devices that train, one each in turn; may be repeated (default: the "
+        "demo's).",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+PoolFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--pool",
+        metavar="FOLDER",
+        help="Recorded updates (default: made by training once at each rank, and kept).",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+Hours = Annotated[
+    float | None,
+    typer.Option(
+        "--until",
+        metavar="HOURS",
+        min=0.0,
+        help="Virtual time at which the replay ends (default: 30 days).",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+
+
 @app.command()
 def demo(
     seed: Seed = 0,
@@ -107,7 +197,7 @@ def demo(
 
     It takes minutes and leaves a report, its figures and the adapter in runs/latest.
     """
-    run(None, seed, rule, rounds, backend, broker, out, settings, as_json)
+    run_fleet(None, seed, rule, rounds, backend, broker, out, settings, as_json)
 
 
 @app.command()
@@ -121,11 +211,99 @@ def run(
     out: Out = Path("runs"),
     settings: Set = None,
     as_json: AsJson = False,
+    devices: Devices = None,
+    scenario: Scenario = "",
+    fidelity: Fidelity = "",
+    speed: Speed = "max",
+    resolution: Resolution = 1.0,
+    job_file: JobFile = None,
+    policy: PolicyFile = None,
+    data: Data = None,
+    pool: PoolFolder = None,
+    until: Hours = None,
 ) -> None:
     """Run a fleet of your own: a file names its devices, their text, the base and the job.
 
-    It leaves a report, its figures and the adapter in runs/latest.
+    Or replay traces of devices, or a scenario, in virtual time. Either leaves its figures and the
+    adapter in runs/latest.
     """
+    if scenario or (fleet is not None and fleet.suffix != ".toml"):
+        from device_profiles.virtual.command import run_traces
+        from device_profiles.virtual.options import Options as TraceOptions
+        from device_profiles.virtual.options import parse_speed, read_fields
+
+        if fleet is not None and scenario:
+            raise typer.BadParameter("give traces or a --scenario, not both")
+        if backend is not None:
+            raise typer.BadParameter("virtual devices train with torch: leave --backend out")
+        asked: dict[str, Any] = {"rule": rule} if rule else {}
+        asked |= {"rounds": rounds} if rounds else {}
+        job = read_fields(job_file, parse_settings(settings or []), asked)
+        options = TraceOptions(
+            traces=str(fleet or ""),
+            scenario=scenario,
+            devices=devices or 0,
+            fidelity=fidelity,
+            seed=seed,
+            speed=parse_speed(speed),
+            resolution_s=resolution,
+            job=for_rule(job),
+            policy=str(policy or ""),
+            data=tuple(map(str, data or [])),
+            pool=str(pool or ""),
+            broker=broker,
+            **({} if until is None else {"until_s": until * 3600}),
+        )
+        run_traces(options, out, as_json=as_json)
+        return
+    if any(x is not None for x in (devices, job_file, policy, data, pool, until)) or fidelity:
+        raise typer.BadParameter("that is for traces: name a trace, a folder of traces, --scenario")
+    run_fleet(fleet, seed, rule, rounds, backend, broker, out, settings, as_json)
+
+
+@app.command()
+def again(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Replay traces exactly as an earlier run did, from its log; say whether it came to the same.
+
+    It ends with status 1 where it did not.
+    """
+    from device_profiles.virtual.command import run_again
+
+    if not run_again(run_folder, out, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    other: Annotated[Path, typer.Argument(metavar="RUN", help="Of another one.")],
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Where to draw them (default: in the second)."),
+    ] = None,
+) -> None:
+    """Print two replays of traces side by side, and draw them in one HTML file."""
+    from device_profiles.virtual.command import run_compare
+
+    run_compare(one, other, picture)
+
+
+def run_fleet(
+    fleet: Path | None,
+    seed: int,
+    rule: str,
+    rounds: int | None,
+    backend: Backend | None,
+    broker: str,
+    out: Path,
+    settings: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Run a fleet file, or the demo, with real processes in real time."""
     from dataclasses import replace
 
     from aggregator.probe_text import with_probe_text

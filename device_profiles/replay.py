@@ -88,7 +88,7 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
     history = History()
     names = [device.name for device in fleet.devices]
     with (
-        _leaving_broker(options.broker, job["job"], names),
+        leaving_broker(options.broker, job["job"], names),
         Processes(out / "events.jsonl", out / "logs") as processes,
     ):
         _start_aggregator(processes, options, out)
@@ -169,7 +169,7 @@ def clear_broker(broker: str, job: str, devices: Sequence[str]) -> None:
 
 
 @contextmanager
-def _leaving_broker(broker: str, job: str, devices: Sequence[str]) -> Iterator[None]:
+def leaving_broker(broker: str, job: str, devices: Sequence[str]) -> Iterator[None]:
     """Take this replay off a broker of one's own when the block ends."""
     try:
         yield

@@ -31,11 +31,10 @@ from device_profiles.summary import (
     Losses,
     Summary,
     gain,
-    human_bytes,
-    human_seconds,
     rank_path,
     read_summary,
 )
+from protocol.human import human_bytes, human_seconds
 
 LEVEL = 0.005
 """A difference in loss smaller than this share is called level."""

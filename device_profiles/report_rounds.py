@@ -26,15 +26,8 @@ from device_profiles.report_figure import (
     some_of,
     spread,
 )
-from device_profiles.summary import (
-    DeviceRound,
-    DeviceSummary,
-    Round,
-    Summary,
-    human_bytes,
-    human_seconds,
-    mean,
-)
+from device_profiles.summary import DeviceRound, DeviceSummary, Round, Summary, mean
+from protocol.human import human_bytes, human_seconds
 
 LINES_PX = 340
 """Least height of a chart of lines."""

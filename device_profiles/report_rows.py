@@ -21,7 +21,8 @@ from device_profiles.report_figure import (
     rows_layout,
     some_of,
 )
-from device_profiles.summary import MEMORY_BAND, DeviceSummary, Summary, human_bytes
+from device_profiles.summary import MEMORY_BAND, DeviceSummary, Summary
+from protocol.human import human_bytes
 
 LOG_FROM = 6.0
 """Where the largest figure is this many times the smallest, a scale of doublings shows both."""

@@ -33,16 +33,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from device_profiles.summary import (
-    DeviceSummary,
-    Losses,
-    Summary,
-    human_bytes,
-    human_seconds,
-    mean,
-    rank_path,
-    read_summary,
-)
+from device_profiles.summary import DeviceSummary, Losses, Summary, mean, rank_path, read_summary
+from protocol.human import human_bytes, human_seconds
 
 Event = Mapping[str, Any]
 

@@ -17,25 +17,28 @@ from protocol.errors import ProtocolError
 from protocol.events import EventLog
 from protocol.messages import Job, Round
 from protocol.topics import Match
-from protocol.transport import Incoming, MqttTransport
+from protocol.transport import DeviceLink, Incoming
 
 
 class Adapters:
     """Fetch what a round needs: a manifest, the adapter to go on with, those to be tried.
 
-    `reach` says which rank the device has now, and how many directions it can hold.
+    `reach` says which rank the device has now, and how many directions it can hold;
+    `download_bytes` what its link affords for a version (default: as the settings have it).
     """
 
     def __init__(
         self,
         settings: Settings,
         job: Job,
-        link: MqttTransport,
+        link: DeviceLink,
         outbox: Outbox,
         learner: Learning,
         events: EventLog,
         reach: Callable[[], tuple[int, int]],
+        download_bytes: Callable[[], float] | None = None,
     ) -> None:
+        self._download_bytes = download_bytes or (lambda: settings.download_bytes)
         self.held = Holding(job, settings.name)
         self.trying: Trying | None = None
         self._settings, self._job = settings, job
@@ -43,6 +46,11 @@ class Adapters:
         self._events = events
         self._reach = reach
         self._fetch: Fetch | None = None
+
+    @property
+    def outstanding(self) -> int:
+        """How many messages of what is being fetched are to come yet."""
+        return self._fetch.outstanding if self._fetch is not None else 0
 
     def expects(self, found: Match) -> bool:
         """Say whether a topic is of what is being fetched."""
@@ -108,7 +116,7 @@ class Adapters:
         assert held.heading is not None and held.source is not None
         self.trying = Trying(
             now.version,
-            to_try(held.heading, held.device, held.bands, self._settings.download_bytes),
+            to_try(held.heading, held.device, held.bands, self._download_bytes()),
             received=self._learner.evaluate(held.adapter, SPLIT),
             own=self._outbox.own_loss(now.job, now.version - 1),
         )
@@ -136,7 +144,7 @@ class Adapters:
 
     def _bands(self) -> tuple[Band, ...]:
         rank, held = self._reach()
-        budget = self._settings.download_bytes
+        budget = self._download_bytes()
         return tuple(wanted_bands(self._job, rank=rank, held=held, byte_budget=budget))
 
     def _use(self, fetch: Fetch, now: Round) -> None:

@@ -24,7 +24,7 @@ from protocol.errors import MalformedMessage
 from protocol.events import EventLog
 from protocol.messages import ArtifactFile, ArtifactManifest, Job
 from protocol.topics import Match
-from protocol.transport import Incoming, MqttTransport
+from protocol.transport import DeviceLink, Incoming
 
 AGAIN_TICKS = 60
 """After so many of the agent's ticks without a chunk it is asked for again: it was a bad one."""
@@ -42,7 +42,7 @@ class ArtifactFetch:
         self,
         job: Job,
         settings: Settings,
-        link: MqttTransport,
+        link: DeviceLink,
         events: EventLog,
         may: Callable[[], bool],
     ) -> None:

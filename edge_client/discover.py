@@ -17,7 +17,7 @@ from protocol.errors import ProtocolError
 from protocol.messages import Status
 from protocol.patience import Waiting, connect_when_up
 from protocol.signing import open_message
-from protocol.transport import MqttTransport
+from protocol.transport import DeviceLink, MqttTransport
 
 TICK_S = 0.5
 """A broker that has said nothing for this long has shown what it keeps."""
@@ -96,12 +96,21 @@ def enter_job(
     """
     if not connect_when_up(link, waiting, stopping=stopping, wait=settings.wait_for_broker):
         return
+    listen(link, standing, job, settings.name)
+
+
+def listen(link: DeviceLink, standing: Standing, job: str, device: str) -> None:
+    """Say that a device is here, and listen to what a job says to all and to it.
+
+    Raises:
+        TransportError: the broker does not answer, or refuses it.
+    """
     standing.claim(link)
     link.subscribe(
         [
             topics.subscription("job", job=job),
             topics.subscription("round", job=job),
-            topics.subscription("control", job=job, device=settings.name),
+            topics.subscription("control", job=job, device=device),
         ]
     )
 

@@ -98,10 +98,13 @@ class Download:
 
     @property
     def complete(self) -> bool:
-        return all(
-            len(self._chunks[band]) == len(self.manifest.bands[band.name].chunks)
-            for band in self.wanted
-        )
+        return self.outstanding == 0
+
+    @property
+    def outstanding(self) -> int:
+        """How many chunks are to come yet."""
+        bands = self.manifest.bands
+        return sum(len(bands[b.name].chunks) - len(self._chunks[b]) for b in self.wanted)
 
     @property
     def held(self) -> int:

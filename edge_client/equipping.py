@@ -18,7 +18,7 @@ from protocol.events import EventLog
 from protocol.messages import Job
 from protocol.patience import Waiting
 from protocol.topics import Match
-from protocol.transport import Incoming, MqttTransport
+from protocol.transport import DeviceLink, Incoming
 
 PATIENCE_TICKS = 20
 """For how long a broker may take to show an artifact set, in the agent's ticks."""
@@ -53,7 +53,7 @@ class Equipping:
             self._download.stop()
 
     def equipment(
-        self, job: Job, link: MqttTransport, may_transfer: Callable[[], bool]
+        self, job: Job, link: DeviceLink, may_transfer: Callable[[], bool]
     ) -> Equipment | None:
         """Return what the device learns a job with; None: ask again, it is being fetched.
 

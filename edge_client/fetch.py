@@ -12,7 +12,7 @@ from protocol.bands import Band, parse_band
 from protocol.errors import MalformedMessage
 from protocol.messages import GlobalManifest, Job
 from protocol.topics import Match
-from protocol.transport import Incoming, MqttTransport
+from protocol.transport import DeviceLink, Incoming
 
 
 class Fetch:
@@ -24,7 +24,7 @@ class Fetch:
 
     def __init__(
         self,
-        link: MqttTransport,
+        link: DeviceLink,
         job: Job,
         source: Source,
         wanted: Sequence[Band],
@@ -47,6 +47,13 @@ class Fetch:
         if self._download is not None:
             return self._download.complete
         return self.manifest is not None
+
+    @property
+    def outstanding(self) -> int:
+        """How many messages are to come yet, as far as is known."""
+        if self._download is None:
+            return 0 if self.manifest is not None else 1
+        return self._download.outstanding
 
     def take(self, found: Match, incoming: Incoming, state: Path) -> None:
         """Take a message on one of its topics (`Source.has`).

@@ -120,6 +120,7 @@ class Learning(Protocol):
     ) -> float: ...
     def predict(self, adapter: Adapter, probe: Probe) -> TopLogits: ...
     def memory(self) -> tuple[float, float]: ...
+    def use(self, plan: Plan) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -274,6 +275,11 @@ class Learner:
         """Return the floor and the peak above it so far, in MiB."""
         floor_and_peak: tuple[float, float] = self._persist(lambda: self._ask("memory"))
         return floor_and_peak
+
+    def use(self, plan: Plan) -> None:
+        """Learn by another plan from now on, in another process."""
+        self.stop()
+        self.plan = plan
 
     def stop(self) -> None:
         """End the training process; the next thing asked for would start another."""

@@ -82,16 +82,16 @@ def look(folder: Path, day: str) -> Totals:
 
 
 class Outbox:
-    """Open the outbox in a device's state folder.
+    """Open the outbox in a device's state folder; a replay's, `in_memory`, ends with its process.
 
     Raises, as every method does:
         StorageError: the disk is full, or the file is damaged or can't be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, in_memory: bool = False) -> None:
         guard = partial(keeping, FILE, folder)
         with guard():
-            self._db = Database(folder / FILE, SCHEMA, guard)
+            self._db = Database(folder / FILE, SCHEMA, guard, in_memory=in_memory)
 
     def close(self) -> None:
         self._db.close()
@@ -265,12 +265,12 @@ class Outbox:
         row = self._db.one("SELECT value FROM numbers WHERE key = ?", key)
         return row[0] if row else default
 
-    def next_boot(self) -> int:
+    def next_boot(self, now_s: float | None = None) -> int:
         """Return a number for this start of the agent: larger than that of any start before.
 
         By the clock too: a device restored from a copy does not count the same starts again.
         """
-        boot = max(self._number("boot", 0) + 1, int(time.time()))
+        boot = max(self._number("boot", 0) + 1, int(time.time() if now_s is None else now_s))
         self._set("boot", boot)
         return boot
 

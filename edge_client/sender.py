@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from edge_client.outbox import Outbox, Pending
 from protocol import topics
@@ -12,7 +12,7 @@ from protocol.events import EventLog
 from protocol.faults import fault_point
 from protocol.messages import Control
 from protocol.signing import SigningKey
-from protocol.transport import MqttTransport
+from protocol.transport import DeviceLink
 
 RESEND_S = 30.0
 
@@ -21,12 +21,17 @@ class Sender:
     """Publish the outbox's updates; only the aggregator's word takes them out of it."""
 
     def __init__(
-        self, link: MqttTransport, key: SigningKey, outbox: Outbox, events: EventLog
+        self,
+        link: DeviceLink,
+        key: SigningKey,
+        outbox: Outbox,
+        events: EventLog,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
         self._key = key
         self._outbox = outbox
-        self._events = events
+        self._events, self._clock = events, clock
         self._offered: tuple[str, int, float] = ("", 0, 0.0)
         """The update last offered, on which connection, and when it was last offered or sent."""
 
@@ -36,7 +41,7 @@ class Sender:
         Raises:
             TransportError: the broker does not answer, or refuses the manifest.
         """
-        if self._is_offered(upload) and time.monotonic() - self._offered[2] < RESEND_S:
+        if self._is_offered(upload) and self._clock() - self._offered[2] < RESEND_S:
             return
         pending = self._outbox.get(upload)
         if pending is None:
@@ -109,4 +114,4 @@ class Sender:
         return self._offered[:2] == (upload, self._link.connection)
 
     def _note(self, upload: str) -> None:
-        self._offered = (upload, self._link.connection, time.monotonic())
+        self._offered = (upload, self._link.connection, self._clock())

@@ -7,7 +7,7 @@ from edge_client.errors import NameTaken
 from protocol import topics
 from protocol.messages import Status
 from protocol.signing import SigningKey, open_message
-from protocol.transport import MqttTransport
+from protocol.transport import DeviceLink
 
 
 class Standing:
@@ -32,7 +32,7 @@ class Standing:
         """Return what the broker is to publish when this device is gone: topic and payload."""
         return self.topic, self._sealed("stopped")
 
-    def claim(self, link: MqttTransport) -> None:
+    def claim(self, link: DeviceLink) -> None:
         """Say at once that this device is here, and hear whether somebody else has said so.
 
         A device with a certificate has its name from it, and may not read the topic.
@@ -46,7 +46,7 @@ class Standing:
 
     def announce(
         self,
-        link: MqttTransport,
+        link: DeviceLink,
         state: str,
         *,
         rank: int = 0,
@@ -61,7 +61,7 @@ class Standing:
         self._last = self._sealed(state, rank=rank, version=version, detail=detail)
         link.announce(self.topic, self._last)
 
-    def hear(self, link: MqttTransport, payload: bytes) -> None:
+    def hear(self, link: DeviceLink, payload: bytes) -> None:
         """Take in a status from the topic; who says another one by a name that is known will end.
 
         Raises:

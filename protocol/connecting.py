@@ -95,7 +95,15 @@ def new_client(
     return client
 
 
-def knock(client: paho.Client, address: BrokerAddress, version: int, *, temporary: bool) -> None:
+def knock(
+    client: paho.Client,
+    address: BrokerAddress,
+    version: int,
+    *,
+    temporary: bool,
+    keepalive_s: int = KEEPALIVE_S,
+    window: int = WINDOW,
+) -> None:
     """Reach the broker and send CONNECT; the answer comes on paho's thread, once that runs.
 
     Raises:
@@ -103,9 +111,9 @@ def knock(client: paho.Client, address: BrokerAddress, version: int, *, temporar
         TlsRefused: one side does not take the other's certificate; says why.
         TransportError: the address is none that can be connected to.
     """
-    arguments = _session(version, temporary=temporary)
+    arguments = _session(version, temporary=temporary, window=window)
     try:
-        client.connect(address.host, address.port, KEEPALIVE_S, **arguments)
+        client.connect(address.host, address.port, keepalive_s, **arguments)
     except _HANG_UPS as error:
         why = HUNG_UP if address.tls else socket_words(error, address.host)
         raise BrokerUnreachable(str(address), why) from None
@@ -136,11 +144,11 @@ def end(client: paho.Client) -> None:
         client.loop_stop()
 
 
-def _session(version: int, *, temporary: bool) -> dict[str, Any]:
+def _session(version: int, *, temporary: bool, window: int) -> dict[str, Any]:
     """Return CONNECT's arguments for a session that outlives the connection, or does not."""
     if version != paho.MQTTv5:
         return {}
     properties = Properties(PacketTypes.CONNECT)
     properties.SessionExpiryInterval = 0 if temporary else SESSION_EXPIRY_S
-    properties.ReceiveMaximum = WINDOW
+    properties.ReceiveMaximum = window
     return {"clean_start": temporary, "properties": properties}

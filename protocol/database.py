@@ -41,7 +41,7 @@ class Database:
 
     `guard` makes the context in which every statement and transaction runs, once it is open: it
     turns what the disk refuses (OSError) into words. `before_commit` and `after_commit` belong to
-    files that change with the rows.
+    files that change with the rows. One `in_memory` touches no disk and is gone when closed.
 
     Raises:
         OSError: the folder can't be made, or the database can't be opened (DatabaseRefused).
@@ -57,12 +57,17 @@ class Database:
         before_commit: Callable[[], None] = _nothing,
         after_commit: Callable[[], None] = _nothing,
         after_rollback: Callable[[], None] = _nothing,
+        in_memory: bool = False,
     ) -> None:
         self._guard = guard
         self._before_commit, self._after_commit = before_commit, after_commit
         self._after_rollback = after_rollback
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = path.parent
+        if in_memory:
+            self._db = sqlite3.connect(":memory:", isolation_level=None)
+            self._db.executescript(schema)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _refusals(self._folder):
             _make_private(path)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_s)
@@ -89,6 +94,12 @@ class Database:
     def one(self, query: str, *values: object) -> tuple[Any, ...] | None:
         """Return the first row of a query; None if there is none."""
         return next(iter(self.rows(query, *values)), None)
+
+    def others_commits(self) -> int:
+        """Return a number that is another one once another connection has committed something."""
+        row = self.one("PRAGMA data_version")
+        assert row is not None, "it has one row always"
+        return int(row[0])
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

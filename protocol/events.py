@@ -28,6 +28,8 @@ class EventLog:
         also: Callable[[Mapping[str, Any]], None] | None = None,
         **always: object,
     ) -> None:
+        self.now: Callable[[], float] = time.time
+        """Seconds since 1970, by which events are dated; a replay has a clock of its own."""
         self._also = also
         self._as_json = as_json
         self._stream = stream or sys.stdout
@@ -36,7 +38,7 @@ class EventLog:
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event; a reader that has gone away is no error."""
-        record = {"event": event, "time": round(time.time(), 3), **self._always, **fields}
+        record = {"event": event, "time": round(self.now(), 3), **self._always, **fields}
         if self._also is not None:
             self._also(record)
         self._say(record)

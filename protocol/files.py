@@ -101,8 +101,8 @@ def _sign(lock: TextIO) -> None:
     pid = os.getpid()
     with suppress(OSError):  # a full disk: it holds all the same
         lock.truncate(0)
-        lock.write(json.dumps({"pid": pid, "began": began(pid)}))
-        lock.flush()
+        # Past the file's buffer, which would be tried again, and fail, when it is closed.
+        os.write(lock.fileno(), json.dumps({"pid": pid, "began": began(pid)}).encode())
 
 
 def folder_holder(folder: Path) -> int | None:

@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 
 ALIVE_EVERY_S = 5.0
-_last_alive = float("-inf")
+_last_alive = time.monotonic() - ALIVE_EVERY_S
 
 
 def notify(**fields: str) -> None:
@@ -28,6 +28,11 @@ def notify(**fields: str) -> None:
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
         link.setblocking(False)  # a manager that does not listen holds nothing up
         link.sendto(message.encode(), address)
+
+
+def since_alive_s() -> float:
+    """Return for how many seconds nothing has said that the work goes on."""
+    return time.monotonic() - _last_alive
 
 
 def alive() -> None:

@@ -28,6 +28,11 @@ class Subscriptions:
         self._renewed = 0
         """The last connection on which everything has been subscribed to again."""
 
+    @property
+    def filters(self) -> list[str]:
+        """All that is subscribed to."""
+        return list(self._filters)
+
     def add(self, filters: Iterable[str], *, as_published: bool = False) -> list[str]:
         """Remember filters; return those that are new."""
         new = [f for f in filters if f not in self._filters]

@@ -24,6 +24,7 @@ more of them spend their time waiting for each other, and a merge takes many tim
 app.command()(fleet.init)
 app.command()(fleet.enroll)
 app.command()(fleet.revoke)
+app.command("page-token")(fleet.page_token)
 app.command()(serving.serve)
 app.command()(serving.intake)
 app.command()(look.status)

@@ -36,6 +36,10 @@ def export(
     device: Annotated[
         str, typer.Option(help="The device whose own adapter it is to be, in a job that has such.")
     ] = "",
+    push: Annotated[
+        str,
+        typer.Option(help="Copy it there too: a hub's id (owner/name), or any URL of fsspec's."),
+    ] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was written as JSON.")
     ] = False,
@@ -44,10 +48,14 @@ def export(
     from dataclasses import asdict
 
     from aggregator.export import export_adapter
+    from aggregator.push import push as push_to
 
     done = export_adapter(state or DEFAULT_STATE, out, version=version, device=device)
+    pushed = push_to(out, push, message=f"Version {done.version}") if push else None
     if as_json:
-        typer.echo(json.dumps(asdict(done)))
+        typer.echo(json.dumps(asdict(done) | ({"pushed": pushed} if pushed else {})))
         return
     size = f"rank {done.rank}, {done.parameters:,} parameters"
     typer.echo(f"version {done.version} is in {done.folder}: {size}")
+    if pushed:
+        typer.echo(f"it is at {pushed} too")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from aggregator.cli.options import Fleet
+from aggregator.cli.options import Fleet, MaybeFleet
 
 
 def init(
@@ -73,3 +73,28 @@ def revoke(name: Annotated[str, typer.Argument(help="The device.")], folder: Fle
         f"{name} is revoked: the aggregator drops all it sends; {told}; a connection that is open "
         "now stays open, but for what the aggregator drops, until Mosquitto is restarted"
     )
+
+
+def page_token(
+    folder: MaybeFleet = None,
+    file: Annotated[Path | None, typer.Option(help="File of the token, made if need be.")] = None,
+) -> None:
+    """Print the token of the live page, which is made if need be: who has it sees and steers all.
+
+    It is in the fleet's folder, where `serve --dir` finds it, or in a file that `token_file` names.
+    """
+    from aggregator.errors import ConfigError
+    from aggregator.page.opening import TOKEN_FILE, make_token
+
+    if (folder is None) == (file is None):
+        raise ConfigError("name the fleet's folder with --dir, or a file with --file")
+    where = file if file is not None else fleet_folder(folder) / TOKEN_FILE
+    typer.echo(make_token(where))
+
+
+def fleet_folder(path: Path | None) -> Path:
+    """Return the path of a fleet's folder, which is one."""
+    from aggregator.enrol.folder import FleetFolder
+
+    assert path is not None, "it is named"
+    return FleetFolder(path).path

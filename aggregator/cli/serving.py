@@ -79,6 +79,16 @@ def serve(
             help="Share uploads with `aggregator intake` processes, by MQTT shared subscriptions.",
         ),
     ] = False,
+    page: Annotated[
+        int | None,
+        typer.Option(
+            help="Serve the live page and its API on this port (0: a free one).", min=0, max=65535
+        ),
+    ] = None,
+    page_host: Annotated[
+        str | None,
+        typer.Option(help="Address of the page (default 127.0.0.1); others need a token and TLS."),
+    ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
@@ -105,6 +115,7 @@ def serve(
             "(aggregator serve -c fleet.toml)"
         )
     log = {"level": log_level, "format": "json" if as_json else log_format}
+    shown = {"port": page, "host": page_host}
     flags: dict[str, Any] = {
         "dir": folder,
         "state": state,
@@ -117,6 +128,7 @@ def serve(
         "shared_intake": shared_intake or None,
         "exit_when_done": exit_when_done or None,
         "wait_for_broker": False if no_wait else None,
+        "page": {name: value for name, value in shown.items() if value is not None} or None,
         "log": {name: value for name, value in log.items() if value is not None} or None,
     }
     known = settings.read(config_file, flags, os.environ)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from aggregator.view.fleet import FleetReader
 from aggregator.view.models import (
+    Crowd,
     DeviceCounts,
     DeviceDetail,
     DeviceView,
@@ -17,11 +18,13 @@ from aggregator.view.models import (
     PlanView,
     RoundDevice,
     RoundView,
+    Totals,
     VersionView,
 )
 from aggregator.view.state import StateView
 
 __all__ = [
+    "Crowd",
     "DeviceCounts",
     "DeviceDetail",
     "DeviceView",
@@ -32,5 +35,6 @@ __all__ = [
     "RoundDevice",
     "RoundView",
     "StateView",
+    "Totals",
     "VersionView",
 ]

@@ -60,6 +60,11 @@ class ReadOnly:
     def close(self) -> None:
         self._db.close()
 
+    def stamp(self) -> tuple[int, int]:
+        """Return what is something else once somebody else has written here."""
+        own = int(self.one("PRAGMA main.data_version")[0])
+        return own, int(self.one("PRAGMA fleet.data_version")[0]) if self.has_registry else 0
+
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """Have all queries in the block see the same moment."""

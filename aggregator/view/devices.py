@@ -19,11 +19,11 @@ from protocol.layers import from_bitmap
 from protocol.messages import UploadManifest, in_cohort
 
 _ONLINE = "json_extract(status, '$.online')"
-_STATE = f"CASE WHEN {_ONLINE} THEN json_extract(status, '$.state') ELSE 'offline' END"
+STATE_SQL = f"CASE WHEN {_ONLINE} THEN json_extract(status, '$.state') ELSE 'offline' END"
 _OUT = "name IN (SELECT device FROM conduct WHERE quarantine > :now)"
 ORDERS: Mapping[str, str] = {
     "name": "name",
-    "state": _STATE,
+    "state": STATE_SQL,
     "rank": "json_extract(status, '$.rank')",
     "seen": "(SELECT last FROM heard WHERE device = name)",
     "up": "(SELECT sum(up_bytes) FROM counted WHERE device = name)",
@@ -56,7 +56,9 @@ class Page:
 
 def counts(db: ReadOnly, now: float) -> DeviceCounts:
     """Return how many devices are how."""
-    by_state = dict(db.rows(f"SELECT {_STATE} AS s, count(*) FROM devices GROUP BY s ORDER BY s"))
+    by_state = dict(
+        db.rows(f"SELECT {STATE_SQL} AS s, count(*) FROM devices GROUP BY s ORDER BY s")
+    )
     known = sum(by_state.values())
     out = db.one(f"SELECT count(*) FROM devices WHERE {_OUT}", {"now": now})[0]
     return DeviceCounts(
@@ -68,11 +70,18 @@ def counts(db: ReadOnly, now: float) -> DeviceCounts:
     )
 
 
+def count(db: ReadOnly, asked: Page, now: float) -> int:
+    """Return how many devices are asked for, on all pages."""
+    conditions, values = _conditions(asked)
+    found = db.one(f"SELECT count(*) FROM devices WHERE {conditions}", {**values, "now": now})
+    return int(found[0])
+
+
 def ready(db: ReadOnly, now: float) -> set[str]:
     """Return the devices that may take part now."""
     waiting = ", ".join(f"'{state}'" for state in ("offline", *NOT_READY))
     member = "AND name IN (SELECT name FROM fleet.devices WHERE revoked IS NULL)"
-    query = f"SELECT name FROM devices WHERE {_STATE} NOT IN ({waiting}) AND NOT {_OUT}"
+    query = f"SELECT name FROM devices WHERE {STATE_SQL} NOT IN ({waiting}) AND NOT {_OUT}"
     return {row[0] for row in db.rows(query + member * db.has_registry, {"now": now})}
 
 
@@ -91,12 +100,26 @@ def page(db: ReadOnly, where: Where, asked: Page, now: float) -> list[DeviceView
     elif asked.state == "online":
         conditions.append(_ONLINE)
     elif asked.state:
-        conditions.append(f"{_STATE} = :state")
+        conditions.append(f"{STATE_SQL} = :state")
     if asked.search:
         conditions.append("instr(name, :search)")
     which = f"WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT :limit OFFSET :offset"
     values = {"state": asked.state, "search": asked.search}
     return _devices(db, where, which, {**values, "limit": asked.limit, "offset": asked.offset}, now)
+
+
+def _conditions(asked: Page) -> tuple[str, dict[str, object]]:
+    """Return what is true of the devices that are asked for, in SQL, and its values."""
+    conditions = ["1"]
+    if asked.state == "quarantined":
+        conditions.append(_OUT)
+    elif asked.state == "online":
+        conditions.append("status ->> '$.online'")
+    elif asked.state:
+        conditions.append(f"{STATE_SQL} = :state")
+    if asked.search:
+        conditions.append("instr(name, :search)")
+    return " AND ".join(conditions), {"state": asked.state, "search": asked.search}
 
 
 def one(db: ReadOnly, where: Where, name: str, now: float) -> DeviceView | None:

@@ -113,6 +113,16 @@ class DeviceView:
 
 
 @dataclass(frozen=True, slots=True)
+class Crowd:
+    """A large fleet at a glance."""
+
+    map: str
+    """A letter of aggregator.view.crowd.LETTERS for each device, in the order of their names."""
+    reasons: dict[str, int]
+    """Why devices take no part now → how many; the most frequent reasons first."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlanView:
     """How a device trained the last update that counted, by what its manifest says."""
 
@@ -197,3 +207,16 @@ class VersionView:
     bytes: int
     personal: int
     """Devices that have an adapter of their own beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What has come in a job's whole life."""
+
+    counted: int
+    """Updates."""
+    refused: int
+    merge_s: float
+    """Of all merges together."""
+    merges_within: tuple[int, ...]
+    """Merges that took at most so long, for each bound that was asked for, and at last all."""

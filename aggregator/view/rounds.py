@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from aggregator.view.database import ReadOnly
-from aggregator.view.models import RoundDevice, RoundView, VersionView
+from aggregator.view.models import RoundDevice, RoundView, Totals, VersionView
 
 _ROUNDS = """
 WITH numbers AS (
@@ -110,3 +111,45 @@ def versions(db: ReadOnly) -> list[VersionView]:
         FROM versions v ORDER BY v.version DESC"""
     )
     return [VersionView(*row) for row in found]
+
+
+def loss_spread(db: ReadOnly, number: int) -> tuple[float, float] | None:
+    """Return between what the middle 80 % of a round's losses are; None where there is none."""
+    losses = [
+        loss
+        for (loss,) in db.rows(
+            "SELECT loss FROM counted WHERE round = ? AND loss NOT NULL ORDER BY loss", [number]
+        )
+    ]
+    if not losses:
+        return None
+    return losses[len(losses) // 10], losses[-1 - len(losses) // 10]
+
+
+def device_losses(db: ReadOnly, numbers: Sequence[int], few: int) -> dict[str, list[float | None]]:
+    """Return the losses of each device in these rounds; nothing where more than `few` told any."""
+    first, last = min(numbers), max(numbers)
+    rows = db.rows(
+        "SELECT device, round, loss FROM counted WHERE round BETWEEN ? AND ? AND loss NOT NULL "
+        "AND (SELECT count(*) FROM (SELECT DISTINCT device FROM counted WHERE round BETWEEN ? "
+        "AND ? AND loss NOT NULL LIMIT ?)) <= ? ORDER BY device",
+        [first, last, first, last, few + 1, few],
+    )
+    at = {number: place for place, number in enumerate(numbers)}
+    found: dict[str, list[float | None]] = {}
+    for device, number, loss in rows:
+        if number in at:
+            found.setdefault(device, [None] * len(numbers))[at[number]] = loss
+    return found
+
+
+def totals(db: ReadOnly, bounds_s: Sequence[float]) -> Totals:
+    """Return what has come so far, and how many merges took how long."""
+    within = "".join(f", coalesce(sum(seconds <= {bound:g}), 0)" for bound in bounds_s)
+    seconds, *merges = db.one(f"SELECT coalesce(sum(seconds), 0){within}, count(*) FROM rounds")
+    return Totals(
+        counted=db.one("SELECT count(*) FROM counted")[0],
+        refused=db.one("SELECT coalesce(sum(times), 0) FROM refused")[0],
+        merge_s=seconds,
+        merges_within=tuple(merges),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,20 +14,25 @@ from aggregator.errors import StoreError
 from aggregator.issued import TrustMatrix
 from aggregator.rounds import Policy, RoundState
 from aggregator.steering import Steering
-from aggregator.view import devices, rounds
+from aggregator.view import crowd, devices, rounds
 from aggregator.view.database import ReadOnly
 from aggregator.view.models import (
+    Crowd,
     DeviceCounts,
     DeviceDetail,
     DeviceView,
     JobView,
     RoundDevice,
     RoundView,
+    Totals,
     VersionView,
 )
 from aggregator.view.words import Cohort, job_waits_for
 from protocol.files import folder_holder
 from protocol.messages import in_cohort
+
+LAST = 2**62
+"""Beyond every round's number."""
 
 
 class StateView:
@@ -41,6 +46,8 @@ class StateView:
         self.folder = folder
         self._clock = clock
         self._db = ReadOnly(folder)
+        self._ended = (0, 0, 0)
+        """Number of a round, and the bytes up and down of those below it."""
 
     def close(self) -> None:
         self._db.close()
@@ -52,6 +59,10 @@ class StateView:
         self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
     ) -> None:
         self.close()
+
+    def stamp(self) -> tuple[tuple[int, int], int | None]:
+        """Return what is something else once somebody wrote, or the daemon came or went."""
+        return self._db.stamp(), folder_holder(self.folder)
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -66,9 +77,7 @@ class StateView:
         with self.snapshot():
             settings, state, now = self.settings(), self.round_state(), self._clock()
             steering, policy = self.steering(), self.policy()
-            up, down = self._db.one(
-                "SELECT coalesce(sum(up_bytes), 0), coalesce(sum(down_bytes), 0) FROM counted"
-            )
+            up, down = self._traffic(state.number)
             share = policy.share(state.attempt)
             cohort = self._cohort(settings["job"], state, share, buffered=policy.buffer > 0)
             refused = self._db.one("SELECT count(*) FROM refused WHERE round = ?", [state.number])
@@ -101,6 +110,11 @@ class StateView:
                 process=folder_holder(self.folder),
             )
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether a job has been served from here."""
+        return self._meta("job") is not None
+
     def settings(self) -> dict[str, Any]:
         """Return the job's settings, as it was begun with."""
         known = self._meta("job")
@@ -127,7 +141,7 @@ class StateView:
 
     def _cohort(self, job: str, state: RoundState, share: float, *, buffered: bool) -> Cohort:
         ready = self.ready()
-        asked = {d for d in ready if in_cohort(d, job, state.number, share)}
+        asked = {d for d in ready if share >= 1 or in_cohort(d, job, state.number, share)}
         updates = self._db.rows(
             "SELECT device, trained FROM counted WHERE round = ?", [state.number]
         )
@@ -141,6 +155,20 @@ class StateView:
         )
         heard = asked & (done | refused)
         return Cohort(len(ready), len(asked), len(counted), len(heard), len(updates))
+
+    def _traffic(self, number: int) -> tuple[int, int]:
+        """Return the bytes up and down of all rounds; those below this one are added up once."""
+        query = (
+            "SELECT coalesce(sum(up_bytes), 0), coalesce(sum(down_bytes), 0) FROM counted "
+            "WHERE round >= ? AND round < ?"
+        )
+        below, *ended = self._ended
+        if number != below:
+            up, down = self._db.one(query, [below if number > below else 0, number])
+            before = ended if number > below else (0, 0)
+            self._ended = (number, before[0] + up, before[1] + down)
+        now = self._db.one(query, [number, LAST])
+        return self._ended[1] + now[0], self._ended[2] + now[1]
 
     def _names(self, query: str, *values: object) -> set[str]:
         return {name for (name,) in self._db.rows(query, values)}
@@ -184,6 +212,19 @@ class StateView:
             page = devices.Page(state, search, order, descending, offset, limit)
             return devices.page(self._db, where, page, self._clock())
 
+    def count(self, *, state: str = "", search: str = "") -> int:
+        """Return how many devices `devices` has, on all pages."""
+        page = devices.Page(state, search, "name", False, 0, 0)
+        return devices.count(self._db, page, self._clock())
+
+    def crowd(self) -> Crowd:
+        """Return a large fleet at a glance: a letter for each device, and why devices wait."""
+        with self.snapshot():
+            where = devices.Where(
+                self.settings()["job"], self.round_state(), self.policy(), self.steering()
+            )
+            return crowd.crowd(self._db, where, self._clock())
+
     def device(self, name: str, rounds_shown: int = 50) -> DeviceDetail | None:
         """Return all that is known of a device; None where there is none of that name."""
         with self.snapshot():
@@ -211,6 +252,22 @@ class StateView:
     def round_devices(self, number: int, *, offset: int = 0, limit: int = 100) -> list[RoundDevice]:
         """Return what devices did in a round, in the order of their names."""
         return rounds.devices(self._db, number, offset, limit)
+
+    def device_losses(self, numbers: Sequence[int], few: int) -> dict[str, list[float | None]]:
+        """Return the losses of each device in these rounds; nothing where there are many devices.
+
+        Those are more than `few` that have told a loss.
+        """
+        return rounds.device_losses(self._db, numbers, few) if numbers else {}
+
+    def loss_spread(self, number: int) -> tuple[float, float] | None:
+        """Return between what the middle 80 % of a round's losses are; None where there is none."""
+        return rounds.loss_spread(self._db, number)
+
+    def totals(self, bounds_s: Sequence[float] = ()) -> Totals:
+        """Return what has come so far; merges are counted up to each bound, in seconds."""
+        with self.snapshot():
+            return rounds.totals(self._db, bounds_s)
 
     def trust_rounds(self) -> list[int]:
         """Return the rounds that there is a trust matrix of, ascending."""

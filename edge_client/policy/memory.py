@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
+from edge_client.config import Settings
 from edge_client.policy.decide import Reason
+from edge_client.policy.senses import Senses
 from edge_client.pressure import Pressure, Reading, read_pressure
 
 LOOK_S = 1.0
@@ -32,6 +38,20 @@ class ShortMemory:
         self._pressure = Pressure()
         self._looked, self._why = float("-inf"), ""
 
+    @classmethod
+    def of(cls, settings: Settings, senses: Senses) -> ShortMemory:
+        """Look at what `senses` tell of memory."""
+        return cls(
+            settings.system_root,
+            senses.taken_mib or training_mib,
+            read=senses.pressure,
+            clock=senses.clock,
+        )
+
+    def expect(self, needs_mib: float) -> None:
+        """Go on where there is room for this much: another plan is trained by from now on."""
+        self._pressure.needs_mib = needs_mib
+
     def __call__(self) -> Reason | None:
         """Return why training should wait, or None."""
         now = self._clock()
@@ -43,3 +63,12 @@ class ShortMemory:
         if not self._why:
             return None
         return Reason("memory", f"{self._why}; until there is room", wants_memory=True)
+
+
+def training_mib() -> float:
+    """Return what the agent's training processes take now, resident."""
+    total = 0
+    for child in multiprocessing.active_children():
+        with suppress(psutil.Error):
+            total += psutil.Process(child.pid).memory_info().rss
+    return total / 2**20

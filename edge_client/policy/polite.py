@@ -16,8 +16,9 @@ import psutil
 from edge_client.config import Settings
 from edge_client.errors import TrainingPaused
 from edge_client.outbox import Outbox
-from edge_client.policy.decide import FREE, Activity, Reason, decide
+from edge_client.policy.decide import FREE, Activity, DeviceState, Reason, decide
 from edge_client.policy.owner import Policy
+from edge_client.policy.senses import Senses
 from edge_client.policy.sensors import Sensors
 from edge_client.policy.used import Usage
 from edge_client.trainer.process import end_training
@@ -37,7 +38,8 @@ Also = Callable[[], Reason | None]
 class Polite:
     """Hold an agent to its owner's policy, and to whatever `also` says.
 
-    `stopping` says whether the agent has been told to end: training then pauses too.
+    `stopping` says whether the agent has been told to end: training then pauses too. `now` is the
+    local time, `clock` counts seconds, and `read` says how the device is: by default it is asked.
     """
 
     def __init__(
@@ -48,34 +50,59 @@ class Polite:
         events: EventLog,
         *,
         now: Callable[[], datetime] = datetime.now,
+        clock: Callable[[], float] = time.monotonic,
+        read: Callable[[Policy], DeviceState] | None = None,
         also: Sequence[Also] = (),
     ) -> None:
-        self.usage = Usage(outbox, now)
+        self.usage = Usage(outbox, now, clock)
         self.stepping = False
         """Whether training is between its first step and its last."""
         self._ending = False
-        self._policy, self._now = settings.policy, now
+        self._policy, self._now, self._clock = settings.policy, now, clock
         self._stopping, self._events, self._also = stopping, events, also
-        self._sensors = Sensors(settings.system_root, pids=_own_processes)
+        own = Sensors(settings.system_root, pids=_own_processes)
+        self._read = read or own.read
         self._decision = FREE
         self._looked = float("-inf")
         self._said: frozenset[str] = frozenset()
         self._waiting_since: dict[Activity, float] = {}
         _give_way(self._policy)
 
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        outbox: Outbox,
+        stopping: Callable[[], bool],
+        events: EventLog,
+        senses: Senses,
+        also: Sequence[Also],
+    ) -> Polite:
+        """Hold an agent to its policy by what `senses` tell."""
+        return cls(
+            settings,
+            outbox,
+            stopping,
+            events,
+            now=senses.now,
+            clock=senses.clock,
+            read=senses.state,
+            also=also,
+        )
+
     def against(self, activity: Activity) -> tuple[Reason, ...]:
         """Return what speaks against doing something now; nothing: it may be done."""
-        if time.monotonic() - self._looked >= LOOK_S:
-            state = self._sensors.read(self._policy)
+        if self._clock() - self._looked >= LOOK_S:
+            state = self._read(self._policy)
             used = self.usage.today()
             self._decision = decide(self._policy, state, self._now(), used, self._decision)
-            self._looked = time.monotonic()
+            self._looked = self._clock()
         more = [reason for ask in self._also if (reason := ask())] if activity == "train" else []
         reasons = (*self._decision.against(activity), *more)
         if not reasons:
             self._waiting_since.pop(activity, None)
         else:
-            self._waiting_since.setdefault(activity, time.monotonic())
+            self._waiting_since.setdefault(activity, self._clock())
         return reasons
 
     def is_news(self, reasons: Sequence[Reason]) -> bool:
@@ -87,13 +114,13 @@ class Polite:
     def wants_memory(self, reasons: Sequence[Reason]) -> bool:
         """Say whether the training process is to end while these reasons last."""
         first = min(self._waiting_since.values(), default=math.inf)
-        long = time.monotonic() - first > RELEASE_S
+        long = self._clock() - first > RELEASE_S
         return long or any(reason.wants_memory for reason in reasons)
 
     @contextmanager
     def steps(self) -> Iterator[None]:
         """Take the block for the steps of one training."""
-        self.stepping, self._step_began = True, time.monotonic()
+        self.stepping, self._step_began = True, self._clock()
         try:
             yield
         finally:
@@ -114,7 +141,7 @@ class Polite:
 
     def pause_after_step(self) -> bool:
         """Count a step that is done, and say whether to pause before the next."""
-        began, self._step_began = self._step_began, time.monotonic()
+        began, self._step_began = self._step_began, self._clock()
         self.usage.note_training(self._step_began - began)
         return self._stopping() or bool(self.against("train"))
 
@@ -130,15 +157,6 @@ def noting_pauses(events: EventLog) -> Iterator[None]:
         yield
     except TrainingPaused as paused:
         events.emit("paused", steps=paused.steps, lost=paused.unkept)
-
-
-def training_mib() -> float:
-    """Return what the agent's training processes take now, resident."""
-    total = 0
-    for child in multiprocessing.active_children():
-        with suppress(psutil.Error):
-            total += psutil.Process(child.pid).memory_info().rss
-    return total / 2**20
 
 
 def _own_processes() -> list[int]:

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from edge_client.outbox import Outbox
 from edge_client.policy.decide import Used
-from protocol.transport import MqttTransport
+from protocol.transport import DeviceLink
 
 KEPT_EVERY_S = 30.0
 """A kill forgets what was used in so long."""
@@ -17,15 +17,20 @@ KEPT_EVERY_S = 30.0
 class Usage:
     """Count bytes and seconds of training by the local day."""
 
-    def __init__(self, outbox: Outbox, now: Callable[[], datetime]) -> None:
-        self._outbox, self._now = outbox, now
+    def __init__(
+        self,
+        outbox: Outbox,
+        now: Callable[[], datetime],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._outbox, self._now, self._clock = outbox, now, clock
         self._day = self._today()
         self._kept = Used(*outbox.used(self._day))
         self._bytes, self._training_s = 0, 0.0
         self._link_bytes = 0
-        self._next = time.monotonic() + KEPT_EVERY_S
+        self._next = self._clock() + KEPT_EVERY_S
 
-    def note_link(self, link: MqttTransport) -> None:
+    def note_link(self, link: DeviceLink) -> None:
         """Note what has gone through the agent's link since that was made."""
         self.note_bytes(link.bytes_sent + link.bytes_received)
 
@@ -56,10 +61,10 @@ class Usage:
         self._bytes, self._training_s = 0, 0.0
         self._day = self._today()
         self._kept = Used(*self._outbox.used(self._day))
-        self._next = time.monotonic() + KEPT_EVERY_S
+        self._next = self._clock() + KEPT_EVERY_S
 
     def _keep_seldom(self) -> None:
-        if time.monotonic() >= self._next:
+        if self._clock() >= self._next:
             self.keep()
 
     def _today(self) -> str:

@@ -17,7 +17,7 @@ from aggregator.config import PolicySettings, build_job
 from aggregator.errors import ConfigError
 from aggregator.merging import merge_round
 from aggregator.retention import tidy
-from aggregator.rounds import Policy, RoundState, delivered, next_action
+from aggregator.rounds import Answers, Policy, RoundState, next_action
 from aggregator.updates import upload_directions
 from aggregator.versions import Versions
 from aggregator.view import StateView
@@ -69,11 +69,13 @@ def test_at_the_deadline_it_is_merged_with_a_quorum_and_else_extended() -> None:
 
 
 def test_who_has_delivered_from_an_older_version_may_deliver_again() -> None:
-    old = UploadManifest.model_construct(device="a", round=3)
-    new = UploadManifest.model_construct(device="b", round=4)
-    now = RoundState(4, "open", 4, None)
-    assert delivered([old, new], now, BUFFERED) == {"b"}
-    assert delivered([old, new], now, Policy(late_updates=2)) == {"a", "b"}
+    answers = Answers(4)
+    answers.add(UploadManifest.model_construct(device="a", round=3, upload="a-3"))
+    answers.add(UploadManifest.model_construct(device="b", round=4, upload="b-4"))
+    answers.add(UploadManifest.model_construct(device="b", round=3, upload="b-3"))
+    assert answers.delivered(BUFFERED) == {"b"}
+    assert answers.delivered(Policy(late_updates=2)) == {"a", "b"}
+    assert len(answers.updates) == 3
 
 
 # -- the job file -------------------------------------------------------------------------------

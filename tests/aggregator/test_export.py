@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from aggregator.card import CARD, model_card
 from aggregator.errors import StoreError
-from aggregator.export import PEFT_FILES, export_adapter
+from aggregator.export import FILES, export_adapter
+from aggregator.places import Place, common
 from aggregator.store import Store
-from protocol.adapter import parameter_count
+from aggregator.view.models import RoundView
+from protocol.adapter import initial_adapter, parameter_count
 from tests.aggregator.uploading import MODULES, Aggregator, make_job
 
 
@@ -42,7 +46,7 @@ def test_the_command_tells_programs_what_it_wrote(state: Path, tmp_path: Path) -
         "parameters": parameter_count(MODULES, 128),
     }
     assert files == {path.name: path.stat().st_size for path in out.iterdir()}
-    assert sorted(files) == sorted(PEFT_FILES)
+    assert sorted(files) == sorted(FILES)
 
 
 def test_the_command_tells_people_what_it_wrote(state: Path, tmp_path: Path) -> None:
@@ -67,6 +71,44 @@ def test_a_folder_with_other_content_is_left_alone(state: Path, tmp_path: Path) 
     with pytest.raises(StoreError, match=r"cat\.jpg is a file; name a folder"):
         export_adapter(state, tmp_path / "photos" / "cat.jpg")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_a_readme_of_somebody_elses_is_left_alone(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(StoreError, match=r"something else than an adapter \(README\.md\)"):
+        export_adapter(state, tmp_path)
+
+
+def test_the_card_says_what_the_adapter_is(state: Path, tmp_path: Path) -> None:
+    export_adapter(state, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / CARD).read_text()
+    job = make_job()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == job.base.name
+    assert head["library_name"] == "peft"
+    for said in (
+        job.base.sha256,
+        "rank 128",
+        f"rule `{job.rule}`",
+        "version 1",
+        "| none yet | | |",
+    ):
+        assert said in card
+
+
+def test_the_card_has_the_rounds_up_to_its_version() -> None:
+    job = make_job()
+    whole = initial_adapter(MODULES, 4, job.scale, seed=0)
+    rounds = [made_round(3, None), made_round(2, 3), made_round(1, 2, loss=2.5)]
+    card = model_card(job, common(2), whole, rounds)
+    assert "| 1 | 4 | 2.5000 |" in card
+    assert "| 2 |" not in card, "version 2 is what round 1 came to"
+    assert "| 2 | 4 |  |" in model_card(job, common(3), whole, rounds)
+    assert "phone's own" in model_card(job, Place("personal", 2, "phone"), whole, rounds)
+
+
+def made_round(number: int, version: int | None, loss: float | None = None) -> RoundView:
+    return RoundView(number, version, 0.0, 1.0, "", 0.1, loss, 4, 0, {2: 4}, 10, 10, None)
 
 
 def test_a_version_that_is_not_there(state: Path, tmp_path: Path) -> None:

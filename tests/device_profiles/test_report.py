@@ -18,7 +18,8 @@ from plotly.offline import get_plotlyjs
 
 from device_profiles.report import headline, render_report, write_report
 from device_profiles.report_figure import EN_DASH, percent, spread
-from device_profiles.summary import Summary, human_bytes, human_seconds, read_summary
+from device_profiles.summary import Summary, read_summary
+from protocol.human import human_bytes, human_seconds
 
 BOARDS = (
     # name, profile, title, text, budget and floor in MiB, rank_start, rank_end

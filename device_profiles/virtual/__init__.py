@@ -1,0 +1,1 @@
+"""Virtual devices: the agent's own code on the time, link, memory and power of a trace."""
