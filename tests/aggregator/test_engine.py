@@ -31,7 +31,7 @@ from tests.aggregator.merge.made_rounds import draw
 from tests.aggregator.uploading import make_job
 from tests.faults.processes import Program
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
 R = TypeVar("R")
@@ -136,8 +136,10 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have Ray start one of its own, whatever this machine has."""
+    """Have Ray start one of its own, whatever this machine has, and take its time on a busy one."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for patience in ("gcs_server_request_timeout_seconds", "worker_register_timeout_seconds"):
+        monkeypatch.setenv(f"RAY_{patience}", "300")
 
 
 def test_ray_merges_to_the_same_adapter(no_cluster: None) -> None:
@@ -150,7 +152,7 @@ def test_ray_merges_to_the_same_adapter(no_cluster: None) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all as it should be" in done.stdout

@@ -16,6 +16,7 @@ from tests.docs.commands import ROOT, all_commands
 
 INSTALL = "scripts/arm64_smoke.sh"
 SCENARIOS = "tests/device_profiles/virtual/test_scenarios.py"
+SHARED_INTAKE = "tests/aggregator/test_shared_intake.py"
 ELSEWHERE = {
     r"make (demo|test)\b.*": ".ci/run",
     r"(sudo apt-get|python3 -m venv|git clone|cd tunefleet).*": INSTALL,
@@ -29,6 +30,10 @@ ELSEWHERE = {
     r"fleet-replay run traces/ .*": "tests/device_profiles/virtual/test_training.py",
     r"\.venv/bin/fleet-replay import .*": "tests/device_profiles/traces/test_imports.py",
     r"\.venv/bin/edge-client record .*": "tests/edge_client/test_record.py",
+    r"\.venv/bin/aggregator (serve .* --shared-intake|intake .*)": SHARED_INTAKE,
+    r"\.venv/bin/aggregator serve .* --engine ray": "tests/aggregator/test_engine.py",
+    r"\.venv/bin/pip install '\.\[ray\]' .*": ".ci/run",
+    r"\.venv-flower/bin/pip install .*": "Makefile",
     r"\.venv/bin/edge-client chat my-export": "tests/edge_client/chat/test_chat_command.py",
 }
 """Commands that take a network, a system of one's own or very long → what carries them out."""
