@@ -90,10 +90,10 @@ def _rounds(
         level = 2.1 + 1.4 / (1 + 0.25 * number)
         part = [d for d in devices if draw.random() < (0.35 if is_open else 0.9)]
         db.executemany(
-            "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (number, d, rank[d], 16, rank[d] * 2100, rank[d] * 2048,
-                 level + own[d] + draw.gauss(0, 0.02), at + draw.random() * 400)
+                 level + own[d] + draw.gauss(0, 0.02), at + draw.random() * 400, number)
                 for d in part
             ],
         )  # fmt: skip

@@ -19,7 +19,8 @@ REASONS = 40
 _QUERY = f"""
 SELECT d.name, {STATE_SQL}, coalesce(d.status ->> '$.detail', ''),
   EXISTS (SELECT 1 FROM conduct c WHERE c.device = d.name AND c.quarantine > :now),
-  EXISTS (SELECT 1 FROM counted c WHERE c.round = :round AND c.device = d.name), {{revoked}}
+  EXISTS (SELECT 1 FROM counted c WHERE c.round = :round AND c.device = d.name
+    AND (c.trained = :round OR NOT :buffered)), {{revoked}}
 FROM devices d ORDER BY d.name
 """
 _REVOKED = "EXISTS (SELECT 1 FROM fleet.devices f WHERE f.name = d.name AND f.revoked NOT NULL)"
@@ -28,7 +29,8 @@ _REVOKED = "EXISTS (SELECT 1 FROM fleet.devices f WHERE f.name = d.name AND f.re
 def crowd(db: ReadOnly, where: Where, now: float) -> Crowd:
     """Return a letter for each device, in the order of their names, and how many wait for what."""
     query = _QUERY.format(revoked=_REVOKED if db.has_registry else "0")
-    found = db.rows(query, {"now": now, "round": where.state.number})
+    buffered = where.policy.buffer > 0
+    found = db.rows(query, {"now": now, "round": where.state.number, "buffered": buffered})
     share = where.policy.share(where.state.attempt)
     is_paused = where.steering.paused is not None
     letters: list[str] = []

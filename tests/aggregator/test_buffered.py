@@ -257,9 +257,11 @@ def test_a_view_tells_updates_in_the_buffer_and_who_may_deliver_again(
             a.deliver(manifest, data)
         assert view.job().waiting_for.startswith("updates: 2 of a buffer of 5")
         assert "has delivered" not in view.devices()[0].waiting_for
+        assert "has delivered for round 3" not in view.crowd().reasons
         a.deliver(*third)
         assert view.job().waiting_for.startswith("updates: 3 of a buffer of 5")
         assert view.devices()[0].waiting_for == "has delivered for round 3"
+        assert "has delivered for round 3" in view.crowd().reasons
         newest = view.rounds()[0]
         assert (newest.number, newest.counted) == (3, 3)
 
