@@ -1,6 +1,6 @@
 """A job as it is served: start up, take in what has come, do what is due.
 
-One thread: what has come is dealt with, committed, acknowledged, answered; then what an operator
+One thread: what has come is taken in (aggregator.batch); then what an operator
 asked for is done, and the state machine of aggregator.rounds is asked what is due. The loop around
 one job, or several, is aggregator.service's.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aggregator.alone import check_alone
 from aggregator.artifacts import ArtifactPublisher
+from aggregator.batch import take_in, with_those_behind
 from aggregator.engine import IN_PROCESS, Engine
 from aggregator.enrol.folder import Membership
 from aggregator.intake import Intake
@@ -37,8 +38,6 @@ from protocol.signing import SigningKey
 from protocol.transport import BrokerAddress, Incoming
 
 TICK_S = 0.2
-BATCH = 32
-"""Messages that are committed together."""
 
 
 class Daemon:
@@ -226,22 +225,15 @@ class Daemon:
 
     def _take_in(self, first: Incoming) -> None:
         """Deal with a message and those behind it: all committed at once, then acknowledged."""
-        batch, answers = [first], []
-        with self._events.held(), self._store.transaction():
-            answers += self._deal_with(first)
-            while len(batch) < BATCH and (incoming := self._link.receive(0)) is not None:
-                answers += self._deal_with(incoming)
-                batch.append(incoming)
-            fault_point("aggregator.messages.handled")
-        fault_point("aggregator.messages.committed")
-        for incoming in batch:
-            self._link.ack(incoming)
-        fault_point("aggregator.messages.acked")
-        answers += self._intake.finish()
-        for topic, payload in answers:
-            self._answer(topic, payload)
-            fault_point("aggregator.message.answered")
-        self.taken_in += len(batch)
+        self.taken_in += take_in(
+            with_those_behind(first, self._link),
+            self._deal_with,
+            self._answer,
+            store=self._store,
+            link=self._link,
+            intake=self._intake,
+            events=self._events,
+        )
 
     @property
     def standing(self) -> str:

@@ -237,10 +237,9 @@ class Intake:
             self._unfinished.append(manifest)
             return []
         try:
-            data = self._store.uploads.assembled(manifest)
+            data = self._assembled(manifest)
         except BadChunk as error:
             return self._reject(manifest, str(error))
-        fault_point("aggregator.upload.assembled")
         return self._settle(manifest, verify(self._job, self._versions, manifest, data))
 
     def finish(self) -> Outgoing:
@@ -255,8 +254,7 @@ class Intake:
                 with self._store.turn():
                     if not self._is_receiving(manifest):
                         continue
-                    data = self._store.uploads.assembled(manifest)
-                fault_point("aggregator.upload.assembled")
+                    data = self._assembled(manifest)
                 found = verify(self._job, self._versions, manifest, data)
             except BadChunk as error:
                 found = Verified(str(error))
@@ -268,6 +266,11 @@ class Intake:
                 else:
                     answers += self._settle(manifest, found)
         return answers
+
+    def _assembled(self, manifest: UploadManifest) -> bytes:
+        data = self._store.uploads.assembled(manifest)
+        fault_point("aggregator.upload.assembled")
+        return data
 
     def _is_receiving(self, manifest: UploadManifest) -> bool:
         known = self._store.uploads.known(manifest.upload)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 
+from aggregator.batch import take_in, with_those_behind
 from aggregator.errors import ConfigError
 from aggregator.intake import Intake
 from aggregator.rounds import Policy
@@ -23,7 +24,6 @@ from aggregator.versions import Versions
 from protocol import topics
 from protocol.errors import TransportError
 from protocol.events import EventLog
-from protocol.faults import fault_point
 from protocol.messages import Job
 from protocol.patience import Waiting, connect_when_up
 from protocol.signals import stop_on_signals
@@ -32,7 +32,6 @@ from protocol.transport import BrokerAddress, Incoming, MqttTransport
 
 GROUP = "$share/intake/"
 TICK_S = 0.2
-BATCH = 32
 
 
 def upload_filters(job: str, *, shared: bool) -> tuple[str, str]:
@@ -111,23 +110,16 @@ class SharedIntake:
                 self._link.close()
 
     def _take_in(self, first: Incoming) -> None:
-        """Deal with a message and those behind it: committed at once, then acknowledged."""
-        batch = [first]
-        while len(batch) < BATCH and (incoming := self._link.receive(0)) is not None:
-            batch.append(incoming)
-        answers = []
-        with self._events.held(), self._store.transaction():
-            for incoming in batch:
-                answers += self._intake.handle(incoming.topic, incoming.payload)
-            fault_point("aggregator.messages.handled")
-        fault_point("aggregator.messages.committed")
-        for incoming in batch:
-            self._link.ack(incoming)
-        fault_point("aggregator.messages.acked")
-        answers += self._intake.finish()
-        for topic, payload in answers:
-            self._link.post(topic, payload)
-            fault_point("aggregator.message.answered")
+        """Deal with a message and those behind it, which are there before it takes its turn."""
+        take_in(
+            [*with_those_behind(first, self._link)],
+            lambda incoming: self._intake.handle(incoming.topic, incoming.payload),
+            self._link.post,
+            store=self._store,
+            link=self._link,
+            intake=self._intake,
+            events=self._events,
+        )
 
     def _stop(self) -> None:
         self._stopping = True

@@ -7,12 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from aggregator.config import PolicySettings
 from aggregator.rounds import Policy as RoundPolicy
 from device_profiles.replay import clear_broker, leaving_broker
 from device_profiles.virtual.broker import RunningBroker, running_broker
@@ -132,7 +133,7 @@ def _set_up(
     (folder / SHARED).mkdir(parents=True)
     (folder / SHARED / TRUST_FILE).write_text(key.public)
     job_file = folder / "job.json"
-    fields = {**staging.job.model_dump(mode="json"), "policy": asdict(staging.policy)}
+    fields = {**staging.job.model_dump(mode="json"), "policy": PolicySettings.of(staging.policy)}
     job_file.write_text(json.dumps(fields, indent=1))
     epoch_s = (staging.epoch - datetime(1970, 1, 1)).total_seconds()
     if staging.broker:

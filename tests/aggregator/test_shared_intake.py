@@ -181,4 +181,4 @@ def test_what_an_intake_needs_is_said(tmp_path: Path, mosquitto: BrokerAddress) 
     serve = ["serve", file, "--state", tmp_path / "state", "--shared-intake"]
     with Program("aggregator", serve, tmp_path, "aggregator") as made:
         assert made.wait() == 1
-        assert "--shared-intake needs a broker" in made.stderr
+        assert "--shared-intake: sharing uploads needs a broker" in made.stderr
