@@ -1,8 +1,8 @@
 """A job as it is served: start up, take in what has come, do what is due.
 
-One thread: what has come is taken in (aggregator.batch); then what an operator
-asked for is done, and the state machine of aggregator.rounds is asked what is due. The loop around
-one job, or several, is aggregator.service's.
+One thread: what has come is taken in (aggregator.batch), then what an operator asked for is done,
+and the state machine of aggregator.rounds is asked what is due. The loop around one job, or
+several, is aggregator.service's.
 """
 
 from __future__ import annotations
