@@ -1,7 +1,7 @@
 """The broker of a replay: Mosquitto, with its limits raised.
 
-Not the embedded one: it now and then hangs up on who subscribes and publishes at once. A device gets
-over that by connecting again; a replay that is to be the same each time can't.
+Not the embedded one: it now and then hangs up on who subscribes and publishes at once. A device
+gets over that by connecting again; a replay that is to be the same each time can't.
 """
 
 from __future__ import annotations

@@ -98,5 +98,5 @@ def test_without_mosquitto_it_says_what_to_install(
     replay: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(broker, "find_mosquitto", lambda: None)
-    with pytest.raises(ReplayError, match="install it .*apt install mosquitto.*--broker"):
+    with pytest.raises(ReplayError, match=r"install it .*apt install mosquitto.*--broker"):
         replay(CHURN, rounds=1, policy={"min_devices": 2, "quorum": 2, "deadline_s": 600})
