@@ -210,6 +210,8 @@ class LoopLink:
 
     def ack(self, incoming: Incoming) -> None:
         """Tell the broker that a message is dealt with; others come again on reconnection."""
+        if not incoming.message_id:  # QoS 0, as amqtt sends wills: nobody waits for an answer
+            return
         if incoming.connection == self.connection and self.connected and self._client is not None:
             self._client.ack(incoming.message_id, QOS)
 

@@ -10,13 +10,16 @@ from aggregator.errors import StoreError
 from aggregator.view.database import FILE
 from aggregator.view.models import FleetView, JobView
 from aggregator.view.state import StateView
+from protocol.files import folder_holder
 
 
 def state_folders(root: Path) -> list[Path]:
-    """Return the state folders of jobs in a folder, or the folder itself if it is one."""
-    if (root / FILE).is_file():
-        return [root]
-    return sorted(path.parent for path in root.glob(f"*/{FILE}"))
+    """Return the state folders of jobs in a folder, and the folder itself first if it is one.
+
+    It may be both: `aggregator serve job.toml` and `serve -c fleet.toml` have the same default.
+    """
+    own = [root] if (root / FILE).is_file() else []
+    return own + sorted(path.parent for path in root.glob(f"*/{FILE}"))
 
 
 class FleetReader:
@@ -47,9 +50,13 @@ class FleetReader:
         return FleetView(self._clock(), tuple(jobs), unreadable)
 
     def jobs(self) -> dict[str, StateView]:
-        """Return job → its state, of those that can be read."""
+        """Return job → its state, of those that can be read.
+
+        Of two of one name it is the one that is served now, else that of several jobs' daemon.
+        """
         found: dict[str, StateView] = {}
-        for folder in state_folders(self.root):
+        folders = state_folders(self.root)
+        for folder in sorted(folders, key=lambda one: folder_holder(one) is not None):
             try:
                 view = self.state(folder)
                 found[view.settings()["job"]] = view

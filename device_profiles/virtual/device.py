@@ -63,7 +63,6 @@ class Stage:
     epoch: datetime
     """The local time at which the replay starts."""
     on_event: OnEvent
-    ack_at_once: bool = False
     """Of the broker; see `VirtualLink`."""
     adapters: dict[Hashable, Adapter] = field(default_factory=dict)
     """What devices hold, by where it is from and its bands."""
@@ -120,7 +119,6 @@ class VirtualDevice:
             now=lambda: self.time_s,
             rates=self._rates,
             deliver=self._deliver,
-            ack_at_once=stage.ack_at_once,
         )
         self.participant.enter(stage.job.job, self.link, standing)
         listen(self.link, standing, stage.job.job, settings.name)

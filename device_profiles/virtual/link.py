@@ -27,11 +27,7 @@ class Rates(NamedTuple):
 
 
 class VirtualLink:
-    """Be a device's link (`DeviceLink`) in virtual time; `deliver` gets what has arrived.
-
-    `ack_at_once` is for a broker that sends a device nothing more until it has acknowledged, as the
-    embedded one does; what is lost with the connection then does not come again.
-    """
+    """Be a device's link (`DeviceLink`) in virtual time; `deliver` gets what has arrived."""
 
     def __init__(
         self,
@@ -45,13 +41,11 @@ class VirtualLink:
         now: Callable[[], float],
         rates: Callable[[float], Rates],
         deliver: Callable[[Incoming, float], None],
-        ack_at_once: bool = False,
     ) -> None:
         self._link = LoopLink(loop, address, client_id, will=will, on_message=self._on_message)
         self._schedule, self._device = schedule, device
         self._now, self._rates, self._deliver = now, rates, deliver
         self._status_topic = will[0]
-        self._ack_at_once = ack_at_once
         self._announced = b""
         self._echo = b""
         """A status of ours that the broker has not shown us yet; all it sent before comes first."""
@@ -84,8 +78,7 @@ class VirtualLink:
         self._link.lose()
         self._down_free = self._up_free = 0.0
         self._on_its_way, self._echo = 0, b""
-        if not self._ack_at_once:
-            self.told -= self._untaken  # the broker sends these again
+        self.told -= self._untaken  # the broker sends these again
         self._untaken = 0
         self.last_round = b""
 
@@ -183,8 +176,6 @@ class VirtualLink:
         self._on_its_way += is_part
         self.told += is_told
         self._untaken += is_told
-        if self._ack_at_once:
-            self._link.ack(incoming)
         begins = max(self._now(), self._schedule.floor, self._down_free)
         size = 8 * len(incoming.payload)
         self._down_free = begins + size / max(self._rates(begins).down, LEAST_BITS_S)
@@ -195,8 +186,7 @@ class VirtualLink:
             self.bytes_received += len(incoming.payload)
             self._on_its_way -= is_part
             self._untaken -= is_told
-            if not self._ack_at_once:
-                self._link.ack(incoming)
+            self._link.ack(incoming)
             self._deliver(incoming, time_s)
 
         self._schedule.at(self._down_free, self._device, arrive)

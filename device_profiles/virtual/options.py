@@ -27,7 +27,6 @@ from device_profiles.fleet import merge_settings
 from device_profiles.replay import DEMO_TRAINING, REFERENCE_PARAMETERS
 from device_profiles.traces.format import Trace, header_line, read_traces, sample_lines
 from device_profiles.traces.scenarios import find_scenario
-from device_profiles.virtual.broker import find_mosquitto
 from device_profiles.virtual.fleet import cast, parse_fidelities
 from device_profiles.virtual.pool import FILE as POOL_FILE
 from device_profiles.virtual.pool import Pool, Says, find_pool, text_files
@@ -207,7 +206,6 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found["broker"] = "mosquitto" if find_mosquitto() else "embedded"
     return found
 
 

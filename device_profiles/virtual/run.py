@@ -158,7 +158,6 @@ def _set_up(
         pool.calibration if pool is not None else None,
         staging.epoch,
         events.take,
-        ack_at_once=broker.kind == "embedded",
     )
     devices = [
         _device(stage, staging, index, part, folder, broker, pool, benches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from aggregator.steering import Steering
 from aggregator.store import Store
 from aggregator.view import FleetReader, StateView
 from aggregator.view.words import Cohort, Standing, device_waits_for, duration, job_waits_for
+from protocol.files import lock_folder
 from protocol.messages import Status
 from protocol.signing import SigningKey
 from protocol.tensors import encode
@@ -179,6 +181,15 @@ def test_what_there_is_not(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no job 'letters' here; name one of notes"):
         reader.find("letters")
     reader.close()
+
+
+def test_of_two_states_of_one_job_the_served_one_is_shown(tmp_path: Path) -> None:
+    served(tmp_path)  # by `serve job.toml`, in the same folder
+    served(tmp_path / "notes")
+    with closing(FleetReader(tmp_path)) as reader:
+        assert reader.find("notes").folder == tmp_path / "notes"
+    with lock_folder(tmp_path, "aggregator"), closing(FleetReader(tmp_path)) as reader:
+        assert reader.find("notes").folder == tmp_path
 
 
 def test_why_a_job_waits() -> None:
