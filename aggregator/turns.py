@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from protocol.files import PRIVATE
 
 FILE = "turn.lock"
 
@@ -33,7 +36,7 @@ class Turns:
         if self._depth:
             yield True
             return
-        with self._path.open("a") as file:
+        with open(os.open(self._path, os.O_RDWR | os.O_CREAT, PRIVATE), "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

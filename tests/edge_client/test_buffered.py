@@ -19,6 +19,7 @@ from edge_client.holding import goes_on_with
 from edge_client.learner import Learned, OnStep, Pauses, StepDown
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
+from edge_client.trainer import process
 from protocol.adapter import Adapter
 from protocol.events import EventLog
 from protocol.messages import Job, Round
@@ -27,6 +28,12 @@ from tests.aggregator.uploading import Aggregator, make_job
 from tests.faults.device import Ledger, MadeUp, MarkingLearner
 
 NAME = "phone-1"
+
+
+@pytest.fixture(autouse=True)
+def _others_may_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that is told to stop ends all training of its process: here others follow."""
+    monkeypatch.setattr(process, "_ending", False)
 
 
 def test_it_goes_on_with_what_it_has_begun_while_that_counts() -> None:
