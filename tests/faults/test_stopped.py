@@ -81,7 +81,9 @@ def test_a_replay_ends_all_that_it_started(
         os.killpg(replay.process.pid, number)
         time.sleep(0.2)
     assert replay.end(number, group=to_all) == 128 + number
-    assert psutil.wait_procs(children, timeout=1)[1] == []
+    left = psutil.wait_procs(children, timeout=1)[1]
+    # One that has ended stays a zombie until init, which has them all now, has come to it.
+    assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     assert replay.stderr == f"ended by {number.name}\n"
 
 
