@@ -15,9 +15,9 @@ from protocol.adapter import Adapter
 from protocol.bands import Band
 from protocol.errors import ProtocolError
 from protocol.events import EventLog
+from protocol.link import DeviceLink, Incoming
 from protocol.messages import Job, Round
 from protocol.topics import Match
-from protocol.transport import DeviceLink, Incoming
 
 
 class Adapters:

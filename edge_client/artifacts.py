@@ -22,9 +22,9 @@ from protocol.artifact import MANIFEST, artifact_id
 from protocol.chunks import CHUNK_BYTES, check_chunk, chunk_hash
 from protocol.errors import MalformedMessage
 from protocol.events import EventLog
+from protocol.link import DeviceLink, Incoming
 from protocol.messages import ArtifactFile, ArtifactManifest, Job
 from protocol.topics import Match
-from protocol.transport import DeviceLink, Incoming
 
 AGAIN_TICKS = 60
 """After so many of the agent's ticks without a chunk it is asked for again: it was a bad one."""

@@ -14,10 +14,11 @@ from edge_client.trust import FILE as TRUST_FILE
 from edge_client.trust import trusted_key
 from protocol import topics
 from protocol.errors import ProtocolError
+from protocol.link import DeviceLink
 from protocol.messages import Status
 from protocol.patience import Waiting, connect_when_up
 from protocol.signing import open_message
-from protocol.transport import DeviceLink, MqttTransport
+from protocol.transport import MqttTransport
 
 TICK_S = 0.5
 """A broker that has said nothing for this long has shown what it keeps."""

@@ -15,10 +15,10 @@ from edge_client.hub import ModelDownload
 from edge_client.policy.decide import Activity
 from edge_client.prepare import Equip, Equipment
 from protocol.events import EventLog
+from protocol.link import DeviceLink, Incoming
 from protocol.messages import Job
 from protocol.patience import Waiting
 from protocol.topics import Match
-from protocol.transport import DeviceLink, Incoming
 
 PATIENCE_TICKS = 20
 """For how long a broker may take to show an artifact set, in the agent's ticks."""

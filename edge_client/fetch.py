@@ -10,9 +10,9 @@ from edge_client.trust import open_trusted
 from protocol.adapter import Adapter
 from protocol.bands import Band, parse_band
 from protocol.errors import MalformedMessage
+from protocol.link import DeviceLink, Incoming
 from protocol.messages import GlobalManifest, Job
 from protocol.topics import Match
-from protocol.transport import DeviceLink, Incoming
 
 
 class Fetch:

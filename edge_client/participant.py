@@ -33,10 +33,10 @@ from edge_client.trust import open_trusted
 from protocol import topics
 from protocol.errors import ProtocolError
 from protocol.events import EventLog
+from protocol.link import DeviceLink, Incoming
 from protocol.messages import Control, Job, Round, in_cohort
 from protocol.patience import Waiting
 from protocol.signing import SigningKey
-from protocol.transport import DeviceLink, Incoming
 
 
 class Participant:

@@ -10,9 +10,9 @@ from protocol import topics
 from protocol.chunks import split
 from protocol.events import EventLog
 from protocol.faults import fault_point
+from protocol.link import DeviceLink
 from protocol.messages import Control
 from protocol.signing import SigningKey
-from protocol.transport import DeviceLink
 
 RESEND_S = 30.0
 

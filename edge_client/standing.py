@@ -5,9 +5,9 @@ from __future__ import annotations
 from edge_client.config import Settings
 from edge_client.errors import NameTaken
 from protocol import topics
+from protocol.link import DeviceLink
 from protocol.messages import Status
 from protocol.signing import SigningKey, open_message
-from protocol.transport import DeviceLink
 
 
 class Standing:

@@ -23,29 +23,13 @@ from protocol.connecting import QOS, attempts, end, hang_up, knock, new_client, 
 from protocol.errors import BrokerRefused, BrokerUnreachable, TlsRefused, TransportError
 from protocol.inbox import Inbox
 from protocol.limits import BrokerLimits
-from protocol.link import (
-    REFUSED_FOR_GOOD,
-    BrokerAddress,
-    Delivery,
-    DeviceLink,
-    Incoming,
-    Transport,
-    in_words,
-)
+from protocol.link import REFUSED_FOR_GOOD, BrokerAddress, Delivery, Incoming, Transport, in_words
 from protocol.outage import SESSION_TAKEN_OVER, Outages, why_away
 from protocol.subscriptions import Subscriptions
 from protocol.tls import TlsFiles, refusal
 from protocol.verdicts import Verdicts
 
-__all__ = [
-    "BrokerAddress",
-    "Delivery",
-    "DeviceLink",
-    "Incoming",
-    "MqttTransport",
-    "TlsFiles",
-    "Transport",
-]
+__all__ = ["BrokerAddress", "Delivery", "Incoming", "MqttTransport", "TlsFiles", "Transport"]
 
 Meanwhile = Callable[[], object] | None
 CONNECTIONS_LIMIT = 4

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from edge_client.outbox import Outbox
 from edge_client.policy.decide import Used
-from protocol.transport import DeviceLink
+from protocol.link import DeviceLink
 
 KEPT_EVERY_S = 30.0
 """A kill forgets what was used in so long."""
