@@ -22,7 +22,7 @@ from edge_client.data import (
     pack,
     tokenize,
 )
-from edge_client.learner import learn, learning_rate
+from edge_client.learning import learn, learning_rate
 from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.model import load_tokenizer
 from edge_client.plan import Plan

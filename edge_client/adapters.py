@@ -8,7 +8,7 @@ from edge_client.config import Settings
 from edge_client.download import Source, wanted_bands
 from edge_client.fetch import Fetch
 from edge_client.holding import Holding
-from edge_client.learner import Learning
+from edge_client.learning import Learning
 from edge_client.outbox import Outbox
 from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, can_be_told, to_try
 from protocol.adapter import Adapter

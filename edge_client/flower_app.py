@@ -17,7 +17,7 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from edge_client.learner import learn
+from edge_client.learning import learn
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport
 from edge_client.update import make_update

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.learner import Learned
+from edge_client.learning import Learned
 from edge_client.numbered import NumberedAdapter
 from protocol.adapter import Adapter, Factors, add, module_rank, select
 from protocol.messages import Job

@@ -14,7 +14,7 @@ from edge_client.download import Source
 from edge_client.equipping import Equipping
 from edge_client.errors import NoPlanFits
 from edge_client.holding import Holding, goes_on_with
-from edge_client.learner import Learning
+from edge_client.learning import Learning
 from edge_client.outbox import Outbox
 from edge_client.own_changes import OwnChanges
 from edge_client.personal import make_answer

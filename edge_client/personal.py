@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_client.holding import Holding
-from edge_client.learner import Learned, Learning
+from edge_client.learning import Learned, Learning
 from edge_client.trying import SPLIT, can_be_told
 from edge_client.update import make_update
 from protocol.adapter import Adapter, Factors

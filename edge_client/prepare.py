@@ -13,7 +13,8 @@ from edge_client.backends import better, find_backends
 from edge_client.calibrate import ProbingProcess, calibrate, choose_threads
 from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, NoPlanFits
-from edge_client.learner import Learner, Learning, Pauses, StepDown
+from edge_client.learner import Learner, Pauses, StepDown
+from edge_client.learning import Learning
 from edge_client.memory import Way, resident_mib
 from edge_client.plan import (
     Backend,

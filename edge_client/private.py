@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_client.errors import TrainingDiverged
-from edge_client.learner import Learning
+from edge_client.learning import Learning
 from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.numbered import NumberedAdapter
 from edge_client.storage import keep_adapter

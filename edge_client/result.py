@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_client.errors import TrainingDiverged
 from edge_client.holding import Holding
-from edge_client.learner import Learning
+from edge_client.learning import Learning
 from edge_client.own_changes import OwnChanges, best_share
 from edge_client.private import Private
 from edge_client.storage import keep_adapter

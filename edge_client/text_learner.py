@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.learner import learning_rate
+from edge_client.learning import learning_rate
 from edge_client.plan import Backend, Plan
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from edge_client.errors import TrainingDiverged
-from edge_client.learner import Learned
+from edge_client.learning import Learned
 from edge_client.trainer.worker import TextReport
 from protocol.bands import to_tensors
 from protocol.factors import trained_factors

@@ -10,7 +10,8 @@ from device_profiles.schema import DeviceProfile
 from device_profiles.traces.sample import Sample
 from device_profiles.virtual.learning import Timed
 from edge_client.config import Settings
-from edge_client.learner import Learning, Pauses, StepDown
+from edge_client.learner import Pauses, StepDown
+from edge_client.learning import Learning
 from edge_client.plan import HEAP_MIB, Calibration, Plan, choose_plan, memory_budget
 from edge_client.prepare import wanted_of
 from edge_client.pressure import LOW_MIB, LOW_SHARE

@@ -14,7 +14,8 @@ import numpy as np
 
 from device_profiles.virtual.pool import Pool
 from edge_client.errors import TrainingPaused
-from edge_client.learner import Learned, Learning, OnStep, StepDown, learn
+from edge_client.learner import StepDown
+from edge_client.learning import Learned, Learning, OnStep, learn
 from edge_client.plan import Plan
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport

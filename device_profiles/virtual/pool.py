@@ -25,7 +25,8 @@ from device_profiles.errors import ReplayError
 from device_profiles.virtual.training import Unhurried
 from edge_client.calibrate import ProbingProcess, calibrate
 from edge_client.errors import EdgeError
-from edge_client.learner import Learned, Learner
+from edge_client.learner import Learner
+from edge_client.learning import Learned
 from edge_client.memory import Activations, Way
 from edge_client.plan import Calibration, Plan
 from edge_client.trainer.worker import Text, TextReport

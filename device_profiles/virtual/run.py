@@ -28,7 +28,8 @@ from device_profiles.virtual.schedule import Schedule
 from device_profiles.virtual.serving import PacedAggregator
 from device_profiles.virtual.training import Benches, BenchLearner, text_of
 from edge_client.config import Settings
-from edge_client.learner import Learning, StepDown
+from edge_client.learner import StepDown
+from edge_client.learning import Learning
 from edge_client.plan import Plan
 from edge_client.policy.owner import Policy
 from edge_client.trust import FILE as TRUST_FILE

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from edge_client.config import Settings
-from edge_client.learner import Learned, Learner, OnStep, StepDown
+from edge_client.learner import Learner, StepDown
+from edge_client.learning import Learned, OnStep
 from edge_client.plan import Plan
 from edge_client.trainer import checkpoint
 from edge_client.trainer.worker import Text

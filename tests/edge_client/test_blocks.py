@@ -11,7 +11,7 @@ import torch
 
 import edge_client.prepare
 from edge_client.errors import ConfigError, NoPlanFits
-from edge_client.learner import learn
+from edge_client.learning import learn
 from edge_client.plan import Plan
 from edge_client.prepare import block_choices, make_plan
 from edge_client.trainer.base import TrainReport

@@ -16,7 +16,8 @@ from edge_client.agent import Agent
 from edge_client.config import Settings
 from edge_client.errors import TrainingPaused
 from edge_client.holding import goes_on_with
-from edge_client.learner import Learned, OnStep, Pauses, StepDown
+from edge_client.learner import Pauses, StepDown
+from edge_client.learning import Learned, OnStep
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.trainer import process

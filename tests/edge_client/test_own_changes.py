@@ -13,7 +13,7 @@ import pytest
 from edge_client.download import Source
 from edge_client.errors import StorageError
 from edge_client.holding import Holding
-from edge_client.learner import Learned
+from edge_client.learning import Learned
 from edge_client.own_changes import SHARES, OwnChanges, best_share, summed, with_share
 from edge_client.result import settle
 from edge_client.trainer.base import TrainReport

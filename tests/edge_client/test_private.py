@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edge_client.errors import StorageError, TrainingDiverged
-from edge_client.learner import OnStep
+from edge_client.learning import OnStep
 from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.private import Private
 from edge_client.result import train_alone

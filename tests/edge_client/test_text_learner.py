@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from base_tiny import PATH
-from edge_client.learner import learn
+from edge_client.learning import learn
 from edge_client.model import describe_model
 from edge_client.text_learner import TextLearner
 from protocol.adapter import initial_adapter

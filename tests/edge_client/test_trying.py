@@ -13,7 +13,7 @@ from aggregator.merge.round_view import completed
 from aggregator.personal import STRATEGIES
 from edge_client.download import Source
 from edge_client.holding import Holding
-from edge_client.learner import Learned, learn
+from edge_client.learning import Learned, learn
 from edge_client.outbox import Outbox
 from edge_client.personal import full_adapter
 from edge_client.trainer.base import TrainReport

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_client.errors import TrainingDiverged
-from edge_client.learner import Learned
+from edge_client.learning import Learned
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport
 from edge_client.update import make_update

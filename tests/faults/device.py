@@ -21,7 +21,8 @@ import edge_client.agent
 from device_profiles.schema import load_profile
 from edge_client.agent import Agent
 from edge_client.config import Settings
-from edge_client.learner import Learned, OnStep, Pauses, StepDown, learn
+from edge_client.learner import Pauses, StepDown
+from edge_client.learning import Learned, OnStep, learn
 from edge_client.membership import identity
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan

@@ -8,7 +8,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from aggregator.errors import ConfigError
 from aggregator.flower_strategy import TunefleetStrategy
-from edge_client.learner import learn
+from edge_client.learning import learn
 from edge_client.update import make_update
 from protocol.adapter import Adapter
 from protocol.flower import adapter_of, reply

@@ -19,7 +19,7 @@ from aggregator.memory import write_memory
 from aggregator.merging import merge_round
 from aggregator.rounds import RoundState
 from aggregator.versions import Versions
-from edge_client.learner import learn
+from edge_client.learning import learn
 from edge_client.trainer.base import TrainReport
 from edge_client.update import make_update
 from protocol import topics
