@@ -11,6 +11,7 @@ import pytest
 BUILD = Path(__file__).parents[2] / "deploy/deb/build.sh"
 
 
+@pytest.mark.timeout(900)  # packages are fetched
 def test_the_aggregators_package_holds_all_that_it_needs(tmp_path: Path) -> None:
     if shutil.which("dpkg-deb") is None or not Path("/usr/bin/python3").exists():
         pytest.skip("not a Debian system: there is no dpkg-deb")
@@ -18,7 +19,7 @@ def test_the_aggregators_package_holds_all_that_it_needs(tmp_path: Path) -> None
     if subprocess.run(venv, capture_output=True, check=False).returncode:
         pytest.skip("the system's Python makes no environments: install python3-venv")
     built = subprocess.run(
-        [BUILD, "aggregator", tmp_path], capture_output=True, text=True, check=True, timeout=280
+        [BUILD, "aggregator", tmp_path], capture_output=True, text=True, check=True
     )
     package = Path(built.stdout.splitlines()[-1])
     fields = _said("dpkg-deb", "--field", package)

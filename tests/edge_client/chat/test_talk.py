@@ -123,7 +123,7 @@ def test_ctrl_c_stops_the_answer_alone_and_at_the_prompt_ends(last: bytes, statu
         os.write(master, last)
     else:
         process.send_signal(signal.SIGINT)
-    assert process.wait(60) == status
+    assert process.wait(180) == status
     os.close(master)
 
 
@@ -138,7 +138,7 @@ def test_ctrl_c_ends_an_answer_to_what_is_given(prompt: str | None) -> None:
     process.stdin = None
     assert process.stdout.read(1) == b"a"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 130
     assert said.decode().splitlines()[-1] == "ended by SIGINT"
 
