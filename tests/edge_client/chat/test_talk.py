@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_ctrl_c_stops_the_answer_alone_and_at_the_prompt_ends(last: bytes, statu
     if last == b"\x04":
         os.write(master, last)
     else:
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
     assert process.wait(180) == status
     os.close(master)
 
@@ -141,6 +142,15 @@ def test_ctrl_c_ends_an_answer_to_what_is_given(prompt: str | None) -> None:
     _, said = process.communicate(timeout=180)
     assert process.returncode == 130
     assert said.decode().splitlines()[-1] == "ended by SIGINT"
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Press Ctrl-C till it is heeded: between a prompt and the read behind it Python heeds none."""
+    for _ in range(60):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+            return
 
 
 def read_until(master: int, sign: bytes, seconds: float = 120) -> bytes:
