@@ -16,6 +16,7 @@ from device_profiles.traces.sample import FIELDS, POWER_SOURCES, Field, Sample, 
 UNKNOWN = -1
 """Of a flag, in a column of bytes."""
 NAN = math.nan
+NAMES = tuple(field.name for field in FIELDS)
 
 
 class Samples(Sequence[Sample]):
@@ -68,6 +69,27 @@ class Samples(Sequence[Sample]):
     def index_at(self, t_s: float) -> int:
         """Return the index of the last sample at or before a time, 0 before the first."""
         return max(0, bisect_right(self.times, t_s) - 1)
+
+    def change_after(self, t_s: float, field: str = "") -> float | None:
+        """Return the time of the next sample after one within a trace; None: there is none.
+
+        With a `field`, a flag, it is the next one where that has another value. The trace begins
+        again at its last sample, so that holds for no time, and times may lie beyond it.
+        """
+        length = self.times[-1]
+        if not length:
+            return None
+        if not field:
+            return self.times[bisect_right(self.times, t_s)]
+        column = self._columns[NAMES.index(field)]
+        if len(column) == 1:
+            return None
+        index, count = self.index_at(t_s), len(column) - 1
+        for following in range(index + 1, index + count):
+            rounds, at = divmod(following, count)
+            if column[at] != column[index]:
+                return rounds * length + (self.times[at] if at else 0.0)
+        return None
 
     def shared(self, known: dict[bytes, array[Any]]) -> Samples:
         """Return the same samples, made of columns that are `known` already where they are equal.

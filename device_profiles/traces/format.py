@@ -27,6 +27,8 @@ __all__ = ["Sample", "TornLine", "Trace", "read_trace", "read_traces", "write_tr
 FORMAT, VERSION = "tunefleet-trace", 1
 SUFFIX = ".jsonl"
 MAX_LINE_BYTES = 16 * 1024
+SLACK_S = 1e-6
+"""Times of a replay are sums of floats: at the time of a change its sample is to hold."""
 MAX_TEXT = 1000
 """Characters of a text in the header."""
 MAX_SAMPLES = 10_000_000
@@ -35,7 +37,7 @@ TEXTS = {"name": False, "profile": True, "source": True, "licence": True}
 """Texts of the header, and whether each may be null."""
 _BY_NAME = {field.name: index for index, field in enumerate(FIELDS)}
 _BEFORE_FIRST: tuple[Value, ...] = tuple(getattr(Sample(), field.name) for field in FIELDS)
-Warn = Callable[[str], None]
+Warn = Callable[[str], object]
 
 
 class TornLine(UserWarning):
@@ -68,15 +70,20 @@ class Trace:
 
     def looped(self, t_s: float) -> Sample:
         """Return how the device is at a time where the trace begins again at its end."""
-        return self.at(t_s % self.duration_s if self.duration_s else 0.0)
+        return self.at(self._within(t_s))
 
-    def next_change(self, t_s: float) -> float | None:
-        """Return the time of the first sample after a time, None where there is none."""
-        times = self._columns.times
-        if t_s < times[0]:
-            return times[0]
-        after = self._columns.index_at(t_s) + 1
-        return times[after] if after < len(times) else None
+    def looped_change(self, t_s: float, field: str = "") -> float | None:
+        """Return when a trace that begins again at its end says something new after a time.
+
+        Of one `field`: when that has another value. None: never.
+        """
+        within = self._within(t_s)
+        change = self._columns.change_after(within, field)
+        return None if change is None else t_s + SLACK_S + (change - within)
+
+    def _within(self, t_s: float) -> float:
+        """Return where in the trace a time is, `SLACK_S` ahead of it."""
+        return (t_s + SLACK_S) % self.duration_s if self.duration_s else 0.0
 
     @property
     def _columns(self) -> Samples:

@@ -48,6 +48,8 @@ no more often."""
 SOONEST_S = 1.0
 HEADLESS = Reason("headless", "a headless device of a replay: it takes part in the protocol alone")
 UNKNOWN_BITS_S = 1e9
+SHARED = 256
+"""Adapters that are kept to be shared: those of old versions go, the oldest first."""
 OnEvent = Callable[[Mapping[str, Any]], None]
 
 
@@ -65,7 +67,7 @@ class Stage:
     on_event: OnEvent
     """Of the broker; see `VirtualLink`."""
     adapters: dict[Hashable, Adapter] = field(default_factory=dict)
-    """What devices hold, by where it is from and its bands."""
+    """What devices have held last, by where it is from and its bands."""
 
 
 class VirtualDevice:
@@ -137,14 +139,10 @@ class VirtualDevice:
     def sample_at(self, time_s: float) -> Sample:
         return self._trace.looped(self._offset_s + time_s)
 
-    def next_change_s(self, time_s: float) -> float | None:
-        """Return when the trace says something new; it begins again at its end."""
-        length = self._trace.duration_s
-        if not length:
-            return None
-        round_s = (self._offset_s + time_s) // length * length
-        after = self._trace.next_change(self._offset_s + time_s - round_s)
-        return round_s + (length if after is None else after) - self._offset_s
+    def next_change_s(self, time_s: float, field: str = "") -> float | None:
+        """Return when the trace says something new, of one field or of any; None: never."""
+        change = self._trace.looped_change(self._offset_s + time_s, field)
+        return None if change is None else change - self._offset_s
 
     def _rates(self, time_s: float) -> Rates:
         sample, link = self.sample_at(time_s), self.settings.profile.link
@@ -237,13 +235,7 @@ class VirtualDevice:
             self.is_online = False
             self.link.lose()
             self.tell("offline")
-        change = self.next_change_s(time_s)
-        while change is not None and self.sample_at(change).online == online:
-            before, change = change, self.next_change_s(change)
-            if change is not None and change - time_s > self._trace.duration_s:
-                return  # it never changes
-            if change == before:
-                return
+        change = self.next_change_s(self.time_s, "online")
         if change is not None:
             self._stage.schedule.at(change, self.index, self._look_at_link)
 
@@ -280,7 +272,10 @@ class VirtualDevice:
             assert source is not None, "it came from there"
             whose = "" if source.kind == "global" else source.device
             key = whose, source.kind, source.version, held.bands, held.adapter.rank
-            self._adapter = held.adapter = self._stage.adapters.setdefault(key, held.adapter)
+            shared = self._stage.adapters
+            self._adapter = held.adapter = shared.setdefault(key, held.adapter)
+            while len(shared) > SHARED:
+                del shared[next(iter(shared))]
 
     def wake_at(self, time_s: float) -> None:
         """Look what is to be done at a time, and not before."""

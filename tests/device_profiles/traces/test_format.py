@@ -110,13 +110,37 @@ def test_at_is_a_step_function_that_holds_or_wraps() -> None:
     assert trace.looped(4.9) == trace.at(4.9)
     assert trace.looped(5.0) == trace.at(0)  # the end is the beginning again
     assert trace.looped(12.5) == trace.at(2.5)
-    changes = [trace.next_change(t) for t in (0, 1, 1.5, 2, 4, 5, 9)]
-    assert changes == [1, 2, 2, 5, 5, None, None]
+    changes = [trace.looped_change(t) for t in (0, 1, 1.5, 2, 4, 5, 9)]
+    assert changes == pytest.approx([1, 2, 2, 5, 5, 6, 10])
+
+
+def test_a_looped_trace_goes_on_from_change_to_change_without_end() -> None:
+    """As in a replay, where times are sums of floats: 7323.4 - 7200 is less than 123.4."""
+    times = [0.0, *(round(123.4 + 71.7 * i, 1) for i in range(98)), 7200.0]
+    flags = [number % 3 == 0 for number in range(len(times))]
+    trace = trace_of(*(Sample(t, online=on) for t, on in zip(times, flags, strict=True)))
+    for offset in (0.0, 1 / 3, 4711.11):
+        t = offset
+        turns = 0
+        while t < offset + 100 * 7200:
+            now = trace.looped(t).online
+            after = trace.looped_change(t, "online")
+            assert after is not None and t < after < t + 300
+            assert trace.looped(after).online != now == trace.looped((t + after) / 2).online
+            t, turns = after, turns + 1
+        assert turns == pytest.approx(100 * 66, abs=2)
+
+
+def test_a_flag_that_never_turns_has_no_change() -> None:
+    trace = trace_of(Sample(0), Sample(1, cpu_load=0.5), Sample(2, online=False))
+    assert trace.looped_change(0.5, "online") is None, "its end is its beginning"
+    assert trace.looped_change(0.5) == pytest.approx(1)
 
 
 def test_a_trace_of_one_moment_is_always_so() -> None:
     trace = trace_of(Sample(0, cpu_load=0.3))
     assert trace.looped(17) == trace.at(17) == trace.samples[0]
+    assert trace.looped_change(17) is None and trace.looped_change(17, "online") is None
 
 
 def test_times_of_a_made_trace_ascend() -> None:
