@@ -45,16 +45,20 @@ class Names:
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
+        self._last: dict[str, int] = {}
+        """The number that each name was last given with."""
 
     def of(self, text: str) -> str:
         """Return small letters, digits and dashes; with a number where others have it already."""
         plain = (
             re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:MAX_NAME].rstrip("-") or "trace"
         )
-        name, number = plain, 2
+        name, number = plain, self._last.get(plain, 1)
         while name in self._taken:
-            name, number = f"{plain}-{number}", number + 1
+            number += 1
+            name = f"{plain}-{number}"
         self._taken.add(name)
+        self._last[plain] = number
         return name
 
 

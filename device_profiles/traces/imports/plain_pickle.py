@@ -18,6 +18,8 @@ MARK = object()
 """What MARK puts on the stack; nothing that is read can be it."""
 KEYS = (str, int, float, type(None))
 """Of a dict. Tuples could be nested so deeply that hashing them ends the process."""
+MAX_KEY_BITS = 64
+"""Of a number as a key: of longer ones many have one hash, and a dict of those takes for ever."""
 FAULTS = (IndexError, KeyError, OverflowError, struct.error, UnicodeError, ValueError)
 """What damaged bytes end in."""
 
@@ -133,6 +135,8 @@ def _pairs(values: list[Any]) -> dict[Any, Any]:
     keys = values[::2]
     if len(values) % 2 or not all(isinstance(key, KEYS) for key in keys):
         raise NotPlain("a dict in it has keys that are neither text nor numbers")
+    if any(isinstance(key, int) and key.bit_length() > MAX_KEY_BITS for key in keys):
+        raise NotPlain(f"a dict in it has a number of over {MAX_KEY_BITS} bits as a key")
     return dict(zip(keys, values[1::2], strict=True))
 
 

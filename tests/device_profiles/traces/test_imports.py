@@ -18,9 +18,10 @@ from device_profiles.cli import app
 from device_profiles.errors import TraceError
 from device_profiles.traces.format import Sample, Trace, read_trace, read_traces
 from device_profiles.traces.imports.bandwidth import import_bandwidth
+from device_profiles.traces.imports.common import Names
 from device_profiles.traces.imports.fedscale import import_fedscale
 from device_profiles.traces.imports.flash import import_flash
-from device_profiles.traces.imports.plain_pickle import load_plain
+from device_profiles.traces.imports.plain_pickle import NotPlain, load_plain
 from device_profiles.traces.imports.sbc_bench import import_sbc_bench
 
 BEHAVIOUR = {
@@ -94,6 +95,21 @@ def test_odd_client_ids_are_named_shortly(tmp_path: Path) -> None:
     path = pickled(tmp_path, "behave", dict.fromkeys(ids, BEHAVIOUR[2]))
     names = [trace.name.removeprefix("fedscale") for trace in import_fedscale([path]).traces]
     assert names == ["-1000000000000", "-float", "-nonetype", "-etc", ""]
+
+
+def test_many_of_one_name_get_numbers_without_looking_at_all_of_them() -> None:
+    names = Names()
+    assert [names.of(text) for text in ("a", "a 2", "A!", "a")] == ["a", "a-2", "a-3", "a-4"]
+    looked = [0]
+
+    class Counting(set[str]):
+        def __contains__(self, name: object) -> bool:
+            looked[0] += 1
+            return super().__contains__(name)
+
+    names._taken = Counting()
+    assert len({names.of("many") for _ in range(500)}) == 500
+    assert looked[0] <= 1000
 
 
 PLAIN = st.recursive(
@@ -189,6 +205,12 @@ def test_a_few_bytes_make_no_gigabytes() -> None:
     assert load_plain(b"\x80\x02K\x01r\xff\xff\xff\xff.") == 1
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
+
+
+def test_keys_that_all_have_one_hash_are_refused() -> None:
+    one_hash = [number * (2**61 - 1) for number in range(1000)]
+    with pytest.raises(NotPlain, match="over 64 bits as a key"):
+        load_plain(pickle.dumps(dict.fromkeys(one_hash)))
 
 
 def test_a_pickle_that_is_no_trace_is_refused(tmp_path: Path) -> None:
@@ -345,6 +367,9 @@ def test_the_commands_write_traces_that_are_read(tmp_path: Path) -> None:
     assert (trace.profile, trace.duration_s) == ("rockpro64-4gb", 120)
     again = CliRunner().invoke(app, ["import", "sbc-bench", str(path), "--out", str(out)])
     assert isinstance(again.exception, TraceError) and "new folder" in str(again.exception)
+    command = ["import", "sbc-bench", str(path), "--out", str(tmp_path / "other")]
+    named = CliRunner().invoke(app, [*command, "--profile", str(tmp_path / "mine.toml")])
+    assert "names one that comes with the package: chromebook" in str(named.exception)
     made = tmp_path / "made"
     ran = CliRunner().invoke(
         app, ["traces", "--scenario", "thermal-throttle", "--devices", "3", "--out", str(made)]
