@@ -136,6 +136,17 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in PROFILE_DIR.glob("*.toml")))
 
 
+def check_bundled(name: str) -> None:
+    """Check that a profile comes with the package, as those do that a trace may name.
+
+    Raises:
+        ProfileError: it does not; the error lists those that do.
+    """
+    if name not in (names := bundled_names()):
+        why = f"a trace names one that comes with the package: {', '.join(names)}"
+        raise ProfileError(repr(name), why)
+
+
 def load_profile(name_or_path: str | Path) -> DeviceProfile:
     """Read a bundled profile by its name, or any profile by the path of its .toml file.
 

@@ -43,7 +43,7 @@ def record(
     """Record how this device fares: power, heat, memory, load and link, once a second."""
     import threading
 
-    from device_profiles.schema import load_profile
+    from device_profiles.schema import check_bundled
     from edge_client.errors import ConfigError
     from edge_client.profile import slug
     from edge_client.profile_linux import read_board
@@ -54,7 +54,7 @@ def record(
     if not (root / "proc/stat").exists():
         raise ConfigError(f"there is no /proc/stat below {root}: a recording reads Linux's /proc")
     if profile:
-        load_profile(profile)
+        check_bundled(profile)
     board = read_board(root) or "a device of unknown make"
     what = {"port": "rates are the port's", "traffic": "rates are traffic, not what the link can"}
     stopped = threading.Event()

@@ -48,12 +48,12 @@ def import_traces(
     from dataclasses import replace
 
     from device_profiles.errors import TraceError
-    from device_profiles.schema import load_profile
+    from device_profiles.schema import check_bundled
     from device_profiles.traces.imports.common import Imported
     from device_profiles.traces.imports.read import read_recordings
 
     if profile:
-        load_profile(profile)
+        check_bundled(profile)
     _check_new(out)
     found: Imported = read_recordings(kind.value, files)
     for why in found.left_out:

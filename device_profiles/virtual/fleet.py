@@ -39,19 +39,29 @@ def cast(
 
     Where there are traces enough each device has one of its own, from its start. Otherwise they are
     drawn, and begin anywhere: two devices of one trace are not alike. `spread` has all begin
-    anywhere. A trace that names no bundled profile gets one that is drawn.
+    anywhere. A trace that names no profile gets one that is drawn.
+
+    Raises:
+        ReplayError: a trace names a profile that this program has not.
     """
     draw = random.Random(f"{seed}|cast")
-    known = bundled_names()
+    known = {name: load_profile(name) for name in bundled_names()}
+    for trace in traces:
+        if trace.profile is not None and trace.profile not in known:
+            raise ReplayError(
+                f"trace {trace.name!r} is of the profile {trace.profile!r}, which is none of "
+                f"{', '.join(known)}; write one of them, or null to have one drawn"
+            )
+    names = list(known)
     found = []
     each_its_own = devices <= len(traces) and not spread
     for index in range(devices):
         trace = traces[index] if each_its_own else draw.choice(traces)
         offset_s = 0.0 if each_its_own else draw.uniform(0, trace.duration_s)
-        profile = trace.profile if trace.profile in known else draw.choice(known)
+        profile = known[trace.profile or draw.choice(names)]
         fidelity = _nth(fidelities, index)
         name = f"{fidelity}-{index:05d}"
-        found.append(Part(name, trace, offset_s, load_profile(profile), fidelity))
+        found.append(Part(name, trace, offset_s, profile, fidelity))
     return found
 
 
