@@ -19,6 +19,7 @@ from pathlib import Path
 
 from device_profiles.errors import ReplayError
 from protocol.broker import free_port
+from protocol.lifeline import lifeline
 from protocol.link import BrokerAddress
 
 PLACES = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
@@ -100,10 +101,14 @@ def _mosquitto(program: str, folder: Path) -> Iterator[RunningBroker]:
     settings.write_text("\n".join([*lines, ""]))
     with log.open("wb") as output:
         process = subprocess.Popen([program, "-c", settings], stdout=output, stderr=output)
+    # Mosquitto does not look whether its parent lives: a shell does, and ends it after a kill.
+    watch = subprocess.Popen(["sh", "-c", f"read -r _; kill {process.pid}"], stdin=lifeline())
     try:
         _wait(process, address, log)
         yield RunningBroker(address, process.pid, "mosquitto")
     finally:
+        watch.kill()
+        watch.wait()
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
