@@ -54,7 +54,7 @@ class ToldClock:
 
 
 class PacedDaemon(Daemon):
-    """A daemon that obeys orders; `told` counts the answers to each device since last asked."""
+    """A daemon that obeys orders; `told` counts the answers to each device since last settled."""
 
     told: Counter[str]
 
@@ -96,7 +96,6 @@ class PacedDaemon(Daemon):
     def _stands(self, action: str | None) -> dict[str, object]:
         """Say where the job stands."""
         now = self._store.round()
-        told, self.told = dict(self.told), Counter()
         return {
             "action": action,
             "said": hashlib.sha256(self._publisher.last_round).hexdigest()[:16],
@@ -105,8 +104,6 @@ class PacedDaemon(Daemon):
             "state": now.state,
             "version": now.version,
             "deadline": now.deadline,
-            "told": told,
-            "taken_in": self.taken_in,
         }
 
 
