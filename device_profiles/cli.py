@@ -38,7 +38,7 @@ Out = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option(metavar="NUMBER", help="Draws the demo's text, splits, order and directions."),
+    typer.Option(metavar="NUMBER", help="Draws text, splits, order, directions, and traces."),
 ]
 Broker = Annotated[
     str,
@@ -50,15 +50,15 @@ Rule = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="How updates are merged: anchored, fedavg, hetlora, flexlora, segment, flora, "
-        "trust-weights, trust-validation, trust-predictions, or an installed rule (default: what "
-        "the fleet says, else anchored).",
+        help="How updates are merged: anchored, fedavg, hetlora, flexlora, segment, flora, geomed, "
+        "krum, trust-weights, trust-validation, trust-predictions, or an installed rule (default: "
+        "what the fleet says, else anchored).",
     ),
 ]
 Rounds = Annotated[
     int | None,
     typer.Option(
-        metavar="NUMBER", min=1, help="Rounds of training (default: what the fleet says, else 6)."
+        metavar="NUMBER", min=1, help="Rounds (default: the fleet's or job's, else 6; of traces 3)."
     ),
 ]
 
@@ -100,7 +100,7 @@ Devices = Annotated[
     typer.Option(
         metavar="NUMBER",
         min=1,
-        help="Virtual devices (default: one for each trace).",
+        help="Virtual devices (default: one for each trace; a scenario needs it).",
         rich_help_panel=VIRTUAL,
     ),
 ]
@@ -224,8 +224,8 @@ def run(
 ) -> None:
     """Run a fleet of your own: a file names its devices, their text, the base and the job.
 
-    Or replay traces of devices, or a scenario, in virtual time. Either leaves its figures and the
-    adapter in runs/latest.
+    Or replay traces of devices, or a scenario, in virtual time: the options from --devices on are
+    for that alone. Either leaves its figures and the adapter in runs/latest.
     """
     if scenario or (fleet is not None and fleet.suffix != ".toml"):
         from device_profiles.virtual.command import run_traces
@@ -256,8 +256,12 @@ def run(
         )
         run_traces(options, out, as_json=as_json)
         return
-    if any(x is not None for x in (devices, job_file, policy, data, pool, until)) or fidelity:
-        raise typer.BadParameter("that is for traces: name a trace, a folder of traces, --scenario")
+    of_traces = [devices, job_file, policy, data, pool, until, fidelity or None]
+    if any(x is not None for x in of_traces) or (speed, resolution) != ("max", 1.0):
+        raise typer.BadParameter(
+            "--devices, --fidelity, --speed, --resolution, --job, --policy, --data, --pool and "
+            "--until are for traces: name a trace, a folder of traces, or a --scenario"
+        )
     run_fleet(fleet, seed, rule, rounds, backend, broker, out, settings, as_json)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aggregator.export import export_adapter
@@ -18,6 +19,8 @@ from device_profiles.virtual.options import Options, again, prepare
 from device_profiles.virtual.pool import Pool
 from device_profiles.virtual.run import RESULT, Staging, replay_traces
 from edge_client.calibrate import cache_folder
+from protocol.cli import Interrupted
+from protocol.errors import TunefleetError
 from protocol.human import human_bytes, human_seconds
 
 SHOWN = ("aggregator.round", "aggregator.merged", "killed", "ended", "aggregator.rejected")
@@ -119,9 +122,14 @@ def run_compare(one: Path, other: Path, picture: Path | None) -> None:
     """
     runs = Run(one), Run(other)
     console = Console()
-    shown = Table("", str(one), str(other))
+    names = [run.resolve().name for run in (one, other)]
+    if names[0] == names[1]:
+        names = [str(one), str(other)]
+    shown = Table("", *(escape(name) for name in names))
+    for column in shown.columns:
+        column.overflow = "fold"  # what is cut off might be where the two differ
     for row in table(*runs):
-        shown.add_row(*row)
+        shown.add_row(*(escape(cell) for cell in row))
     console.print(shown)
     same, how = same_result(*runs)
     console.print(how if same else f"not the same: {how}", markup=False)
@@ -138,8 +146,11 @@ def _replay(staging: Staging, pool: Pool | None, folder: Path, teller: Teller) -
     """
     try:
         result = replay_traces(staging, folder, pool, teller.take)
-    except ReplayError as error:
+    except TunefleetError as error:
         raise ReplayError(f"{error}; `fleet-replay again {folder}` repeats it") from None
+    except Interrupted:
+        teller.say(f"`fleet-replay again {folder}` replays it from its start")
+        raise
     export_adapter(folder / "aggregator", folder / "adapter")
     return result
 

@@ -41,8 +41,12 @@ class Run:
         self.record: RunRecord = read_record(folder)
         try:
             self.result: dict[str, Any] = json.loads((folder / RESULT).read_bytes())
+        except FileNotFoundError:
+            raise ReplayError(
+                f"{folder} came to no result: `fleet-replay again {folder}` replays it"
+            ) from None
         except OSError as error:
-            raise ReplayError(f"{folder} has no result: {os_words(error)}") from None
+            raise ReplayError(f"can't read the result of {folder}: {os_words(error)}") from None
         except ValueError:
             raise ReplayError(f"{folder / RESULT} is damaged") from None
 

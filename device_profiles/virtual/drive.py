@@ -164,7 +164,11 @@ class Drive:
             behind = {i for i in behind if not heard(i)}
             return not behind
 
-        self._wait(all_heard, lambda: f"the round's news for {len(behind)} devices")
+        def unheard() -> str:
+            named = [str(self._devices[i]) for i in sorted(behind)[:3]]
+            return f"the round's news for {len(behind)} devices, as {', '.join(named)},"
+
+        self._wait(all_heard, unheard)
 
     def _wait(self, happened: object, what: object) -> None:
         assert callable(happened) and callable(what)

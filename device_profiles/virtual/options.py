@@ -27,14 +27,16 @@ from device_profiles.fleet import merge_settings
 from device_profiles.replay import DEMO_TRAINING, REFERENCE_PARAMETERS
 from device_profiles.traces.format import Trace, header_line, read_traces, sample_lines
 from device_profiles.traces.scenarios import find_scenario
+from device_profiles.virtual.broker import allow_files
 from device_profiles.virtual.fleet import cast, parse_fidelities
 from device_profiles.virtual.pool import FILE as POOL_FILE
-from device_profiles.virtual.pool import Pool, Says, find_pool, text_files
+from device_profiles.virtual.pool import Pool, Says, find_pool, text_hashes
 from device_profiles.virtual.run import EPOCH, LONGEST_S, Staging
 from edge_client.model import find_model, model_hash
 from edge_client.policy.owner import Policy, read_policy
 from protocol.errors import os_words
 from protocol.messages import Job
+from protocol.metrics import asked_for
 from protocol.settings_file import read_settings
 
 FILE, FORMAT = "run.json", 1
@@ -89,14 +91,19 @@ class RunRecord(BaseModel):
 
 
 def prepare(
-    options: Options, folder: Path, cache: Path, say: Says
+    options: Options, folder: Path, cache: Path, say: Says, owner: Policy | None = None
 ) -> tuple[Staging, Pool | None, RunRecord]:
     """Find or make all that a replay needs, and write down what that was.
+
+    `owner` is what owners allow, where that is known already.
 
     Raises:
         ReplayError, ConfigError, TraceError: something of it is wrong or missing; says what.
     """
-    traces, owner, begins_h = _traces(options, folder)
+    _check_times(options)
+    allow_files(options.devices)
+    traces, begins_h = _traces(options, say)
+    owner = owner or _owner(options, folder)
     count = options.devices or len(traces)
     fidelities = parse_fidelities(options.fidelity, count)
     taking_part = count - fidelities.get("headless", 0)
@@ -127,14 +134,14 @@ def prepare(
     )
     record = RunRecord(
         format=FORMAT,
-        options=_plain(options),
+        options=_plain(replace(options, devices=count)),
         job=job.model_dump(mode="json"),
         policy=rules,
         owner=owner.model_dump(mode="json"),
         memory_scale=scale,
         model=name,
         traces={trace.name: trace_hash(trace) for trace in traces},
-        text=_hashes(text),
+        text=text_hashes(text),
         pool=pool.sha256 if pool is not None else None,
         versions=versions(),
     )
@@ -151,13 +158,16 @@ def again(
         ReplayError: its log can't be read, or what it followed from is not there any more.
     """
     before = read_record(run)
-    options = Options(**{**before.options, "data": tuple(before.options["data"])})
+    try:
+        options = Options(**{**before.options, "data": tuple(before.options["data"])})
+        owner = Policy.model_validate(before.owner)
+    except (KeyError, TypeError, ValidationError):
+        raise ReplayError(f"{run / FILE} is damaged, or another version wrote it") from None
     if (run / "pool" / POOL_FILE).exists():
         options = replace(options, pool=str(run / "pool"))
     job = {**before.job, "policy": before.policy, "model": before.model}
     options = replace(options, job=job, memory_scale=before.memory_scale)
-    staging, pool, now = prepare(options, folder, cache, say)
-    staging = replace(staging, owner=Policy.model_validate(before.owner))
+    staging, pool, now = prepare(options, folder, cache, say, owner)
     for what in ("traces", "text", "pool", "job"):
         if getattr(before, what) != getattr(now, what):
             raise ReplayError(
@@ -209,26 +219,33 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _traces(options: Options, folder: Path) -> tuple[Sequence[Trace], Policy, float]:
-    """Return the traces, what owners allow, and the hour of the day at which they begin."""
-    owner, begins_h = Policy(), 0.0
+def _check_times(options: Options) -> None:
+    for name, value in (("resolution", options.resolution_s), ("until", options.until_s)):
+        if not 0 < value < inf:
+            raise ReplayError(f"--{name}: give a finite time above zero")
+
+
+def _traces(options: Options, say: Says) -> tuple[Sequence[Trace], float]:
+    """Return the traces, and the hour of the day at which they begin."""
     if options.scenario:
         scenario = find_scenario(options.scenario)
         if options.devices < 1:
             raise ReplayError(f"--scenario {options.scenario}: say how many with --devices")
-        traces: Sequence[Trace] = scenario.traces(options.devices, options.seed)
-        begins_h = scenario.begins_h
-        if scenario.policy:
-            file = folder / "policy.toml"
-            file.write_text(scenario.policy)
-            owner = read_policy(file)
-    elif options.traces:
-        traces = read_traces(Path(options.traces))
-    else:
-        raise ReplayError("name a trace, a folder of traces, or a --scenario")
+        return scenario.traces(options.devices, options.seed), scenario.begins_h
+    if options.traces:
+        return read_traces(Path(options.traces), warn=say), 0.0
+    raise ReplayError("name a trace, a folder of traces, or a --scenario")
+
+
+def _owner(options: Options, folder: Path) -> Policy:
+    """Return what owners allow: what a file says, or the scenario, or everything."""
     if options.policy:
-        owner = read_policy(Path(options.policy))
-    return traces, owner, begins_h
+        return read_policy(Path(options.policy))
+    if options.scenario and (policy := find_scenario(options.scenario).policy):
+        file = folder / "policy.toml"
+        file.write_text(policy)
+        return read_policy(file)
+    return Policy()
 
 
 def _usual(seed: int, taking_part: int) -> dict[str, Any]:
@@ -253,11 +270,20 @@ def _check(job: Job, fidelities: Mapping[Any, int], wanted: int, taking_part: in
             f"the job's [policy] waits for {wanted} devices, and {taking_part} take part: lower "
             "min_devices and quorum"
         )
-    if fidelities.get("recorded") and (job.is_personal or job.probe is not None):
+    if fidelities.get("recorded") and (asks := _asks_for_text(job)):
         raise ReplayError(
-            f"rule {job.rule!r} asks devices what only those that train can tell: have all of "
-            "them train (--fidelity train=N), or take another rule"
+            f"{asks} asks devices what only those that train can tell: have all of them train "
+            "(--fidelity train=N), or leave it out"
         )
+
+
+def _asks_for_text(job: Job) -> str:
+    """Return what of a job can be answered with text alone; empty: nothing."""
+    if job.is_personal:
+        return f"rule {job.rule!r}"
+    if job.probe is not None:
+        return "the job's [probe]"
+    return f"weights {job.rule_settings['weights']!r}" if asked_for(job.rule_settings) else ""
 
 
 def _job(options: Options, taking_part: int) -> tuple[str, Job, RoundPolicy, dict[str, Any]]:
@@ -291,14 +317,8 @@ def _model(name: str, job: Job) -> Path:
 
 def _text(options: Options, folder: Path) -> list[Path]:
     if options.data:
-        if missing := [path for path in options.data if not Path(path).exists()]:
-            raise ReplayError(f"--data {missing[0]}: there is no such file or folder")
         return [Path(path) for path in options.data]
     return [folder / "text" / p.name for p in write_demo_text(folder / "text", seed=options.seed)]
-
-
-def _hashes(text: Sequence[Path]) -> list[str]:
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in text_files(text)]
 
 
 def _keep_pool(pool: Pool, folder: Path) -> None:
@@ -308,10 +328,12 @@ def _keep_pool(pool: Pool, folder: Path) -> None:
 
 
 def _plain(options: Options) -> dict[str, Any]:
+    """Return what was asked for as JSON has it; files by where they are, whoever asks again."""
     found = {name: getattr(options, name) for name in Options.__slots__}
-    plain: dict[str, Any] = json.loads(
-        json.dumps({**found, "job": dict(options.job), "data": list(options.data)})
-    )
+    for name in ("traces", "policy", "pool"):
+        found[name] = str(Path(found[name]).resolve()) if found[name] else ""
+    found["data"] = [str(Path(path).resolve()) for path in options.data]
+    plain: dict[str, Any] = json.loads(json.dumps({**found, "job": dict(options.job)}))
     return plain
 
 

@@ -195,17 +195,24 @@ def pool_key(job: Job, data: Sequence[Path]) -> str:
         "training": job.training.model_dump(mode="json"),
         "ladder": job.ladder,
         "scale": job.scale,
-        "text": [hashlib.sha256(path.read_bytes()).hexdigest() for path in text_files(data)],
+        "text": text_hashes(data),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def text_files(data: Sequence[Path]) -> list[Path]:
-    """Return the files of text, those of folders included, in order."""
+def text_hashes(data: Sequence[Path]) -> list[str]:
+    """Return the hash of each file of text, those of folders included, in order.
+
+    Raises:
+        ReplayError: one is not there, or can't be read.
+    """
     found: list[Path] = []
     for path in data:
         found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return found
+    try:
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in found]
+    except OSError as error:
+        raise ReplayError(f"can't read the text of --data: {os_words(error)}") from None
 
 
 def find_pool(job: Job, model: Path, data: Sequence[Path], cache: Path, say: Says) -> Pool:
