@@ -132,15 +132,6 @@ def read_fields(path: Path) -> dict[str, Any]:
     return with_probe_text(read_settings(path, "job file", ConfigError), path.parent, str(path))
 
 
-def read_policy(path: Path) -> Policy:
-    """Read the policy of a job file, without describing its model.
-
-    Raises:
-        ConfigError: as `read_job`.
-    """
-    return check_settings(read_fields(path), str(path))[1]
-
-
 def build_job(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
     """Return the job and the policy of a job file's fields; its model is described last.
 

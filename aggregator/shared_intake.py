@@ -17,8 +17,7 @@ import re
 
 from aggregator.batch import take_in, with_those_behind
 from aggregator.errors import ConfigError
-from aggregator.intake import Intake
-from aggregator.rounds import Policy
+from aggregator.intake import Intake, Outgoing
 from aggregator.store import Store
 from aggregator.versions import Versions
 from protocol import topics
@@ -55,12 +54,12 @@ def check_name(name: str) -> str:
 
 
 class SharedIntake:
-    """Take uploads in until told to stop."""
+    """Take uploads of a job in until told to stop, by the policy that it is served with."""
 
     def __init__(
         self,
         name: str,
-        policy: Policy,
+        job: str,
         store: Store,
         broker: BrokerAddress,
         events: EventLog,
@@ -74,6 +73,11 @@ class SharedIntake:
                 "--shared-intake` first"
             )
         self._job = Job.model_validate_json(text)
+        if self._job.job != job:
+            raise ConfigError(
+                f"{store.folder} is the state of job {self._job.job!r}, the job file of {job!r}: "
+                "name the file that is served from there, or another folder with --state"
+            )
         self._name, self._store, self._events = name, store, events
         self._stopping = False
         self._waiting = Waiting(events)
@@ -84,7 +88,7 @@ class SharedIntake:
             on_outage=lambda why: self._waiting.say(f"the broker at {broker}", why),
         )
         versions = Versions(self._job, store)
-        self._intake = Intake(self._job, store, versions, key, events, policy=policy, sharing=True)
+        self._intake = Intake(self._job, store, versions, key, events, sharing=True)
 
     def run(self) -> None:
         """Take in; returns after SIGTERM or SIGINT.
@@ -113,13 +117,18 @@ class SharedIntake:
         """Deal with a message and those behind it, which are there before it takes its turn."""
         take_in(
             [*with_those_behind(first, self._link)],
-            lambda incoming: self._intake.handle(incoming.topic, incoming.payload),
+            self._deal_with,
             self._link.post,
             store=self._store,
             link=self._link,
             intake=self._intake,
             events=self._events,
         )
+
+    def _deal_with(self, incoming: Incoming) -> Outgoing:
+        """Deal with a message by the rules that the serving process goes by now."""
+        self._intake.policy = self._store.policy()
+        return self._intake.handle(incoming.topic, incoming.payload)
 
     def _stop(self) -> None:
         self._stopping = True

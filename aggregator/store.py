@@ -209,6 +209,11 @@ class Store:
         with self.transaction():
             self._set_meta("steering", json.dumps(asdict(steering)))
 
+    def policy(self) -> Policy:
+        """Return what the job file said of rounds when it was last read to be served."""
+        known = self._meta("policy")
+        return Policy() if known is None else Policy(**json.loads(known))
+
     def set_policy(self, policy: Policy) -> None:
         """Remember what the job file says of rounds, for who looks at this state."""
         with self.transaction():

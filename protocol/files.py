@@ -55,8 +55,12 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, who: str) -> Iterator[None]:
+def lock_folder(
+    folder: Path, who: str, *, instead: str = "name another folder with --state"
+) -> Iterator[None]:
     """Keep a state folder to this process and its user; the lock ends with it, however it ends.
+
+    Where another has it, `instead` is what may be done but ending that.
 
     What the process writes inside the block, its owner alone may read, in a folder too that was
     there before and is open to others: whole updates are among it.
@@ -66,14 +70,14 @@ def lock_folder(folder: Path, who: str) -> Iterator[None]:
     """
     umask = os.umask(PRIVATE_UMASK)
     try:
-        with _locked(folder, who):
+        with _locked(folder, who, instead):
             yield
     finally:
         os.umask(umask)
 
 
 @contextmanager
-def _locked(folder: Path, who: str) -> Iterator[None]:
+def _locked(folder: Path, who: str, instead: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
@@ -87,8 +91,7 @@ def _locked(folder: Path, who: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StateError(
-                f"another {who} is running with its state in {folder}; end it, or name another "
-                "folder with --state"
+                f"another {who} is running with its state in {folder}; end it, or {instead}"
             ) from None
         _sign(file)
         yield

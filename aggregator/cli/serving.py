@@ -147,7 +147,7 @@ def intake(
     as_json: Json = False,
 ) -> None:
     """Take uploads in beside `aggregator serve --shared-intake`, on the job's own state folder."""
-    from aggregator.config import read_policy
+    from aggregator.config import check_settings, read_fields
     from aggregator.identity import signing_key
     from aggregator.logs import open_log
     from aggregator.shared_intake import SharedIntake, check_name
@@ -156,11 +156,12 @@ def intake(
     from protocol.transport import BrokerAddress
 
     where = state or DEFAULT_STATE
-    policy = read_policy(job_file)
-    with lock_folder(where / "intakes" / check_name(name), "intake"):
+    job, _ = check_settings(read_fields(job_file), str(job_file))
+    place, instead = where / "intakes" / check_name(name), "give this one another --name"
+    with lock_folder(place, "intake", instead=instead):
         store = Store(where)
         address, log = BrokerAddress.parse(broker), open_log("json" if as_json else "auto", "info")
-        SharedIntake(name, policy, store, address, log, key=signing_key(where, key)).run()
+        SharedIntake(name, job.job, store, address, log, key=signing_key(where, key)).run()
 
 
 @config.command()

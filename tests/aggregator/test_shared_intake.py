@@ -11,15 +11,20 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from aggregator.config import read_policy
+from aggregator.cli import app
 from aggregator.errors import ConfigError
 from aggregator.rounds import Policy
+from aggregator.shared_intake import SharedIntake
 from aggregator.store import Store
 from aggregator.turns import FILE, Turns
 from aggregator.window import ChunkWindow, StoredWindow
+from protocol.events import EventLog
 from protocol.faults import VARIABLE
-from protocol.transport import BrokerAddress
+from protocol.files import lock_folder
+from protocol.signing import SigningKey
+from protocol.transport import BrokerAddress, Incoming
 from tests.aggregator.light_device import LightDevice, run_until
 from tests.aggregator.uploading import make_job
 from tests.faults.processes import Program
@@ -170,9 +175,6 @@ def test_two_processes_ask_for_what_one_would(
 def test_what_an_intake_needs_is_said(tmp_path: Path, mosquitto: BrokerAddress) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps({**JOB.model_dump(), "policy": {"quorum": 3}}))
-    assert read_policy(file) == Policy(quorum=3)
-    with pytest.raises(ConfigError, match=r"other\.toml"):
-        read_policy(tmp_path / "other.toml")
     arguments = ["intake", file, "--state", tmp_path / "state", "--broker", mosquitto]
     for name, said in (("1", "no job has been served"), ("a b", "can't name an intake")):
         with Program("aggregator", [*arguments, "--name", name], tmp_path, "intake") as made:
@@ -182,3 +184,26 @@ def test_what_an_intake_needs_is_said(tmp_path: Path, mosquitto: BrokerAddress) 
     with Program("aggregator", serve, tmp_path, "aggregator") as made:
         assert made.wait() == 1
         assert "--shared-intake: sharing uploads needs a broker" in made.stderr
+
+
+def test_an_intake_is_of_the_job_that_is_served_and_by_its_policy(
+    tmp_path: Path, mosquitto: BrokerAddress
+) -> None:
+    store, key = Store(tmp_path), SigningKey.generate()
+    store.bind_job(JOB.model_dump_json())
+    events = EventLog(as_json=True)
+    said = f"is the state of job {JOB.job!r}, the job file of 'other'"
+    with pytest.raises(ConfigError, match=said):
+        SharedIntake("1", "other", store, mosquitto, events, key=key)
+    intake = SharedIntake("1", JOB.job, store, mosquitto, events, key=key)
+    message = Incoming("tunefleet/none", b"", False, 0, 1)
+    for policy in (Policy(late_updates=2), Policy(buffer=3)):
+        store.set_policy(policy)  # as the serving process does that reads its job file again
+        intake._deal_with(message)
+        assert intake._intake.policy == policy
+    with lock_folder(tmp_path / "intakes" / "1", "intake"):
+        file = tmp_path / "job.json"
+        file.write_text(JOB.model_dump_json())
+        command = ["intake", str(file), "--name", "1", "--broker", str(mosquitto)]
+        ran = CliRunner().invoke(app, [*command, "--state", str(tmp_path)])
+        assert "end it, or give this one another --name" in str(ran.exception)
