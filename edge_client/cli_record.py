@@ -64,7 +64,7 @@ def record(
         done = write(
             out,
             recorder,
-            name=name or slug(out.stem),
+            name=slug(name or out.stem),
             profile=profile or None,
             source=f"edge-client record on {board}; {what[rates.value]}",
             every_s=every_s,

@@ -208,3 +208,12 @@ def test_without_proc_it_says_so(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: there is no /proc/stat below ")
     assert not out.exists()
+
+
+def test_a_name_that_no_reader_takes_is_made_one(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start("--name", "The kitchen\n")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[1] == ""
+    assert read_trace(tmp_path / "real.jsonl").name == "the-kitchen"
