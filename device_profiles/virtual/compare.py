@@ -41,19 +41,15 @@ class Run:
         self.record: RunRecord = read_record(folder)
         try:
             self.result: dict[str, Any] = json.loads((folder / RESULT).read_bytes())
+            self.rounds: list[dict[str, Any]] = self.result["rounds"]
         except FileNotFoundError:
             raise ReplayError(
                 f"{folder} came to no result: `fleet-replay again {folder}` replays it"
             ) from None
         except OSError as error:
             raise ReplayError(f"can't read the result of {folder}: {os_words(error)}") from None
-        except ValueError:
+        except (ValueError, LookupError, TypeError):
             raise ReplayError(f"{folder / RESULT} is damaged") from None
-
-    @property
-    def rounds(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.result["rounds"]
-        return found
 
 
 def same_result(one: Run, other: Run) -> tuple[bool, str]:

@@ -265,6 +265,11 @@ def _usual(seed: int, taking_part: int) -> dict[str, Any]:
 
 
 def _check(job: Job, fidelities: Mapping[Any, int], wanted: int, taking_part: int) -> None:
+    if not taking_part:
+        raise ReplayError(
+            "all devices are headless, which send no update: have one at least train or be "
+            "recorded (--fidelity recorded=N)"
+        )
     if wanted > taking_part:
         raise ReplayError(
             f"the job's [policy] waits for {wanted} devices, and {taking_part} take part: lower "

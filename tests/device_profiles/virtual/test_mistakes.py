@@ -25,6 +25,7 @@ from device_profiles.virtual.compare import Run as Kept
 from device_profiles.virtual.fleet import cast
 from device_profiles.virtual.options import FILE, Options, read_record
 from device_profiles.virtual.pool import text_hashes
+from device_profiles.virtual.run import RESULT
 from tests.device_profiles.virtual.conftest import Run
 from tests.device_profiles.virtual.made_pool import LADDER
 from tests.faults.processes import Program
@@ -81,6 +82,11 @@ def test_what_takes_text_to_answer_is_asked_of_devices_that_train_alone(
         replay(CROWD, **job)
 
 
+def test_a_fleet_that_sends_nothing_is_refused(replay: Run) -> None:
+    with pytest.raises(ReplayError, match="all devices are headless"):
+        replay(replace(CROWD, fidelity="headless=2"))
+
+
 def test_options_of_traces_without_traces_are_refused() -> None:
     for option in (["--speed", "60"], ["--resolution", "2"], ["--devices", "3"]):
         ran = CliRunner().invoke(app, ["run", *option])
@@ -116,10 +122,26 @@ def test_again_goes_by_what_owners_allowed_then(
     assert read_record(second).owner == read_record(run.folder).owner
     assert read_record(second).owner["minutes_a_day"] == 600
 
+    (second / RESULT).write_text("[]")
+    with pytest.raises(ReplayError, match=r"result\.json is damaged"):
+        Kept(second)
+
     record = json.loads((run.folder / FILE).read_text())
     (run.folder / FILE).write_text(json.dumps({**record, "options": {"speed": 0}}))
     with pytest.raises(ReplayError, match="is damaged, or another version wrote it"):
         run_again(run.folder, tmp_path / "again", as_json=False)
+
+
+def test_a_run_is_repeated_from_any_folder(
+    replay: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    write_trace(tmp_path / "one.jsonl", Trace("one", None, None, None, [Sample(0.0)]))
+    monkeypatch.chdir(tmp_path)
+    run = replay(Options(traces="one.jsonl"), rounds=1, policy=POLICY)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_again(run.folder, Path("again"), as_json=False)
+    assert read_record(run.folder).options["devices"] == 1, "as many as there were traces"
 
 
 def arguments(made: tuple[Path, Path], tmp_path: Path) -> list[object]:
