@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ class PacedAggregator:
             self._loop.forget(self._process.stdout)
             self._process.stdout.close()
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with suppress(OSError):  # an order that nobody read is still in its buffer
+                self._process.stdin.close()
 
     def _order(self, **order: object) -> None:
         assert self._process.stdin is not None
@@ -121,8 +123,10 @@ class PacedAggregator:
     def _read(self) -> None:
         assert self._process.stdout is not None
         data = self._process.stdout.read()
-        if not data:
+        if data is None:
             return
+        if not data:  # there is always something to read now: who waits for else would wait on
+            raise self._ended()
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             event = json.loads(line)
@@ -132,5 +136,8 @@ class PacedAggregator:
                 self._on_event(event)
 
     def _ended(self) -> ReplayError:
+        """Return what to raise where it is gone, or on its way."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
         said = self._log.read_text(errors="replace").strip().splitlines()
         return ReplayError(f"the aggregator has ended: {said[-1] if said else 'without a word'}")

@@ -26,6 +26,9 @@ from device_profiles.virtual.fleet import cast
 from device_profiles.virtual.options import FILE, Options, read_record
 from device_profiles.virtual.pool import text_hashes
 from device_profiles.virtual.run import RESULT
+from device_profiles.virtual.serving import PacedAggregator
+from protocol.link import BrokerAddress
+from protocol.loop_link import Loop
 from tests.device_profiles.virtual.conftest import Run
 from tests.device_profiles.virtual.made_pool import LADDER
 from tests.faults.processes import Program
@@ -174,3 +177,33 @@ def test_nothing_outlives_a_replay_that_is_ended(
             assert said[-1] == f"`fleet-replay again {folder}` replays it from its start"
     with pytest.raises(ReplayError, match=f"came to no result: `fleet-replay again {folder}`"):
         Kept(folder)
+
+
+GONE = """
+import sys
+print('{"event": "stepped"}', flush=True)
+sys.stdin.readline()
+sys.exit("no memory")
+"""
+
+
+def test_an_aggregator_that_is_gone_ends_the_replay_and_is_named(tmp_path: Path) -> None:
+    """Whichever is at hand: an order to it, or a wait for devices, which hear nothing any more."""
+    (tmp_path / "aggregator").mkdir()
+    (tmp_path / "aggregator" / "paced.py").write_text(GONE)
+    (tmp_path / "aggregator" / "__init__.py").touch()
+    loop = Loop()
+    broker = BrokerAddress("127.0.0.1", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        patch.chdir(tmp_path)
+        gone = PacedAggregator(loop, tmp_path, tmp_path / "job.json", broker, 0.0, lambda _: None)
+    try:
+        gone._order(do="step", time=0.0)
+        with pytest.raises(ReplayError, match="the aggregator has ended: no memory"):
+            loop.pump_until(lambda: False, 60)
+        with pytest.raises(ReplayError, match="the aggregator has ended: no memory"):
+            gone.step(1.0)
+    finally:
+        gone.stop()  # an order that it has not read does not hide why it ended
+        loop.close()
