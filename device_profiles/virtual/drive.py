@@ -74,7 +74,8 @@ class Drive:
         step = self._resolution_s
         self.now_s = max(ceil(due / step - 1e-9) * step, self.now_s)
         self._pace()
-        while self._act():
+        reach_s = max(due, self.now_s)  # a sum of floats may lie just beyond the point it is for
+        while self._act(reach_s):
             self._settle()
         self._decide()
         self._schedule.floor = self.now_s
@@ -94,10 +95,10 @@ class Drive:
         ):
             self._loop.pump(min(left, 0.5))
 
-    def _act(self) -> bool:
-        """Have devices do what is due up to this instant; say whether anything was."""
+    def _act(self, until_s: float) -> bool:
+        """Have devices do what is due up to a time; say whether anything was."""
         acted = False
-        while (event := self._schedule.take(self.now_s)) is not None:
+        while (event := self._schedule.take(until_s)) is not None:
             device, time_s, action = event
             action(time_s)
             self._active.add(device)

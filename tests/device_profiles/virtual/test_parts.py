@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from device_profiles.errors import ReplayError
 from device_profiles.traces.format import Trace
 from device_profiles.traces.sample import Sample
+from device_profiles.virtual.drive import Drive
 from device_profiles.virtual.fleet import cast, parse_fidelities
 from device_profiles.virtual.learning import Timed
 from device_profiles.virtual.options import parse_speed
@@ -17,6 +20,7 @@ from device_profiles.virtual.pool import FILE, Pool
 from device_profiles.virtual.schedule import Schedule
 from edge_client.errors import TrainingPaused
 from edge_client.plan import Plan
+from protocol.loop_link import Loop
 from protocol.messages import BaseModelInfo
 from tests.aggregator.uploading import make_job
 from tests.device_profiles.virtual.made_pool import LADDER
@@ -43,6 +47,22 @@ def test_events_come_in_the_order_of_time_then_device_then_their_own() -> None:
         action(time_s)
     assert [name for _, name in seen] == ["three", "three again", "seven"]
     assert schedule.take(1.5) is None and schedule.next_s == 2.0
+
+
+def test_what_is_due_a_rounding_error_after_an_instant_is_done_in_it() -> None:
+    where = {"deadline": None, "said": "", "action": None}
+    aggregator = SimpleNamespace(stands=where, step=lambda time_s: where, settle=lambda n: {})
+    settings = SimpleNamespace(name="kitchen")
+    device = SimpleNamespace(settings=settings, index=0, is_settled=True, is_online=False)
+    schedule, loop = Schedule(), Loop()
+    drive = Drive(loop, schedule, aggregator, [device], epoch_s=0.0, resolution_s=1.0)  # type: ignore[arg-type, list-item]
+    seen: list[float] = []
+    for due in (33.0, math.nextafter(33, 34), math.nextafter(66, 67), 66.5):
+        schedule.at(due, 0, seen.append)
+    while drive.instant():
+        assert drive.instants <= 4, "it goes on"
+    assert len(seen) == 4 and drive.now_s == 67.0
+    loop.close()
 
 
 class Inner:
