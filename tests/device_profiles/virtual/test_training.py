@@ -100,5 +100,5 @@ def test_what_is_wrong_with_a_command_is_said_in_a_line(tmp_path: Path) -> None:
         with pytest.raises(TunefleetError, match=why):
             run_traces(options, tmp_path / "runs", as_json=False)
     assert not list((tmp_path / "runs").iterdir()), "nothing is left of what did not begin"
-    with pytest.raises(typer.BadParameter, match="that is for traces"):
+    with pytest.raises(typer.BadParameter, match="are for traces"):
         cli.run(None, devices=2)
