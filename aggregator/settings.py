@@ -185,8 +185,14 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return what the environment sets.
 
     Raises:
-        ConfigError: a list is not written as JSON has it.
+        ConfigError: a list is not written as JSON has it, or a table has no such setting. A name
+            without a table may be another command's.
     """
+    for name in environ:
+        table, nested, key = name.removeprefix(PREFIX).lower().partition(NESTED)
+        wrong = unknown_setting({table: {key: None}}, known_settings())
+        if nested and name.startswith(PREFIX) and wrong:
+            raise ConfigError(f"{name}: {wrong}")
     source = EnvSettingsSource(ServeSettings)
     source.env_vars = {name.lower(): value for name, value in environ.items() if value}
     try:
