@@ -136,6 +136,17 @@ def test_rolling_back(served: Served) -> None:
     assert served.store.round() == RoundState(6, "finished", 8, None), "it was the last round"
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+def test_a_version_that_is_damaged_is_not_gone_back_to(served: Served, damage: str) -> None:
+    """It is said, and the job goes on: the daemon does not end with it."""
+    for file in (served.folder / "versions/2").iterdir():
+        file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[:40])
+    assert served.do(RollBack(2)) == ("refused", "failed")
+    assert "can't go back to version 2" in served.store.commands.answer("k").said
+    assert served.store.round() == OPEN
+    assert served.do(RollBack(3), "other")[0] == "done"
+
+
 def test_updates_of_what_was_left_do_not_count(tmp_path: Path) -> None:
     """Not even where late updates do: they carry on what the operator has turned away from."""
     a = Aggregator(tmp_path / "state", make_job(), Policy(late_updates=3))
