@@ -120,6 +120,8 @@ def check(config_file: Config = None, folder: MaybeFleet = None) -> None:
     if known.settings.page.port is not None:
         check_page(known.settings.page, fleet)
     check_sinks(known.settings.tracking.sinks)
+    if not known.settings.jobs:
+        typer.echo("note: no job is named: serving needs one, or one that was created", err=True)
     typer.echo(f"{config_file or 'the environment'}: in order")
 
 

@@ -223,11 +223,13 @@ def test_a_form_says_what_was_changed_in_it_and_no_more(
     """What another operator has changed meanwhile stays changed."""
     settled(fleet, 3)
     page = look().open(fleet.url)
-    page.fill("input[name=quorum]", "3")
     page.click("#steer button:has-text('Change')")
-    page.wait_for_selector("#said[data-kind=good]:has-text('quorum = 3')")
+    page.wait_for_selector("#said[data-kind=bad]:has-text('Nothing is changed')")
+    page.fill("input[name=quorum]", "4")
+    page.click("#steer button:has-text('Change')")
+    page.wait_for_selector("#said[data-kind=good]:has-text('quorum = 4')")
     assert fleet.site.act("/api/v1/jobs/notes/policy", {"quorum": 2}).status == 200
-    page.wait_for_function("document.querySelector('input[name=quorum]').value === '2'")
+    until(lambda: page.input_value("input[name=quorum]") == "2")
     page.fill("input[name=deadline_s]", "1234567")
     page.evaluate("document.querySelector('input[name=quorum]').defaultValue = '5'")
     page.evaluate("document.querySelector('input[name=quorum]').value = '5'")
