@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from aggregator.commands import FLEET_FILE, STORE_FILE, CommandTable
 from aggregator.errors import ControlRefused, NoDaemon
@@ -113,7 +113,10 @@ class CreateJob:
 JobCommand = PauseJob | ResumeJob | ChangePolicy | RollBack
 FleetCommand = Revoke | Enrol | CreateJob
 Command = JobCommand | FleetCommand
-COMMANDS: TypeAdapter[Command] = TypeAdapter(Annotated[Command, Field(discriminator="kind")])
+COMMANDS: TypeAdapter[Command] = TypeAdapter(
+    Annotated[Command, Field(discriminator="kind")],
+    config=ConfigDict(ser_json_inf_nan="constants"),  # or they would be taken for "not given"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ class FleetDesk:
             self._refuse(asked, name, error.code, str(error))
             return
         except TunefleetError as error:
+            self._forget(started)
             self._refuse(asked, name, "failed", str(error))
             return
         self._events.emit("command", command=name, by=asked.by, said=said, **fields)

@@ -8,6 +8,7 @@ TunefleetError                 anything a person is to read as one line (protoco
     ├── BadRuleSettings        a rule was given settings that it does not have
     ├── ConfigError            the job file or a flag is missing something or wrong
     ├── StoreError             the state folder can't be used
+    │   └── ExportError        an export can't be written to where it is to be
     ├── PushError              an export can't be copied to where it is to go
     ├── JobInUse               a job is to be withdrawn, and devices are online in it
     ├── NoDaemon               a running aggregator was asked for something, and there is none
@@ -71,6 +72,10 @@ class ConfigError(AggregatorError):
 
 class StoreError(AggregatorError):
     """The state folder can't be written, or belongs to another job."""
+
+
+class ExportError(StoreError):
+    """An export can't be written: the disk is full, or the folder may not be written to."""
 
 
 class PushError(AggregatorError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.card import CARD, model_card
-from aggregator.errors import StoreError
+from aggregator.errors import ExportError, StoreError
 from aggregator.places import Place, common
 from aggregator.store import Store
 from aggregator.versions import Versions
@@ -40,7 +41,8 @@ def export_adapter(
 
     Raises:
         StoreError: the folder of state holds no job or not that version, or the other one holds
-            something else or can't be written to.
+            something else.
+        ExportError: the other one can't be written to.
     """
     _check_free(out)
     if not (state / "store.sqlite").is_file():
@@ -48,16 +50,18 @@ def export_adapter(
             f"there is no aggregator's state in {state}; name with --state the folder that "
             "`aggregator serve` had (in a fleet's folder: state/JOB)"
         )
-    store = Store(state)
-    text = store.job()
-    if text is None:
-        raise StoreError(f"no job has been served from {state} yet")
-    job = Job.model_validate_json(text)
-    place = _find_own(store, device, version) if device else common(_find_version(store, version))
-    try:
-        adapter = Versions(job, store).load_at(place)
-    except (OSError, BadTensors) as error:
-        raise StoreError(f"{place} in {state} is damaged: {os_words(error)}") from None
+    with closing(Store(state)) as store:
+        text = store.job()
+        if text is None:
+            raise StoreError(f"no job has been served from {state} yet")
+        job = Job.model_validate_json(text)
+        place = (
+            _find_own(store, device, version) if device else common(_find_version(store, version))
+        )
+        try:
+            adapter = Versions(job, store).load_at(place)
+        except (OSError, BadTensors) as error:
+            raise StoreError(f"{place} in {state} is damaged: {os_words(error)}") from None
     with StateView(state) as view:
         rounds = view.rounds(limit=job.rounds)
     try:
@@ -65,7 +69,7 @@ def export_adapter(
         write_durably(out / CARD, model_card(job, place, adapter, rounds).encode())
         files = {name: (out / name).stat().st_size for name in FILES}
     except OSError as error:
-        raise StoreError(f"can't write the adapter to {out}: {os_words(error)}") from None
+        raise ExportError(f"can't write the adapter to {out}: {os_words(error)}") from None
     return Exported(str(out), place.version, adapter.rank, _parameters(adapter), files)
 
 
@@ -80,7 +84,7 @@ def _check_free(out: Path) -> None:
     except NotADirectoryError:
         raise StoreError(f"{out} is a file; name a folder to write the adapter to") from None
     except OSError as error:
-        raise StoreError(f"can't write the adapter to {out}: {os_words(error)}") from None
+        raise ExportError(f"can't write the adapter to {out}: {os_words(error)}") from None
     if other:
         raise StoreError(
             f"{out} holds something else than an adapter ({other[0]}); name a new folder to write "

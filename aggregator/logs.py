@@ -27,6 +27,7 @@ _LEVEL_OF: Mapping[str, str] = {
     "reload-refused": "error",
     "restart-needed": "warning",
     "swept": "warning",
+    "tracking-failed": "warning",
     "undelivered": "warning",
     "waiting": "warning",
     "warning": "warning",

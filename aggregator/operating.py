@@ -19,6 +19,7 @@ from aggregator.steering import Steering
 from aggregator.store import Store
 from aggregator.versions import Versions
 from aggregator.view.words import duration
+from protocol.errors import TunefleetError, os_words
 from protocol.events import EventLog
 from protocol.messages import GlobalManifest, Job
 from protocol.mistakes import first_mistake
@@ -158,8 +159,13 @@ class Operator:
             kept = sorted(int(v) for v in self._store.version_numbers())
             there = ", ".join(map(str, kept)) or "none"
             raise ControlRefused("unknown", f"version {number} is not kept; there are {there}")
-        adapter = self._versions.load(number)
-        return self._versions.write(adapter, version=now.version + 1, parent=number)
+        try:
+            adapter = self._versions.load(number)
+            return self._versions.write(adapter, version=now.version + 1, parent=number)
+        except (OSError, TunefleetError) as error:  # damaged, or a full disk: the job goes on
+            raise ControlRefused(
+                "failed", f"can't go back to version {number}: {os_words(error)}"
+            ) from None
 
     def _roll_back(self, now: RoundState, written: GlobalManifest) -> Done:
         older = written.parent

@@ -12,6 +12,7 @@ two underscores between a table and what is in it: TUNEFLEET_LOG__LEVEL.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ PATHS = (
     "dir", "state", "key", "onnx",
     "page.token_file", "page.certificate", "page.certificate_key", "tracking.folder",
 )  # fmt: skip
+LISTS = ("jobs", "tracking.sinks")
 WHAT = "settings"
 FLAGS = {"wait_for_broker": "--no-wait", "page.port": "--page"}
 """Settings whose flag has another name."""
@@ -147,7 +149,8 @@ def read(file: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str]
     merged: dict[str, Any] = {}
     for layer, fields in layers:
         for name, value in _flat(fields).items():
-            if name not in sources:
+            table = name.partition(".")[0]  # what is set in its place is no table, and is told so
+            if name not in sources and table not in sources:
                 sources[name] = _where(layer, name, file, text)
                 _put(merged, name, value)
     try:
@@ -185,15 +188,38 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return what the environment sets.
 
     Raises:
-        ConfigError: a list is not written as JSON has it.
+        ConfigError: a list is not written as JSON has it, or a table has no such setting. A name
+            without a table may be another command's.
     """
+    for name, value in environ.items():
+        if name.startswith(PREFIX) and value:
+            _check_variable(name, value)
     source = EnvSettingsSource(ServeSettings)
     source.env_vars = {name.lower(): value for name, value in environ.items() if value}
     try:
         found = source()
     except SettingsError as error:
-        raise ConfigError(f"the environment: {error}; write a list as JSON has it") from None
+        raise ConfigError(f"the environment: {error}; write a table as JSON has it") from None
     return {name: value for name, value in found.items() if name in ServeSettings.model_fields}
+
+
+def _check_variable(name: str, value: str) -> None:
+    """Refuse a variable of a table that has no such setting, or of a list that is none."""
+    table, nested, key = name.removeprefix(PREFIX).lower().partition(NESTED)
+    tables = known_settings()
+    if nested and (wrong := unknown_setting({table: {key: None}}, tables)):
+        raise ConfigError(f"{name}: {wrong}")
+    if nested and table not in tables:
+        raise ConfigError(
+            f"{name}: {table!r} is no table; there are {', '.join(filter(None, tables))}"
+        )
+    if f"{table}.{key}".rstrip(".") in LISTS:
+        try:
+            json.loads(value)
+        except ValueError:
+            raise ConfigError(
+                f"{name}: write a list as JSON has it, say [{json.dumps(value)}]"
+            ) from None
 
 
 def known_settings() -> dict[str, list[str]]:

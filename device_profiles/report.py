@@ -1,7 +1,8 @@
 """Write the page that a replay ends with: one HTML file that needs nothing beside it.
 
-The page is report_page.html with its style, its script and plotly.js filled in; a content
-security policy in it forbids every request. Text from the summary is escaped wherever it stands.
+The page is report_page.html with its style, of which the aggregator's live page has a part too, its
+script and plotly.js filled in; a content security policy in it forbids every request. Text from the
+summary is escaped wherever it stands.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import html
 import json
 import re
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,7 +66,7 @@ def render_report(summary: Summary) -> str:
         _part("html"),
         {
             "title": html.escape(f"Tunefleet: {headline(summary)}"),
-            "style": _part("css"),
+            "style": _shared_look() + _part("css"),
             "eyebrow": html.escape(_eyebrow(summary)),
             "headline": html.escape(headline(summary)),
             "lede": html.escape(_lede(summary)),
@@ -80,6 +82,11 @@ def render_report(summary: Summary) -> str:
             "script": _part("js"),
         },
     )
+
+
+def _shared_look() -> str:
+    """Return the style that the aggregator's live page has too."""
+    return (files("aggregator.page") / "static" / "look.css").read_text(encoding="utf-8")
 
 
 def _part(suffix: str) -> str:

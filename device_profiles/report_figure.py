@@ -1,7 +1,7 @@
 """What every chart of the report shares: figures as plain dicts, colours as tokens, labels.
 
 A figure is the dict that plotly.js draws. A colour in it is a token such as "$d0", "$muted" or
-"$d0/0.2" (with opacity): the names are the custom properties of report_page.css, which the page's
+"$d0/0.2" (with opacity): the names are the custom properties of look.css, which the page's
 script fills in for the reader's colour scheme. So one figure serves light and dark.
 
 A trace's `meta.device` and an annotation's `name` ("end:3", "row:3") say whose they are, so that

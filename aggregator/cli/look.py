@@ -82,8 +82,12 @@ def devices(
     """List a job's devices: how each is, and why it does not take part."""
     from aggregator.cli.tables import Table
     from aggregator.errors import ConfigError
+    from aggregator.view.crowd import LETTERS
     from aggregator.view.devices import ORDERS
 
+    known = ("online", *LETTERS)
+    if only and only not in known:
+        raise ConfigError(f"--only {only}: devices are {', '.join(known)}")
     if sort not in ORDERS:
         raise ConfigError(f"--sort {sort}: devices are sorted by {', '.join(ORDERS)}")
     with closing(reader(config, folder, state)) as states:
@@ -96,12 +100,12 @@ def devices(
             offset=offset,
             limit=limit,
         )
-        known = view.counts().known
+        of = view.counts().known
     if as_json:
         print_json([asdict(one) for one in page])
         return
     columns = ["device", "state", "rank ", "last seen", "rounds ", "up ", "down ", "waits for"]
-    Table(columns, [_device(one) for one in page], f"{len(page)} of {known} devices").show()
+    Table(columns, [_device(one) for one in page], f"{len(page)} of {of} devices").show()
 
 
 def _device(one: DeviceView) -> list[str]:
@@ -109,7 +113,7 @@ def _device(one: DeviceView) -> list[str]:
         one.name,
         one.state if one.online else "offline",
         str(one.rank or ""),
-        _ago(one.last_seen),
+        _when(one.last_seen),
         str(one.rounds),
         _size(one.up_bytes),
         _size(one.down_bytes),
@@ -151,7 +155,7 @@ def _round(one: RoundView) -> list[str]:
         _size(one.up_bytes),
         _size(one.down_bytes),
         "" if one.merge_s is None else f"{one.merge_s:.2f} s",
-        one.note or ("open" if one.ended is None else _ago(one.ended)),
+        one.note or ("open" if one.ended is None else _when(one.ended)),
     ]
 
 
@@ -191,7 +195,7 @@ def show(
             "" if one.loss is None else f"{one.loss:.4f}",
             _size(one.up_bytes),
             _size(one.down_bytes),
-            _ago(one.at),
+            _when(one.at),
         ]
         for one in found.history
     ]
@@ -206,7 +210,7 @@ def _facts(found: DeviceDetail) -> list[tuple[str, str]]:
         ("state", one.state if one.online else f"offline (last: {one.state})"),
         ("waits for", one.waiting_for or "nothing: it takes part"),
         ("profile", one.profile or "unknown"),
-        ("last seen", _ago(one.last_seen)),
+        ("last seen", _when(one.last_seen)),
         ("rank", str(one.rank or "unknown")),
     ]
     if plan is not None:
@@ -233,11 +237,5 @@ def _size(size: int) -> str:
     return f"{size / BYTES_PER_MIB:.1f} MiB"
 
 
-def _when(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-
-
-def _ago(at: float | None) -> str:
-    if at is None:
-        return ""
-    return _when(at)
+def _when(at: float | None) -> str:
+    return "" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

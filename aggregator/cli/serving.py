@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aggregator.cli import serve_options
 from aggregator.cli.options import DEFAULT_STATE, Config, Json, MaybeFleet, State, print_json
 
 config = typer.Typer(
@@ -18,87 +19,24 @@ config = typer.Typer(
 
 
 def serve(
-    job_file: Annotated[
-        Path | None, typer.Argument(help="The one job to serve, in TOML; see docs/job.md.")
-    ] = None,
+    job_file: serve_options.JobFile = None,
     config_file: Config = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the state; with -c the one above those of jobs. "
-            "[TUNEFLEET_STATE; default: aggregator-state, or in --dir]"
-        ),
-    ] = None,
-    broker: Annotated[
-        str | None,
-        typer.Option(help="mqtt://host:port; without it an embedded broker is started."),
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            help="Port of the embedded broker, 1883 if not given (0: a free one).",
-            min=0,
-            max=65535,
-        ),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--dir", help="The fleet's folder: its broker, its keys, and enrolment."),
-    ] = None,
-    key: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of the signing key, which devices remember (default: this user's, the same "
-            "for all jobs; with --dir the fleet's). [TUNEFLEET_KEY]"
-        ),
-    ] = None,
-    enroll_port: Annotated[
-        int | None,
-        typer.Option(
-            help="Port of enrolment, with --dir (0: none; default: the fleet's).", min=0, max=65535
-        ),
-    ] = None,
-    onnx: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of an artifact set (export-onnx), for devices without torch to fetch. "
-            "[TUNEFLEET_ONNX]"
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            help="What merges: plain (this process), or ray (the cluster of RAY_ADDRESS, or one "
-            "on this machine)."
-        ),
-    ] = None,
-    shared_intake: Annotated[
-        bool,
-        typer.Option(
-            "--shared-intake",
-            help="Share uploads with `aggregator intake` processes, by MQTT shared subscriptions.",
-        ),
-    ] = False,
-    page: Annotated[
-        int | None,
-        typer.Option(
-            help="Serve the live page and its API on this port (0: a free one).", min=0, max=65535
-        ),
-    ] = None,
-    page_host: Annotated[
-        str | None,
-        typer.Option(help="Address of the page (default 127.0.0.1); others need a token and TLS."),
-    ] = None,
-    exit_when_done: Annotated[bool, typer.Option(help="End after the last round.")] = False,
-    no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="End at once if the broker is not up yet.")
-    ] = False,
-    log_level: Annotated[
-        str | None,
-        typer.Option(help="Tell events from this level on: debug, info, warning, error."),
-    ] = None,
-    log_format: Annotated[str | None, typer.Option(help="auto, console, plain or json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON Lines.")] = False,
+    state: serve_options.State = None,
+    broker: serve_options.Broker = None,
+    port: serve_options.Port = None,
+    folder: serve_options.Folder = None,
+    key: serve_options.Key = None,
+    enroll_port: serve_options.EnrollPort = None,
+    onnx: serve_options.Onnx = None,
+    engine: serve_options.Engine = None,
+    shared_intake: serve_options.SharedIntake = False,
+    page: serve_options.Page = None,
+    page_host: serve_options.PageHost = None,
+    exit_when_done: serve_options.ExitWhenDone = False,
+    no_wait: serve_options.NoWait = False,
+    log_level: serve_options.LogLevel = None,
+    log_format: serve_options.LogFormat = None,
+    as_json: serve_options.JsonEvents = False,
 ) -> None:
     """Serve a job, or all of a settings file (-c): take updates, merge, broadcast versions.
 
@@ -169,17 +107,22 @@ def check(config_file: Config = None, folder: MaybeFleet = None) -> None:
     """Say whether the settings are in order, with all the job files that they name."""
     from aggregator import settings
     from aggregator.config import check_settings, read_fields
+    from aggregator.enrol.folder import FleetFolder
     from aggregator.merging import check_engine
+    from aggregator.page.opening import check_page
+    from aggregator.tracking.tracker import check_sinks
 
     known = settings.read(config_file, {"dir": folder}, os.environ)
     for file in known.settings.jobs:
         job, _ = check_settings(read_fields(file), str(file))
         check_engine(job, known.settings.engine)
         typer.echo(f"{file}: job {job.job!r} is in order, but for its model: serving describes it")
-    if known.settings.dir is not None:
-        from aggregator.enrol.folder import FleetFolder
-
-        FleetFolder(known.settings.dir)
+    fleet = FleetFolder(known.settings.dir) if known.settings.dir is not None else None
+    if known.settings.page.port is not None:
+        check_page(known.settings.page, fleet)
+    check_sinks(known.settings.tracking.sinks)
+    if not known.settings.jobs:
+        typer.echo("note: no job is named: serving needs one, or one that was created", err=True)
     typer.echo(f"{config_file or 'the environment'}: in order")
 
 

@@ -5,17 +5,11 @@ Anybody can reach it, so that it reads little, keeps nothing open for long and s
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import logging
 import socket
-import threading
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Any
 
-import uvicorn
 from cryptography.hazmat.primitives import serialization
 from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
@@ -24,6 +18,7 @@ from aggregator.enrol import ca
 from aggregator.enrol.folder import FleetFolder
 from aggregator.enrol.pem_files import read_pair
 from aggregator.errors import ConfigError, EnrolmentRefused, FolderError
+from aggregator.web import Certificate, Door, WebServer
 from protocol.enrolment import (
     ANSWER_TOPIC,
     BODY_LIMIT_BYTES,
@@ -41,7 +36,6 @@ from protocol.signing import open_message
 CONNECTIONS = 64
 """At once, whatever they have said; more are hung up on."""
 IDLE_S = 5
-START_S = 10.0
 BROKEN_OFF = "the request broke off before its end"
 WORDS = {
     "Invalid HTTP request": "no HTTP request: something else was sent to the port of enrolment",
@@ -98,21 +92,6 @@ def enrol(folder: FleetFolder, payload: bytes, now: datetime) -> tuple[str, byte
     return use.device, folder.signing_key().seal(answer, ANSWER_TOPIC)
 
 
-class _Complaints(logging.Handler):
-    """Turn what the library has to say of requests into events."""
-
-    def __init__(self, seldom: Seldom) -> None:
-        super().__init__(logging.WARNING)
-        self._seldom = seldom
-
-    def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage()
-        kind = next((part for part in WORDS if part in said), "")
-        error = record.exc_info[1] if record.exc_info else None
-        why = WORDS.get(kind) or (f"a mistake in enrolment: {error!r}" if error else said)
-        self._seldom.emit(("library", kind), "enrolment refused", reason=" ".join(why.split()))
-
-
 def build_app(folder: FleetFolder, seldom: Seldom, clock: Clock = utc_now) -> FastAPI:
     """Return the two addresses of enrolment: the CA for everybody, a certificate for a token."""
     app = FastAPI(title="tunefleet", openapi_url=None)
@@ -161,7 +140,7 @@ def build_app(folder: FleetFolder, seldom: Seldom, clock: Clock = utc_now) -> Fa
     return app
 
 
-class EnrolmentServer:
+class EnrolmentServer(WebServer):
     """Serve enrolment for as long as the block lasts."""
 
     def __init__(
@@ -176,72 +155,20 @@ class EnrolmentServer:
         folder.authority()
         read_pair(folder.server_certificate, folder.server_key)
         seldom = Seldom(events)
-        self._complaints = _Complaints(seldom)
-        self._socket = _Door(_listen(folder.settings.bind, port))
-        self.port: int = self._socket.getsockname()[1]
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                build_app(folder, seldom, clock),
-                ssl_certfile=folder.server_certificate,
-                ssl_keyfile=folder.server_key,
-                log_config=None,
-                access_log=False,
-                loop="asyncio",  # `_Door` is asked for each connection
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                limit_concurrency=CONNECTIONS,
-                timeout_keep_alive=IDLE_S,
-                timeout_graceful_shutdown=1,
-            )
+
+        def complain(said: str, error: BaseException | None) -> None:
+            kind = next((part for part in WORDS if part in said), "")
+            why = WORDS.get(kind) or (f"a mistake in enrolment: {error!r}" if error else said)
+            seldom.emit(("library", kind), "enrolment refused", reason=why)
+
+        super().__init__(
+            "enrolment",
+            build_app(folder, seldom, clock),
+            Door(_listen(folder.settings.bind, port), CONNECTIONS),
+            complain,
+            certificate=Certificate(folder.server_certificate, folder.server_key),
+            idle_s=IDLE_S,
         )
-        self._thread = threading.Thread(
-            target=self._server.run, args=([self._socket],), name="enrolment", daemon=True
-        )
-
-    def __enter__(self) -> EnrolmentServer:
-        log = logging.getLogger("uvicorn.error")
-        log.propagate = False
-        log.addHandler(self._complaints)
-        self._thread.start()
-        deadline = time.monotonic() + START_S
-        while not self._server.started:
-            if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise ConfigError(f"enrolment did not start on port {self.port}")
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(5)
-        logging.getLogger("uvicorn.error").removeHandler(self._complaints)
-        self._socket.close()
-
-
-class _Door(socket.socket):
-    """A listening socket that hangs up where too many connections of it are open.
-
-    The library counts requests: a connection that says nothing is none, and has a file descriptor
-    all the same, which the aggregator needs for its files.
-    """
-
-    def __init__(self, listening: socket.socket) -> None:
-        super().__init__(fileno=listening.detach())
-        self._open: list[socket.socket] = []
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a connection.
-
-        Raises:
-            BlockingIOError: none is waiting, or it has been hung up on.
-        """
-        connection, address = super().accept()
-        self._open = [one for one in self._open if one.fileno() >= 0]
-        if len(self._open) >= CONNECTIONS:
-            connection.close()
-            raise BlockingIOError(errno.EAGAIN, "too many connections of enrolment")
-        self._open.append(connection)
-        return connection, address
 
 
 def _listen(bind: str, port: int) -> socket.socket:

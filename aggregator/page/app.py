@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
-from aggregator.errors import ControlRefused, NoDaemon, StoreError
+from aggregator.errors import ControlRefused, ExportError, NoDaemon, StoreError
 from aggregator.page.acting import acting
 from aggregator.page.asked import Asked
 from aggregator.page.device import device_page, jobs_page
@@ -88,10 +88,14 @@ class _Pages:
         """Return a page, or, to who asks for events, what changes on it."""
 
         async def page() -> Page:
-            return await self.reader.ask(make)
+            try:
+                return await self.reader.ask(make)
+            except StoreError as error:
+                return sorry(503, "The state can't be read now", str(error))
 
         if "text/event-stream" in request.headers.get("accept", ""):
-            source = Source(page, partial(self.reader.ask, partial(_stamp, job)))
+            stamp = partial(self.reader.ask, partial(_stamp, job))
+            source = Source(f"{request.url.path}?{request.url.query}", page, stamp)
             stream = self._watchers.stream(source)
             return stream or JSONResponse({"detail": "too many watch already"}, 429)
         made = await page()
@@ -103,7 +107,8 @@ class _Pages:
     def job(self, name: str, asked: Asked, fleet: FleetReader) -> Page:
         state = fleet.jobs().get(name)
         if state is None:
-            return sorry(404, f"There is no job {name!r} here", "Its name may be misspelt.")
+            why = "; ".join(fleet.fleet().unreadable.values()) or "Its name may be misspelt."
+            return sorry(404, f"There is no job {name!r} here", why)
         return job_page(state, self.past, asked, self.around(fleet))
 
     def device(self, job: str, name: str, fleet: FleetReader) -> Page:
@@ -118,9 +123,9 @@ def _add_pages(app: FastAPI, pages: _Pages) -> None:
 
     @app.get("/", include_in_schema=False)
     async def home(request: Request) -> Response:
-        names = await reader.ask(lambda fleet: list(fleet.jobs()))
-        if len(names) == 1:
-            return RedirectResponse(f"/jobs/{names[0]}", 303)
+        seen = await reader.ask(FleetReader.fleet)
+        if len(seen.jobs) == 1 and not seen.unreadable:
+            return RedirectResponse(f"/jobs/{seen.jobs[0].name}", 303)
         root = str(reader.root)
         return await pages.answer(request, lambda fleet: jobs_page(fleet.fleet(), root), None)
 
@@ -160,7 +165,9 @@ def look_ahead(past: Past, fleet: FleetReader) -> None:
 def _stamp(job: str | None, fleet: FleetReader) -> Hashable:
     """Return what changes with what a job's page shows; of all jobs without a name."""
     jobs = fleet.jobs()
-    return tuple(state.stamp() for name, state in jobs.items() if job in (None, name))
+    with suppress(StoreError):  # the page says so
+        return tuple(state.stamp() for name, state in jobs.items() if job in (None, name))
+    return None
 
 
 def _metrics(app: FastAPI, served: Served) -> None:
@@ -192,8 +199,9 @@ def _errors(app: FastAPI) -> None:
         return say(request, error.status_code, str(error.detail))
 
     async def other(request: Request, error: Exception) -> Response:
-        # Nothing of the version or device that was asked for: what is damaged is said too.
-        return say(request, 404 if isinstance(error, StoreError) else 409, str(error))
+        kinds = ((ExportError, 507), (StoreError, 404))  # what is damaged is not there
+        status = next((code for kind, code in kinds if isinstance(error, kind)), 409)
+        return say(request, status, str(error))
 
     app.add_exception_handler(ControlRefused, refused)
     app.add_exception_handler(NoDaemon, refused)

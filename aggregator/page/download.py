@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import zipfile
 from pathlib import Path
 
+from aggregator.errors import ExportError
 from aggregator.export import export_adapter
-
-_one_at_a_time = threading.Lock()
-"""An adapter is whole in memory while it is written."""
+from protocol.errors import os_words
 
 
 def adapter_zip(state: Path, name: str, *, version: int, device: str = "") -> Path:
@@ -20,16 +18,24 @@ def adapter_zip(state: Path, name: str, *, version: int, device: str = "") -> Pa
 
     Raises:
         StoreError: there is no such version, or its files are damaged.
+        ExportError: there is no room for it.
     """
-    with _one_at_a_time, tempfile.TemporaryDirectory(prefix="tunefleet-") as place:
-        out = Path(place) / name
-        export_adapter(state, out, version=version, device=device)
-        with tempfile.NamedTemporaryFile(prefix="tunefleet-", suffix=".zip", delete=False) as data:
-            try:
-                with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
-                    for file in sorted(out.iterdir()):
-                        archive.write(file, f"{name}/{file.name}")
-            except BaseException:
-                Path(data.name).unlink()
-                raise
+    try:
+        with tempfile.TemporaryDirectory(prefix="tunefleet-") as place:
+            export_adapter(state, Path(place) / name, version=version, device=device)
+            return _archive(Path(place) / name)
+    except OSError as error:
+        raise ExportError(f"can't make the archive: {os_words(error)}") from None
+
+
+def _archive(folder: Path) -> Path:
+    with tempfile.NamedTemporaryFile(prefix="tunefleet-", suffix=".zip", delete=False) as data:
+        try:
+            with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
+                for file in sorted(folder.iterdir()):
+                    archive.write(file, f"{folder.name}/{file.name}")
+            data.flush()  # or a full disk is told of no sooner than by closing it
+        except BaseException:
+            Path(data.name).unlink()
+            raise
     return Path(data.name)

@@ -17,6 +17,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +29,7 @@ ACTION_HEADER, ACTION = "x-tunefleet", "action"
 SESSION_S = 12 * 3600.0
 SESSIONS = 256
 TOKEN_LENGTH = 16
+BODY_BYTES = 64 << 10
 SAFE = ("GET", "HEAD", "OPTIONS")
 OPEN = ("/login", "/health/live", "/health/ready", "/api/v1/session")
 """Paths that need no token: they tell nothing of the fleet."""
@@ -137,13 +139,15 @@ class Guard:
             await send(message)
 
         refusal = self._refusal(scope, headers)
-        await (refusal or self._app)(scope, receive, send_safely)
+        await (refusal or self._app)(scope, _limited(receive), send_safely)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """Return what is said instead; None lets a request pass."""
         host = headers.get("host", "")
         if self._hosts is not None and _name(host) not in self._hosts:
             return _say(421, "this page is asked for by another name; use http://localhost")
+        if headers.get("sec-fetch-site") == "cross-site" and not _opens_page(headers):
+            return _say(403, "this was asked for by another site's page")
         path, by_token = scope["path"], self._has_token(headers)
         if scope["method"] not in SAFE and not by_token:
             if not self._is_own(headers, host, scope["scheme"]):
@@ -177,6 +181,25 @@ class Guard:
         return origin is None or origin.lower() == f"{scheme}://{host}".lower()
 
 
+def _limited(receive: Receive) -> Receive:
+    """Return what receives a request, of which a bounded part alone is ever in memory.
+
+    Whoever reaches the page may send one, to be let in: a body without end is no way to take the
+    aggregator's memory.
+    """
+    taken = 0
+
+    async def limited() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > BODY_BYTES:
+            raise HTTPException(413, f"what is sent has at most {BODY_BYTES} bytes")
+        return message
+
+    return limited
+
+
 def is_token(token: str, told: str) -> bool:
     """Say whether a token is the right one, in a time that does not tell how much of it is."""
     return bool(token) and hmac.compare_digest(_digest(token), _digest(told))
@@ -189,6 +212,11 @@ def session_of(headers: Headers) -> str:
     except CookieError:
         return ""
     return cookie[COOKIE].value if COOKIE in cookie else ""
+
+
+def _opens_page(headers: Headers) -> bool:
+    """Say whether somebody follows a link to here, and no page fetches or frames it by itself."""
+    return headers.get("sec-fetch-dest") == "document"
 
 
 def _name(host: str) -> str:

@@ -146,6 +146,8 @@ def _of_rounds(routes: APIRouter, jobs: _Jobs) -> None:
 
 
 def _of_versions(routes: APIRouter, jobs: _Jobs) -> None:
+    one_at_a_time = asyncio.Lock()  # an adapter is whole in memory while it is written
+
     @routes.get("/jobs/{job}/versions")
     async def versions(job: Name) -> list[VersionView]:
         """Return the versions that are kept, the newest first."""
@@ -154,7 +156,7 @@ def _of_versions(routes: APIRouter, jobs: _Jobs) -> None:
     @routes.get(
         "/jobs/{job}/versions/{version}/adapter",
         response_class=FileResponse,
-        responses={200: {"content": {"application/zip": {}}}},
+        responses={200: {"content": {"application/zip": {}}}, 507: {"model": Problem}},
     )
     async def adapter(
         job: Name,
@@ -164,7 +166,8 @@ def _of_versions(routes: APIRouter, jobs: _Jobs) -> None:
         """Return a version's adapter, or with a device its own one, as a zip of a PEFT folder."""
         state = await jobs.ask(job, lambda state: state.folder)
         name = "-".join(part for part in (job, device, f"v{version}") if part)
-        file = await asyncio.to_thread(adapter_zip, state, name, version=version, device=device)
+        async with one_at_a_time:
+            file = await asyncio.to_thread(adapter_zip, state, name, version=version, device=device)
         return FileResponse(
             file,
             filename=f"{name}.zip",

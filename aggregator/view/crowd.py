@@ -17,7 +17,7 @@ LETTERS = {
 REASONS = 40
 """Different reasons that are told, the most frequent ones."""
 _QUERY = f"""
-SELECT d.name, {STATE_SQL}, coalesce(d.status ->> '$.detail', ''),
+SELECT d.name, {STATE_SQL}, coalesce(json_extract(d.status, '$.detail'), ''),
   EXISTS (SELECT 1 FROM conduct c WHERE c.device = d.name AND c.quarantine > :now),
   EXISTS (SELECT 1 FROM counted c WHERE c.round = :round AND c.device = d.name
     AND (c.trained = :round OR NOT :buffered)), {{revoked}}

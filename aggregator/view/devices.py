@@ -94,17 +94,8 @@ def page(db: ReadOnly, where: Where, asked: Page, now: float) -> list[DeviceView
     if asked.order not in ORDERS:
         raise ValueError(f"{asked.order!r} is no order of devices; there are {', '.join(ORDERS)}")
     order = f"{ORDERS[asked.order]} {'DESC' if asked.descending else 'ASC'}, name"
-    conditions = ["1"]
-    if asked.state == "quarantined":
-        conditions.append(_OUT)
-    elif asked.state == "online":
-        conditions.append(_ONLINE)
-    elif asked.state:
-        conditions.append(f"{STATE_SQL} = :state")
-    if asked.search:
-        conditions.append("instr(name, :search)")
-    which = f"WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT :limit OFFSET :offset"
-    values = {"state": asked.state, "search": asked.search}
+    conditions, values = _conditions(asked)
+    which = f"WHERE {conditions} ORDER BY {order} LIMIT :limit OFFSET :offset"
     return _devices(db, where, which, {**values, "limit": asked.limit, "offset": asked.offset}, now)
 
 
@@ -114,7 +105,7 @@ def _conditions(asked: Page) -> tuple[str, dict[str, object]]:
     if asked.state == "quarantined":
         conditions.append(_OUT)
     elif asked.state == "online":
-        conditions.append("status ->> '$.online'")
+        conditions.append(_ONLINE)
     elif asked.state:
         conditions.append(f"{STATE_SQL} = :state")
     if asked.search:

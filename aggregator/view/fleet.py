@@ -40,29 +40,33 @@ class FleetReader:
 
     def fleet(self) -> FleetView:
         """Return how all jobs stand; a state that can't be read is named with why."""
-        jobs: list[JobView] = []
+        jobs: dict[str, JobView] = {}
         unreadable: dict[str, str] = {}
-        for folder in state_folders(self.root):
+        for folder in self._folders():
             try:
-                jobs.append(self.state(folder).job())
+                job = self.state(folder).job()
+                jobs[job.name] = job
             except StoreError as error:
                 unreadable[str(folder)] = str(error)
-        return FleetView(self._clock(), tuple(jobs), unreadable)
+        return FleetView(self._clock(), tuple(jobs[name] for name in sorted(jobs)), unreadable)
 
     def jobs(self) -> dict[str, StateView]:
-        """Return job → its state, of those that can be read.
-
-        Of two of one name it is the one that is served now, else that of several jobs' daemon.
-        """
+        """Return job → its state, of those that can be read."""
         found: dict[str, StateView] = {}
-        folders = state_folders(self.root)
-        for folder in sorted(folders, key=lambda one: folder_holder(one) is not None):
+        for folder in self._folders():
             try:
                 view = self.state(folder)
                 found[view.settings()["job"]] = view
             except StoreError:
                 continue
-        return found
+        return dict(sorted(found.items()))
+
+    def _folders(self) -> list[Path]:
+        """Return the state folders, so that of two of one job the one to be seen comes last.
+
+        It is the one that is served now, else that of several jobs' daemon.
+        """
+        return sorted(state_folders(self.root), key=lambda one: folder_holder(one) is not None)
 
     def state(self, folder: Path) -> StateView:
         """Return the view of a state folder, which stays open.

@@ -11,7 +11,7 @@ set -eu
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 name=${1:-}
 case $name in
-aggregator) extra=aggregator module=aggregator ;;
+aggregator) extra=dashboard module=aggregator ;;
 edge-client) extra=edge module=edge_client ;;
 *)
     echo "say which: $0 aggregator|edge-client [FOLDER]" >&2

@@ -114,6 +114,7 @@ def test_changing_the_policy(served: Served) -> None:
         ("b", ChangePolicy(quorum=0), "quorum: must be at least 1, not 0"),
         ("c", ChangePolicy(fraction=2.0), "fraction: must be at most 1"),
         ("d", ChangePolicy(reset=("rule",)), "'rule' is not one of"),
+        ("e", ChangePolicy(deadline_s=float("nan")), "deadline_s: must be at most 1000000000.0, not NaN"),
     ):
         assert served.do(wrong, key) == ("refused", "wrong")
         assert words in served.store.commands.answer(key).said
@@ -134,6 +135,17 @@ def test_rolling_back(served: Served) -> None:
     served.store.set_round(RoundState(6, "open", 7, 1600.0))
     served.do(RollBack(3), "last")
     assert served.store.round() == RoundState(6, "finished", 8, None), "it was the last round"
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+def test_a_version_that_is_damaged_is_not_gone_back_to(served: Served, damage: str) -> None:
+    """It is said, and the job goes on: the daemon does not end with it."""
+    for file in (served.folder / "versions/2").iterdir():
+        file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[:40])
+    assert served.do(RollBack(2)) == ("refused", "failed")
+    assert "can't go back to version 2" in served.store.commands.answer("k").said
+    assert served.store.round() == OPEN
+    assert served.do(RollBack(3), "other")[0] == "done"
 
 
 def test_updates_of_what_was_left_do_not_count(tmp_path: Path) -> None:

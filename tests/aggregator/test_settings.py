@@ -16,6 +16,7 @@ from aggregator.cli import app
 from aggregator.errors import ConfigError
 from aggregator.job_files import JobFile, open_job_file, reread
 from aggregator.serving import root_of_states
+from aggregator.tracking import tracker
 from protocol.errors import TunefleetError
 from protocol.settings_file import line_of
 from tests.aggregator.uploading import make_job
@@ -85,7 +86,13 @@ def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path: Pa
         ),
         ("", {"TUNEFLEET_PORT": "x"}, ["TUNEFLEET_PORT", "port", "whole number", '"x"']),
         ("", {"TUNEFLEET_LOG__FORMAT": "xml"}, ["TUNEFLEET_LOG__FORMAT", "'json'", "xml"]),
-        ("", {"TUNEFLEET_JOBS": "a.toml"}, ["environment", "jobs", "a list as JSON has it"]),
+        ("", {"TUNEFLEET_JOBS": "a.toml"}, ["TUNEFLEET_JOBS", "as JSON has it", '["a.toml"]']),
+        ("", {"TUNEFLEET_TRACKING__SINKS": "x"}, ["TUNEFLEET_TRACKING__SINKS", '["x"]']),
+        ("[page]\nport = 1", {"TUNEFLEET_PAGE": "8885"}, ["TUNEFLEET_PAGE", "must be a table"]),
+        ("", {"TUNEFLEET_PAGE": "{"}, ["the environment", "page", "as JSON has it"]),
+        ("", {"TUNEFLEET_PORT__X": "1"}, ["TUNEFLEET_PORT__X", "'port' is no table", "page"]),
+        ("", {"TUNEFLEET_LOG__LVL": "info"}, ["TUNEFLEET_LOG__LVL", "'log.lvl'", "'log.level'"]),
+        ("", {"TUNEFLEET_LOGS__LEVEL": "info"}, ["TUNEFLEET_LOGS__LEVEL", "'log'"]),
         ("enroll_port = 8884", {}, ["line 1", "enrolment needs the fleet's folder"]),
         ("dir = 'f'\nkey = 'k'", {}, ["line 2", "a fleet has a key of its own"]),
         ("engine = 'spark'", {}, ["line 1", "engine", "'plain' or 'ray'", "spark"]),
@@ -149,6 +156,26 @@ def test_checking_and_showing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("[page]\nport = 0\nhost = '0.0.0.0'", "open to the network"),
+        ("[page]\nport = 0\ntoken_file = 'none'", "can't read the page's token"),
+        ("[page]\nport = 0\ncertificate = 'ca.pem'", "go together"),
+        ("[tracking]\nsinks = ['wandb']", "needs an extra"),
+        ("dir = 'none'", "none"),
+    ],
+)
+def test_what_serving_would_refuse_is_found_by_checking(
+    tmp_path: Path, settings: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracker.PACKAGES, "wandb", "no_such_package")
+    file = written(tmp_path, settings)
+    ended = CliRunner().invoke(app, ["config", "check", "-c", str(file)])
+    assert isinstance(ended.exception, TunefleetError) and said in str(ended.exception)
+    assert "in order" not in ended.stdout
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["serve"], "name one job file"),
@@ -156,6 +183,7 @@ def test_checking_and_showing(tmp_path: Path) -> None:
         (["serve", "-c", "none.toml"], "there is no such file"),
         (["status"], "there is no job's state in aggregator-state"),
         (["devices", "--state", "none"], "there is no job's state in none"),
+        (["devices", "--only", "trainig"], "devices are online, training,"),
         (["devices", "--sort", "size"], "devices are sorted by name, state"),
         (["rounds", "--dir", "none"], "there is no job's state in none/state"),
         (["device", "show", "kitchen"], "there is no job's state"),

@@ -188,8 +188,10 @@ def test_of_two_states_of_one_job_the_served_one_is_shown(tmp_path: Path) -> Non
     served(tmp_path / "notes")
     with closing(FleetReader(tmp_path)) as reader:
         assert reader.find("notes").folder == tmp_path / "notes"
+        assert [job.folder for job in reader.fleet().jobs] == [str(tmp_path / "notes")]
     with lock_folder(tmp_path, "aggregator"), closing(FleetReader(tmp_path)) as reader:
         assert reader.find("notes").folder == tmp_path
+        assert [job.folder for job in reader.fleet().jobs] == [str(tmp_path)]
 
 
 def test_why_a_job_waits() -> None:

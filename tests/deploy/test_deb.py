@@ -35,6 +35,11 @@ def test_the_aggregators_package_holds_all_that_it_needs(tmp_path: Path) -> None
     _said(python, "-I", "-m", "aggregator", "init", tmp_path / "fleet", "--host", "localhost")
     unit = (tmp_path / "fleet/systemd/tunefleet-aggregator.service").read_text()
     assert f'ExecStart="{python}" -m aggregator serve' in unit
+    (tmp_path / "fleet/job.toml").write_text('job = "notes"\nmodel = "base-tiny"\n')
+    with (tmp_path / "fleet/fleet.toml").open("a") as settings:
+        settings.write("[page]\nport = 0\n")
+    checking = ["-I", "-m", "aggregator", "config", "check", "-c", tmp_path / "fleet/fleet.toml"]
+    assert "in order" in _said(python, *checking), "the live page has all that it needs too"
     assert not list(tree.rglob("torch")), "the aggregator does without it"
 
 

@@ -116,8 +116,14 @@
       if (source.readyState === EventSource.CLOSED) {
         source = null;
         setTimeout(listen, 3000);
+        fetch("/api/v1/fleet").then(letIn, () => {});
       }
     };
+  }
+
+  // A session ends after some hours, and with the aggregator: the token is asked for again.
+  function letIn(answer) {
+    if (answer.status === 401) location.assign("/login");
   }
 
   // A page that nobody looks at asks for nothing.
@@ -256,6 +262,7 @@
     const buttons = dialog.querySelectorAll("button");
     buttons[0].hidden = Boolean(secret);
     buttons[1].textContent = secret ? "Done" : label;
+    dialog.returnValue = "no"; // Escape leaves what it was closed with before
     dialog.showModal();
     buttons[secret ? 1 : 0].focus();
     return new Promise((resolve) => {
@@ -266,7 +273,8 @@
   function fields(form) {
     const said = {};
     for (const input of form.elements) {
-      if (!input.name) continue;
+      // What nobody has touched may be another now: it is not sent as it was.
+      if (!input.name || (form.dataset.changes !== undefined && input.value === input.defaultValue)) continue;
       said[input.name] = input.hasAttribute("data-number") ? Number(input.value) : input.value;
     }
     return said;
@@ -278,14 +286,19 @@
     const button = form.querySelector("button");
     const label = button.textContent;
     const { question, then, shows } = form.dataset;
+    const wanted = fields(form);
+    if (form.dataset.changes !== undefined && !Object.keys(wanted).length) return say("Nothing is changed here yet.", "bad");
     if (question && !(await confirmed(question, label))) return;
     button.disabled = true;
     try {
       const answer = await fetch(form.action, {
-        method: "POST", credentials: "same-origin", headers, body: JSON.stringify(fields(form)),
+        method: "POST", credentials: "same-origin", headers, body: JSON.stringify(wanted),
       });
       const told = await answer.json().catch(() => ({}));
+      letIn(answer);
       if (!answer.ok) return say(problem(told, answer.status), "bad");
+      for (const input of form.elements) if (form.dataset.changes !== undefined) input.defaultValue = input.value;
+      form.reset(); // from now on it shows what the server says
       if (then) return void location.assign(then);
       if (shows !== undefined) {
         await confirmed(`It lets ${told.device} in, once. Enter on the device:`, "A token", told.command);

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from aggregator.page.render import loss_words
+from aggregator.page.server import Where
 from protocol.human import human_bytes
 from protocol.transport import BrokerAddress
 from tests.aggregator.page.live_fleet import LiveFleet, live_fleet
@@ -199,6 +200,46 @@ def test_actions_are_done_and_shown(fleet: LiveFleet, look: Callable[..., Looker
         assert version.parent == newest - 1
 
 
+def test_escape_leaves_everything_as_it_is(fleet: LiveFleet, look: Callable[..., Looker]) -> None:
+    """Also after something else was confirmed: a dialog remembers how it was closed last."""
+    settled(fleet, 3)
+    page = look().open(fleet.url)
+    with fleet.view() as view:
+        newest = view.job().version
+        button = f'tr[data-key="v{newest - 1}"] button:has-text("Roll back")'
+        page.click(button)
+        page.click("dialog button.do")
+        page.wait_for_selector(f'tr[data-key="v{newest + 1}"]')
+        page.click(button)
+        page.keyboard.press("Escape")
+        page.wait_for_selector("dialog", state="hidden")
+        page.wait_for_timeout(1500)
+        assert view.job().version == newest + 1
+
+
+def test_a_form_says_what_was_changed_in_it_and_no_more(
+    fleet: LiveFleet, look: Callable[..., Looker]
+) -> None:
+    """What another operator has changed meanwhile stays changed."""
+    settled(fleet, 3)
+    page = look().open(fleet.url)
+    page.click("#steer button:has-text('Change')")
+    page.wait_for_selector("#said[data-kind=bad]:has-text('Nothing is changed')")
+    page.fill("input[name=quorum]", "4")
+    page.click("#steer button:has-text('Change')")
+    page.wait_for_selector("#said[data-kind=good]:has-text('quorum = 4')")
+    assert fleet.site.act("/api/v1/jobs/notes/policy", {"quorum": 2}).status == 200
+    until(lambda: page.input_value("input[name=quorum]") == "2")
+    page.fill("input[name=deadline_s]", "1234567")
+    page.evaluate("document.querySelector('input[name=quorum]').defaultValue = '5'")
+    page.evaluate("document.querySelector('input[name=quorum]').value = '5'")
+    page.click("#steer button:has-text('Change')")
+    page.wait_for_selector("#said[data-kind=good]:has-text('deadline_s')")
+    with fleet.view() as view:
+        assert (view.policy().quorum, view.policy().deadline_s) == (2, 1234567)
+    fleet.site.act("/api/v1/jobs/notes/policy", {"reset": ["quorum", "deadline_s"]})
+
+
 def test_what_is_refused_is_said(fleet: LiveFleet, look: Callable[..., Looker]) -> None:
     settled(fleet, 3)
     looker = look()
@@ -280,6 +321,26 @@ def test_the_token_opens_the_page(
         page.goto(address(site))
         assert page.url.endswith("/login")
         looker.picture("login")
+
+
+def test_a_session_that_has_ended_leads_to_the_token(
+    tmp_path: Path, look: Callable[..., Looker]
+) -> None:
+    """As after a restart of the aggregator, which remembers no session."""
+    from benchmarks.made_fleet import made_fleet
+
+    token = "a-token-of-more-than-sixteen-characters"
+    made_fleet(tmp_path / "notes", 3, 2)
+    looker = look()
+    page = looker.page
+    with running_page(tmp_path, token=token, hosts=None) as site:
+        page.goto(address(site))
+        page.fill("input[name=token]", token)
+        page.keyboard.press("Enter")
+        page.wait_for_selector('#live[data-state="on"]')
+    with running_page(tmp_path, Where(port=site.port), token=token, hosts=None):
+        page.wait_for_url("**/login")
+    looker.wrong.clear()  # the browser tells of a connection that was lost, and of 401
 
 
 def address(site: Site) -> str:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
+import io
+import json
+import os
+import select
+import socket
 import ssl
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,15 +21,18 @@ from typer.testing import CliRunner
 from aggregator.cli import app
 from aggregator.enrol.create import create_fleet
 from aggregator.enrol.folder import FleetSettings
+from aggregator.enrol.server import EnrolmentServer
 from aggregator.errors import ConfigError
 from aggregator.page.app import Served
 from aggregator.page.guard import COOKIE, SESSION_S, SESSIONS, Sessions, check_exposure
-from aggregator.page.opening import make_token, read_token
+from aggregator.page.opening import check_page, make_token, read_token
 from aggregator.page.reader import Reader
-from aggregator.page.server import PageServer, Where
+from aggregator.page.server import CONNECTIONS, PageServer, Where
+from aggregator.settings import PageSettings
+from aggregator.web import Certificate
 from benchmarks.made_fleet import made_fleet
 from protocol.events import EventLog
-from tests.aggregator.page.site import ACTION, Site, running_page
+from tests.aggregator.page.site import ACTION, Said, Site, running_page
 
 TOKEN = "a-token-of-more-than-sixteen-characters"
 PAUSE = "/api/v1/jobs/notes/pause"
@@ -104,6 +115,81 @@ def test_browsers_are_told_to_load_nothing_from_elsewhere(site: Site) -> None:
         assert "unsafe" not in policy and "http" not in policy
         assert headers["x-content-type-options"] == "nosniff"
     assert site.ask("/jobs/notes").headers["cache-control"] == "no-store"
+
+
+def test_another_sites_page_makes_this_one_do_no_work(site: Site) -> None:
+    """Its answer would not be shown there, but an archive is made for it all the same."""
+    adapter = "/api/v1/jobs/notes/versions/3/adapter"
+    fetched = {"sec-fetch-site": "cross-site", "sec-fetch-dest": "image"}
+    assert site.ask(adapter, **fetched).status == 403
+    assert site.ask("/jobs/notes", **{**fetched, "sec-fetch-dest": "iframe"}).status == 403
+    followed = {"sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
+    assert site.ask("/jobs/notes", **followed).status == 200
+
+
+def test_a_body_without_end_is_refused_before_it_is_in_memory(guarded: Site) -> None:
+    """Also of somebody without a token, who may send one to be let in."""
+    head = "POST /api/v1/session HTTP/1.1\r\nhost: here\r\nx-tunefleet: action\r\n"
+    head += "content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunk = b"%x\r\n%b\r\n" % (1 << 16, b" " * (1 << 16))
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=20) as link:
+        link.sendall(head.encode())
+        said, sent = b"", 0
+        with suppress(ConnectionError):
+            while not said and sent < 500:
+                link.sendall(chunk)
+                sent += 1
+                if select.select([link], [], [], 0.05)[0]:
+                    said = link.recv(4096)
+        assert said.startswith(b"HTTP/1.1 413 "), said
+        assert sent < 20
+    assert guarded.act("/api/v1/session", {"token": "x" * 100_000}).status == 413
+    assert guarded.act("/api/v1/session", {"token": TOKEN}).status == 200
+
+
+def test_connections_that_say_nothing_are_counted(states: Path) -> None:
+    """Each has a file descriptor, of which the aggregator has need itself."""
+    with running_page(states) as site, ExitStack() as stack:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(CONNECTIONS + 50):
+            link = socket.create_connection(("127.0.0.1", site.port), timeout=20)
+            stack.enter_context(link)
+            link.sendall(b"GET /")
+        taken = len(os.listdir("/proc/self/fd")) - before - (CONNECTIONS + 50)
+        assert taken <= CONNECTIONS
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            site.ask("/health/live")
+        stack.close()
+        assert until_answered(site).status == 200
+
+
+def until_answered(site: Site) -> Said:
+    """Return what the page says once it has seen that the connections have ended."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return site.ask("/health/live")
+        except (ConnectionError, http.client.HTTPException):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_each_server_tells_of_its_own_requests_alone(states: Path, tmp_path: Path) -> None:
+    """Enrolment and the page have one library, which has one log."""
+    told = io.StringIO()
+    events = EventLog(as_json=True, stream=told)
+    now = datetime.now(timezone.utc)
+    fleet = create_fleet(tmp_path / "fleet", FleetSettings(hosts=["localhost"]), now)
+    with (
+        Reader(states) as reader,
+        PageServer(Served(reader), Where(port=0), events) as page,
+        EnrolmentServer(fleet, events, port=0),
+        socket.create_connection(("127.0.0.1", page.port), timeout=20) as link,
+    ):
+        link.sendall(b"\x16\x03 no HTTP\r\n\r\n")
+        assert link.recv(100)
+    (event,) = map(json.loads, told.getvalue().splitlines())
+    assert (event["event"], event["reason"]) == ("page", "Invalid HTTP request received.")
 
 
 def test_with_a_token_nothing_is_told_without_it(guarded: Site) -> None:
@@ -191,10 +277,33 @@ def test_a_token_is_made_once_for_its_owner(tmp_path: Path) -> None:
         read_token(tmp_path / "none")
 
 
+def test_a_certificate_that_can_not_be_used_is_named(tmp_path: Path) -> None:
+    now = datetime.now(timezone.utc)
+    fleet = create_fleet(tmp_path / "fleet", FleetSettings(hosts=["fleet.example"]), now)
+    good, key = fleet.server_certificate, fleet.server_key
+    none, text = tmp_path / "none.pem", tmp_path / "text.pem"
+    text.write_text("no PEM")
+    for certificate, own, said in (
+        (good, None, "name both"),
+        (None, key, "name both"),
+        (none, key, "No such file or directory: .*none.pem"),
+        (good, tmp_path, "Is a directory"),
+        (text, key, "to be a certificate and the key that belongs to it"),
+        (good, fleet.path / "ca.key", "to be a certificate and the key"),
+    ):
+        settings = PageSettings(port=0, certificate=certificate, certificate_key=own)
+        with pytest.raises(ConfigError, match=said):
+            check_page(settings, None)
+    assert check_page(PageSettings(port=0, certificate=good, certificate_key=key), None) == (
+        "",
+        Certificate(good, key),
+    )
+
+
 def test_over_tls_with_the_fleets_certificate(states: Path, tmp_path: Path) -> None:
     now = datetime.now(timezone.utc)
     fleet = create_fleet(tmp_path / "fleet", FleetSettings(hosts=["fleet.example"]), now)
-    where = Where("127.0.0.1", 0, fleet.server_certificate, fleet.server_key)
+    where = Where("127.0.0.1", 0, Certificate(fleet.server_certificate, fleet.server_key))
     trusting = ssl.create_default_context(cafile=str(fleet.path / "ca.pem"))
     with running_page(states, where, token=TOKEN, hosts=None, encrypted=True) as plain:
         site = Site(plain.port, context=trusting)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import http.client
 import io
 import json
+import os
 import re
 import sqlite3
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -14,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
+from starlette.responses import StreamingResponse
 
 from aggregator.export import export_adapter
 from aggregator.page.asked import PER_PAGE, Asked
-from aggregator.page.render import HERE
+from aggregator.page.live import Source, Watchers
+from aggregator.page.page import Page as Made
 from aggregator.view import StateView
 from benchmarks.made_fleet import made_fleet
 from tests.aggregator.page.site import Site, running_page
@@ -184,6 +191,41 @@ def test_a_version_comes_as_the_directory_that_export_writes(states: Path, tmp_p
     assert found == {f"notes-v3/{p.name}": p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
+def test_a_download_that_there_is_no_room_for(
+    states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+    full.write_text("a file in the place of the folder for what is temporary")
+    with running_page(states / "few") as site:
+        monkeypatch.setattr(tempfile, "tempdir", str(full))
+        answer = site.ask("/api/v1/jobs/notes/versions/3/adapter")
+    assert answer.status == 507 and "can't make the archive" in answer.json()["detail"]
+
+
+def test_downloads_leave_no_file_open(states: Path) -> None:
+    with running_page(states / "few") as site:
+        gc.disable()  # what is left to it to close may be too much before it comes
+        try:
+            open_files = []
+            for _ in range(6):
+                assert site.ask("/api/v1/jobs/notes/versions/3/adapter").status == 200
+                open_files.append(len(os.listdir("/proc/self/fd")))
+        finally:
+            gc.enable()
+    assert open_files[-1] < open_files[0] + 3, open_files
+
+
+def test_a_state_that_can_not_be_read_is_said(tmp_path: Path) -> None:
+    for name in ("notes", "letters"):
+        made_fleet(tmp_path / name, 2, 1, name=name)
+    (tmp_path / "letters/store.sqlite").write_bytes(b"no database at all" * 100)
+    with running_page(tmp_path) as site:
+        home = site.ask("/")
+        assert home.status == 200 and "can&#39;t read the aggregator&#39;s state" in home.text
+        assert "not a database" in site.ask("/jobs/letters").text
+        assert site.ask("/jobs/notes").status == 200
+
+
 def test_what_devices_say_is_text_and_no_markup(tmp_path: Path) -> None:
     made_fleet(tmp_path / "notes", 2, 1)
     hostile = "<img src=x onerror=alert(1)>"
@@ -218,6 +260,35 @@ def test_what_changes_is_sent_to_who_watches(tmp_path: Path) -> None:
         link.close()
 
 
+def test_many_who_watch_share_what_is_made(tmp_path: Path) -> None:
+    """However many look, the aggregator shares its computer with one page's making."""
+    made: list[str] = []
+
+    async def page() -> Made:
+        made.append("page")
+        await asyncio.sleep(0.01)
+        return Made("", {"head": Markup(len(made))})
+
+    async def stamp() -> int:
+        return len(made)  # it changes all the time
+
+    async def watch() -> None:
+        watchers = Watchers(every_s=0.2)
+        streams = [watchers.stream(Source("/jobs/notes?", page, stamp)) for _ in range(20)]
+        ending = asyncio.get_running_loop().call_later(1.0, watchers.end)
+        said = await asyncio.gather(*(_read(stream) for stream in streams))
+        ending.cancel()
+        assert min(map(len, said)) >= 4, "each is told of changes"
+        assert len(made) <= 12
+
+    asyncio.run(watch())
+
+
+async def _read(stream: StreamingResponse | None) -> list[Any]:
+    assert stream is not None
+    return [part async for part in stream.body_iterator]
+
+
 def _next_page(stream: Any) -> dict[str, Any]:
     while not (line := stream.readline().decode()).startswith("data: "):
         pass
@@ -230,14 +301,3 @@ def test_an_address_that_makes_no_sense_is_the_first_or_an_empty_page(page: str)
     asked = Asked.read({"page": page, "order": "size", "state": "x" * 500})
     assert 1 <= asked.page <= 1_000_000
     assert asked.order == "name" and len(asked.state) <= 63
-
-
-def test_the_pages_colours_are_the_reports() -> None:
-    """One look: what both style sheets call by one name is one colour."""
-    report = Path(__file__).parents[3] / "device_profiles" / "report_page.css"
-    both = [
-        re.findall(r"(--[a-z]+\d?): (#\w{6})", file.read_text())
-        for file in (report, HERE / "static" / "page.css")
-    ]
-    theirs, ours = ([*dict.fromkeys(found)] for found in both)
-    assert {*theirs} <= {*ours}
