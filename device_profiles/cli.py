@@ -180,6 +180,17 @@ Hours = Annotated[
         rich_help_panel=VIRTUAL,
     ),
 ]
+Kept = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        metavar="NUMBER",
+        min=1,
+        help="Training processes that are kept at a time (default: 2). Each takes the memory of "
+        "libraries and base; one for each device that trains saves starting them again.",
+        rich_help_panel=VIRTUAL,
+    ),
+]
 
 
 @app.command()
@@ -221,6 +232,7 @@ def run(
     data: Data = None,
     pool: PoolFolder = None,
     until: Hours = None,
+    processes: Kept = None,
 ) -> None:
     """Run a fleet of your own: a file names its devices, their text, the base and the job.
 
@@ -228,6 +240,9 @@ def run(
     for that alone. Either leaves its figures and the adapter in runs/latest.
     """
     if scenario or (fleet is not None and fleet.suffix != ".toml"):
+        from dataclasses import replace
+
+        from device_profiles.fleet import for_rule
         from device_profiles.virtual.command import run_traces
         from device_profiles.virtual.options import Options as TraceOptions
         from device_profiles.virtual.options import parse_speed, read_fields
@@ -252,15 +267,17 @@ def run(
             data=tuple(map(str, data or [])),
             pool=str(pool or ""),
             broker=broker,
-            **({} if until is None else {"until_s": until * 3600}),
         )
+        options = options if until is None else replace(options, until_s=until * 3600)
+        options = options if processes is None else replace(options, processes=processes)
         run_traces(options, out, as_json=as_json)
         return
-    of_traces = [devices, job_file, policy, data, pool, until, fidelity or None]
+    of_traces = [devices, job_file, policy, data, pool, until, processes, fidelity or None]
     if any(x is not None for x in of_traces) or (speed, resolution) != ("max", 1.0):
         raise typer.BadParameter(
-            "--devices, --fidelity, --speed, --resolution, --job, --policy, --data, --pool and "
-            "--until are for traces: name a trace, a folder of traces, or a --scenario"
+            "--devices, --fidelity, --speed, --resolution, --job, --policy, --data, --pool, "
+            "--processes and --until are for traces: name a trace, a folder of traces, or a "
+            "--scenario"
         )
     run_fleet(fleet, seed, rule, rounds, backend, broker, out, settings, as_json)
 
@@ -313,6 +330,7 @@ def run_fleet(
     from aggregator.probe_text import with_probe_text
     from device_profiles.fleet import (
         demo_fleet,
+        for_rule,
         merge_settings,
         read_fleet,
         with_backend,
@@ -344,26 +362,6 @@ def run_fleet(
         with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
             summary = replay(found, options, watch.take)
     watch.finish(summary, name_latest(folder))
-
-
-def for_rule(job: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what a published rule goes with, where the job does not say otherwise.
-
-    Every merge rule but the anchored one was published for devices that cut the shared adapter to
-    their own rank: the remainder dropped, the top directions trained, one learning rate for all.
-    Trust strategies mix whole adapters.
-    """
-    from aggregator.personal import STRATEGIES
-    from device_profiles.fleet import merge_settings
-
-    if job.get("rule", "anchored") in ("anchored", *STRATEGIES):
-        return job
-    published = {
-        "remainder": "dropped",
-        "directions": "top",
-        "training": {"learning_rate_by_rank": False},
-    }
-    return merge_settings(published, job)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -129,6 +129,25 @@ def read_fleet(path: Path) -> Fleet:
     return Fleet(str(local) if local.is_dir() else model, devices, fields)
 
 
+def for_rule(job: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a published rule goes with, where the job does not say otherwise.
+
+    Every merge rule but the anchored one was published for devices that cut the shared adapter to
+    their own rank: the remainder dropped, the top directions trained, one learning rate for all.
+    Trust strategies mix whole adapters.
+    """
+    from aggregator.personal import STRATEGIES
+
+    if job.get("rule", "anchored") in ("anchored", *STRATEGIES):
+        return job
+    published = {
+        "remainder": "dropped",
+        "directions": "top",
+        "training": {"learning_rate_by_rank": False},
+    }
+    return merge_settings(published, job)
+
+
 def merge_settings(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return nested settings with those of `over` on top."""
     merged = dict(under)

@@ -20,9 +20,8 @@ from rich.table import Table
 from base_tiny import PATH
 from benchmarks.claims import Claim, write_claims
 from benchmarks.simulation import SimulatedDevice, Simulation
-from device_profiles.cli import for_rule
 from device_profiles.demo_text import write_demo_text
-from device_profiles.fleet import DEMO_DEVICES, merge_settings
+from device_profiles.fleet import DEMO_DEVICES, for_rule, merge_settings
 from device_profiles.replay import DEMO_TRAINING
 from edge_client.data import read_examples, split_examples
 from protocol.messages import Job

@@ -53,7 +53,9 @@ class Teller:
         if self._as_json:
             print(json.dumps({"event": "result", **result}), flush=True)
             return
-        shown = Table("round", "merged at", "counted", "late", "mean rank", "bytes", "loss")
+        shown = Table(
+            "round", "merged at", "counted", "late", "mean rank", "bytes", "begun with", "loss"
+        )
         for each in result["rounds"]:
             merged = each["merged_s"]
             shown.add_row(
@@ -63,7 +65,7 @@ class Teller:
                 str(each["late"]),
                 "–" if each["ranks"] is None else f"{each['ranks']:.2f}",
                 human_bytes(each["bytes"]),
-                "–" if each["loss"] is None else f"{each['loss']:.4f}",
+                *("–" if x is None else f"{x:.4f}" for x in (each["loss"], each["version_loss"])),
             )
         self._console.print(shown)
         self._console.print(

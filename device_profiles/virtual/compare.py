@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterator, Sequence
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,23 @@ from protocol.human import human_bytes, human_seconds
 COLOURS = ("#2f6fde", "#d1622b")
 """Of the first run and the second."""
 CHARTS = (
-    ("merged_s", "Virtual time at which each round was merged, hours", 1 / 3600),
-    ("counted", "Updates that counted in each round", 1.0),
-    ("ranks", "Mean rank of the updates that counted", 1.0),
-    ("bytes", "Bytes of the updates that counted, MB", 1e-6),
-    ("loss", "Held-out loss that devices which train began the round with, nats a token", 1.0),
+    (
+        "merged_s",
+        "version_loss",
+        "Held-out loss of each version over virtual time, nats a token",
+        1,
+    ),
+    ("round", "merged_s", "Virtual time at which each round was merged, hours", 1 / 3600),
+    ("round", "counted", "Updates that counted in each round", 1),
+    ("round", "ranks", "Mean rank of the updates that counted", 1),
+    ("round", "bytes", "Bytes of the updates that counted, MB", 1e-6),
+    ("round", "loss", "Held-out loss that who trains began the round with, nats a token", 1),
 )
-"""Field of a round, what it shows, and what it is multiplied with."""
+"""Fields of a round across and up, what they show, and what the second is multiplied with."""
+ACROSS = {"round": ("round", 1.0), "merged_s": ("hours", 1 / 3600)}
+"""Field → what an axis says of it, and what it is multiplied with."""
+ALIKE = 1e-5
+"""Two base losses nearer than this, in proportion, are of the same text and devices."""
 ELSEWHERE = ("job", "pool", "memory_scale")
 """Options that are compared by what they came to."""
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -50,6 +61,29 @@ class Run:
             raise ReplayError(f"can't read the result of {folder}: {os_words(error)}") from None
         except (ValueError, LookupError, TypeError):
             raise ReplayError(f"{folder / RESULT} is damaged") from None
+
+    def reached_s(self, loss: float) -> float | None:
+        """Return the virtual time of the first version whose loss is not above another."""
+        known = ((r.get("version_loss"), r["merged_s"]) for r in self.rounds)
+        return next((at for found, at in known if found is not None and found <= loss), None)
+
+    @property
+    def lowest_loss(self) -> float | None:
+        """The lowest loss of a version; None where none was measured."""
+        known = (r.get("version_loss") for r in self.rounds)
+        return min((loss for loss in known if loss is not None), default=None)
+
+
+def common_loss(one: Run, other: Run) -> float | None:
+    """Return the lowest loss that both came to; None where they can't be compared.
+
+    They can where both were measured on the same text and devices: there the base has one loss.
+    """
+    base, others = one.result.get("base_loss"), other.result.get("base_loss")
+    if base is None or others is None or not isclose(base, others, rel_tol=ALIKE):
+        return None
+    lowest = [loss for run in (one, other) if (loss := run.lowest_loss) is not None]
+    return max(lowest) if len(lowest) == 2 else None
 
 
 def same_result(one: Run, other: Run) -> tuple[bool, str]:
@@ -92,7 +126,12 @@ def table(one: Run, other: Run) -> list[tuple[str, str, str]]:
     both("virtual time", lambda run: human_seconds(run.result["virtual_s"]))
     both("bytes up", lambda run: human_bytes(run.result["bytes_up"]))
     both("bytes down", lambda run: human_bytes(run.result["bytes_down"]))
-    both("last loss", lambda run: _last(run.rounds, "loss"))
+    both("loss begun with, last", lambda run: _last(run.rounds, "loss"))
+    both("last version's loss", lambda run: _last(run.rounds, "version_loss"))
+    if (loss := common_loss(one, other)) is not None:
+        both(
+            f"virtual time to a loss of {loss:.4f}", lambda run: human_seconds(run.reached_s(loss))
+        )
     both("time it took", lambda run: human_seconds(run.result["wall_s"]))
     both("adapter", lambda run: str(run.result["adapter_sha256"])[:16])
     return rows
@@ -106,7 +145,7 @@ def write_picture(one: Run, other: Run, path: Path) -> None:
     """
     from plotly.offline import get_plotlyjs  # heavy: only the picture needs it
 
-    figures = [_figure(field, title, factor, (one, other)) for field, title, factor in CHARTS]
+    figures = [_figure(a, b, title, by, (one, other)) for a, b, title, by in CHARTS]
     divs = "\n".join(f'<div id="chart{i}"></div>' for i in range(len(figures)))
     cells = "\n".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -135,28 +174,34 @@ td,th{{text-align:left;padding:.15rem 1rem .15rem 0}}</style>
         raise ReplayError(f"can't write the picture: {os_words(error)}") from None
 
 
-def _figure(field: str, title: str, factor: float, runs: Sequence[Run]) -> dict[str, Any]:
+def _figure(
+    across: str, field: str, title: str, factor: float, runs: Sequence[Run]
+) -> dict[str, Any]:
     traces = []
+    unit, scale = ACROSS[across]
     for run, colour in zip(runs, COLOURS, strict=True):
-        known = [(r["round"], r[field]) for r in run.rounds if r.get(field) is not None]
+        known = [
+            (r[across] * scale, r[field] * factor) for r in run.rounds if r.get(field) is not None
+        ]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": html.escape(run.folder.name),
-                "x": [number for number, _ in known],
-                "y": [value * factor for _, value in known],
+                "x": [x for x, _ in known],
+                "y": [y for _, y in known],
                 "line": {"color": colour},
             }
         )
+    every_one = across == "round" and len(traces[0]["x"]) < 20
     return {
         "data": traces,
         "layout": {
             "title": {"text": html.escape(title), "font": {"size": 15}},
             "height": 300,
             "margin": {"l": 60, "r": 20, "t": 50, "b": 40},
-            "xaxis": {"title": {"text": "round"}, "dtick": 1 if len(traces[0]["x"]) < 20 else None},
-            "yaxis": {"rangemode": "tozero" if field != "loss" else "normal"},
+            "xaxis": {"title": {"text": unit}, "dtick": 1 if every_one else None},
+            "yaxis": {"rangemode": "normal" if field.endswith("loss") else "tozero"},
         },
     }
 

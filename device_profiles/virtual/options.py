@@ -32,6 +32,7 @@ from device_profiles.virtual.fleet import cast, parse_fidelities
 from device_profiles.virtual.pool import FILE as POOL_FILE
 from device_profiles.virtual.pool import Pool, Says, find_pool, text_hashes
 from device_profiles.virtual.run import EPOCH, LONGEST_S, Staging
+from device_profiles.virtual.training import AT_ONCE
 from edge_client.model import find_model, model_hash
 from edge_client.policy.owner import Policy, read_policy
 from protocol.errors import os_words
@@ -70,6 +71,8 @@ class Options:
     broker: str = ""
     memory_scale: float | None = None
     download_s: float = 60.0
+    processes: int = AT_ONCE
+    """Training processes that are kept."""
 
 
 class RunRecord(BaseModel):
@@ -131,6 +134,7 @@ def prepare(
         until_s=options.until_s,
         broker=options.broker,
         download_s=options.download_s,
+        processes=options.processes,
     )
     record = RunRecord(
         format=FORMAT,
@@ -260,6 +264,7 @@ def _usual(seed: int, taking_part: int) -> dict[str, Any]:
             "min_devices": max(1, taking_part // 2),
             "quorum": max(1, taking_part // 4),
             "deadline_s": 3600.0,
+            "keep_versions": 0,  # what each was worth is measured at the end
         },
     }
 

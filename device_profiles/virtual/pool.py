@@ -245,7 +245,7 @@ def make_pool(job: Job, model: Path, data: Sequence[Path], folder: Path, cache: 
     learned: dict[int, Learned] = {}
     base_loss, text = math.nan, TextReport(0, 0, ())
     for rank in job.ladder:
-        with _learner(job, model, data, rank) as learner:
+        with plain_learner(job, model, data, rank) as learner:
             if math.isnan(base_loss):
                 base_loss, text = learner.evaluate(None), learner.text
             learned[rank] = _train(learner, first.truncated(rank), rank)
@@ -264,14 +264,16 @@ def make_pool(job: Job, model: Path, data: Sequence[Path], folder: Path, cache: 
 
 
 @contextmanager
-def _learner(job: Job, model: Path, data: Sequence[Path], rank: int) -> Iterator[Learner]:
-    """Yield what trains at a rank, in a process of its own."""
+def plain_learner(
+    job: Job, model: Path, data: Sequence[Path], rank: int, seed: int = SEED
+) -> Iterator[Learner]:
+    """Yield what trains at a rank, in a process of its own; `seed` splits the text."""
     with tempfile.TemporaryDirectory(prefix="tunefleet-pool-") as kept:
         learner = Learner(
             job,
             "pool",
             {"torch": model},
-            Text(tuple(data), SEED),
+            Text(tuple(data), seed),
             plain_plan(job, rank),
             _no_step_down,
             Unhurried(),

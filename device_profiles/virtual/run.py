@@ -22,11 +22,12 @@ from device_profiles.virtual.drive import Drive
 from device_profiles.virtual.equipment import MakeLearner
 from device_profiles.virtual.fleet import Part
 from device_profiles.virtual.learning import Recorded
+from device_profiles.virtual.losses import BASE, Losses, version_losses
 from device_profiles.virtual.pool import Pool
 from device_profiles.virtual.result import read_result
 from device_profiles.virtual.schedule import Schedule
 from device_profiles.virtual.serving import PacedAggregator
-from device_profiles.virtual.training import Benches, BenchLearner, text_of
+from device_profiles.virtual.training import AT_ONCE, Benches, BenchLearner, text_of
 from edge_client.config import Settings
 from edge_client.learner import StepDown
 from edge_client.learning import Learning
@@ -69,6 +70,8 @@ class Staging:
     until_s: float = LONGEST_S
     broker: str = ""
     download_s: float = 60.0
+    processes: int = AT_ONCE
+    """Training processes that are kept; it changes nothing but how long a replay takes."""
 
 
 @dataclass(slots=True)
@@ -109,7 +112,7 @@ def replay_traces(
             "bytes_down": sum(d.link.bytes_received for d in watched.devices),
         }
     result = {
-        **_with_history(read_result(folder / "aggregator"), events),
+        **_with_losses(_with_history(read_result(folder / "aggregator"), events), staging, folder),
         "ended": ended,
         "virtual_s": drive.now_s,
         "instants": drive.instants,
@@ -144,7 +147,7 @@ def _set_up(
     broker = stack.enter_context(
         running_broker(staging.broker, folder / "broker", len(staging.parts))
     )
-    loop, schedule, benches = Loop(), Schedule(), Benches()
+    loop, schedule, benches = Loop(), Schedule(), Benches(staging.processes)
     stack.callback(loop.close)
     aggregator = PacedAggregator(
         loop, folder, job_file, broker.address, epoch_s, events.of_aggregator
@@ -255,6 +258,28 @@ def _with_history(result: dict[str, Any], events: _Log) -> dict[str, Any]:
         each["merged_s"] = events.merged_s.get(each["round"])
         each["loss"] = fmean(losses.values()) if losses else None
     return result
+
+
+def _with_losses(result: dict[str, Any], staging: Staging, folder: Path) -> dict[str, Any]:
+    """Add what the base and each version are worth on the text of those that train.
+
+    Of a job with personal adapters nothing is: its devices use others than the common version.
+    """
+    texts = {
+        part.name: text_of(staging.text, index)
+        for index, part in enumerate(staging.parts)
+        if part.fidelity == "train"
+    }
+    losses: Losses = {}
+    if texts and not staging.job.is_personal:
+        versions = [each["version"] for each in result["rounds"] if each["version"]]
+        state = folder / "aggregator"
+        losses = version_losses(staging.job, staging.model, texts, staging.seed, state, versions)
+    for each in result["rounds"]:
+        each["version_losses"] = found = losses.get(each["version"])
+        each["version_loss"] = fmean(found.values()) if found else None
+    base = losses.get(BASE)
+    return {**result, "base_loss": fmean(base.values()) if base else None}
 
 
 class _Log:

@@ -17,13 +17,13 @@ from protocol.adapter import Adapter
 from protocol.messages import Job
 
 AT_ONCE = 2
-"""Training processes that are kept: each holds the libraries and the base model."""
+"""Training processes that are kept by default: each holds the libraries and the base model."""
 
 
 class Benches:
     """Keep the processes of those that trained last, and end the others'."""
 
-    def __init__(self, at_once: int = AT_ONCE) -> None:
+    def __init__(self, at_once: int) -> None:
         self._at_once = at_once
         self._last: list[BenchLearner] = []
 

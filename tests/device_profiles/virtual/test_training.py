@@ -70,6 +70,10 @@ def test_real_and_recorded_training_come_out_alike_from_a_runs_log(tmp_path: Pat
     found = result(first)
     assert [each["counted"] for each in found["rounds"]] == [3, 3]
     assert found["rounds"][0]["loss"] > 0, "who trains has measured its loss"
+    began_with, version = found["rounds"][1]["loss"], found["rounds"][0]["version_losses"]
+    assert [*version] == ["train-00000"], "what its text is worth with each version"
+    assert version["train-00000"] == pytest.approx(began_with, rel=0.01)
+    assert found["base_loss"] == pytest.approx(found["rounds"][0]["loss"], rel=0.01)
     assert (first / "adapter" / "adapter_model.safetensors").exists()
     assert (first / "devices" / "train-00000" / "adapter").is_dir(), "and keeps its result"
     pool = json.loads((first / "pool" / "pool.json").read_text())
@@ -83,6 +87,8 @@ def test_real_and_recorded_training_come_out_alike_from_a_runs_log(tmp_path: Pat
 
     done = fleet_replay(tmp_path, "compare", first.resolve(), second)
     assert done.returncode == 0, done.stdout + done.stderr
+    lowest = min(each["version_loss"] for each in found["rounds"])
+    assert f"virtual time to a loss of {lowest:.4f}" in done.stdout
     assert "the same adapter, bit for bit" in done.stdout and (second / "compare.html").exists()
 
 
