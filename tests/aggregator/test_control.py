@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_changing_the_policy(served: Served) -> None:
         ("b", ChangePolicy(quorum=0), "quorum: must be at least 1, not 0"),
         ("c", ChangePolicy(fraction=2.0), "fraction: must be at most 1"),
         ("d", ChangePolicy(reset=("rule",)), "'rule' is not one of"),
-        ("e", ChangePolicy(deadline_s=float("nan")), "deadline_s: must be at most 1000000000.0, not NaN"),
+        ("e", ChangePolicy(deadline_s=math.nan), "must be at most 1000000000.0, not NaN"),
     ):
         assert served.do(wrong, key) == ("refused", "wrong")
         assert words in served.store.commands.answer(key).said
