@@ -80,7 +80,8 @@ class _Pages:
 
     def __init__(self, served: Served, watchers: Watchers, past: Past) -> None:
         self.reader = served.reader
-        self._has_fleet, self._watchers, self.past = served.fleet is not None, watchers, past
+        self._has_fleet, self._has_token = served.fleet is not None, bool(served.token)
+        self._watchers, self.past = watchers, past
 
     async def answer(
         self, request: Request, make: Callable[[FleetReader], Page], job: str | None
@@ -99,7 +100,7 @@ class _Pages:
             stream = self._watchers.stream(source)
             return stream or JSONResponse({"detail": "too many watch already"}, 429)
         made = await page()
-        return HTMLResponse(html_of(made), made.status)
+        return HTMLResponse(html_of(made, session=self._has_token), made.status)
 
     def around(self, fleet: FleetReader) -> Around:
         return Around(self._has_fleet, list(fleet.jobs()))

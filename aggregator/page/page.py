@@ -30,9 +30,9 @@ class Page:
     status: int = field(default=200)
 
 
-def html_of(page: Page) -> str:
-    """Return a page as a whole."""
-    return render("shell.html", page=page)
+def html_of(page: Page, *, session: bool = False) -> str:
+    """Return a page as a whole; one that is seen in a `session` has a way out of it."""
+    return render("shell.html", page=page, session=session)
 
 
 def sorry(status: int, headline: str, why: str) -> Page:

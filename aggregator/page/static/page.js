@@ -285,14 +285,14 @@
   async function act(form) {
     const button = form.querySelector("button");
     const label = button.textContent;
-    const { question, then, shows } = form.dataset;
+    const { question, then, shows, method = "POST" } = form.dataset;
     const wanted = fields(form);
     if (form.dataset.changes !== undefined && !Object.keys(wanted).length) return say("Nothing is changed here yet.", "bad");
     if (question && !(await confirmed(question, label))) return;
     button.disabled = true;
     try {
       const answer = await fetch(form.action, {
-        method: "POST", credentials: "same-origin", headers, body: JSON.stringify(wanted),
+        method, credentials: "same-origin", headers, body: JSON.stringify(wanted),
       });
       const told = await answer.json().catch(() => ({}));
       letIn(answer);
