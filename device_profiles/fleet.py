@@ -18,6 +18,7 @@ Everything but `model` and `device` is a setting of the job; see docs/job.md.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -146,6 +147,27 @@ def for_rule(job: dict[str, Any]) -> dict[str, Any]:
         "training": {"learning_rate_by_rank": False},
     }
     return merge_settings(published, job)
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """Read `a.b=value` settings; values are JSON, or text where they are not.
+
+    Raises:
+        FleetError: a setting has no `=`.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name:
+            raise FleetError(f"--set {setting!r}: write name=value, say training.steps=20")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        found = merge_settings(found, value)
+    return found
 
 
 def merge_settings(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
