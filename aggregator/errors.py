@@ -3,7 +3,7 @@
 TunefleetError                 anything a person is to read as one line (protocol.errors)
 └── AggregatorError            the aggregator could not do what it was asked
     ├── MergeError             a round that cannot be merged, and whose update is to blame
-    ├── EngineError            the cluster that merges can't be used
+    ├── EngineError            the cluster that is to work can't be used
     ├── UnknownRule            a merge rule that is neither built in nor installed
     ├── BadRuleSettings        a rule was given settings that it does not have
     ├── ConfigError            the job file or a flag is missing something or wrong

@@ -30,15 +30,18 @@ from protocol.faults import fault_point
 from protocol.messages import GlobalManifest, Job
 
 
+def merges_by_module(job: Job) -> bool:
+    """Say whether a job's rule merges module by module, which an engine can share out."""
+    return strategy_of(job.rule) is None and isinstance(find_rule(job.rule), Rule)
+
+
 def check_engine(job: Job, engine: str) -> None:
     """Refuse an engine that would have nothing to do.
 
     Raises:
         ConfigError: the job's rule is none that merges module by module.
     """
-    if engine != "plain" and not (
-        strategy_of(job.rule) is None and isinstance(find_rule(job.rule), Rule)
-    ):
+    if engine != "plain" and not merges_by_module(job):
         raise ConfigError(
             f"--engine {engine} shares out the modules of the built-in merge rules; rule "
             f"{job.rule!r} merges in this process: leave it out"

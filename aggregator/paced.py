@@ -1,6 +1,6 @@
 """Serve a job at a pace that a replay sets: its clock is told, and it decides only when asked to.
 
-    python -m aggregator.paced job.json --broker URL --state FOLDER --key FILE --time T
+    python -m aggregator.paced job.json --broker URL --state FOLDER --key FILE --time T --engine E
 
 Everything else is the daemon's own. Orders come on its input, a JSON object a line, and are
 answered on its output among the events:
@@ -23,10 +23,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from aggregator.config import read_job
 from aggregator.daemon import Daemon
+from aggregator.engine import Name, open_engine
 from aggregator.store import Store
 from protocol import topics
 from protocol.cli import run_command
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--key", type=Path, required=True)
     parser.add_argument("--time", type=float, required=True)
+    parser.add_argument("--engine", choices=get_args(Name), default="plain")
     given = parser.parse_args()
     orders: queue.Queue[Order] = queue.Queue()
 
@@ -128,19 +130,21 @@ def main() -> None:
     events = EventLog(as_json=True)
     events.now = clock
     job, policy = read_job(given.job)
-    daemon = PacedDaemon(
-        job,
-        policy,
-        Store(given.state),
-        BrokerAddress.parse(given.broker),
-        events,
-        key=SigningKey.load_or_create(given.key),
-        clock=clock,
-    )
-    try:
-        daemon.obey(orders, clock, events)
-    finally:
-        daemon.close()
+    with open_engine(given.engine) as engine:
+        daemon = PacedDaemon(
+            job,
+            policy,
+            Store(given.state),
+            BrokerAddress.parse(given.broker),
+            events,
+            key=SigningKey.load_or_create(given.key),
+            clock=clock,
+            engine=engine,
+        )
+        try:
+            daemon.obey(orders, clock, events)
+        finally:
+            daemon.close()
 
 
 if __name__ == "__main__":

@@ -113,3 +113,12 @@ def mosquitto_read_only(tmp_path: Path) -> Iterator[BrokerAddress]:
     rules.chmod(0o644)
     with running_mosquitto(tmp_path / "mosquitto", f"acl_file {rules}") as address:
         yield address
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Ray start one of its own, whatever this machine has, and take its time on a busy one."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for patience in ("gcs_server_request_timeout_seconds", "worker_register_timeout_seconds"):
+        monkeypatch.setenv(f"RAY_{patience}", "300")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else it waits for all else that runs here

@@ -11,10 +11,12 @@ import logging
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
+from aggregator.engine import Name
 from aggregator.errors import EngineError
 from protocol.errors import TunefleetError
 from protocol.extras import how_to_install
@@ -23,19 +25,28 @@ T = TypeVar("T")
 R = TypeVar("R")
 AHEAD = 2
 """Pieces that are under way for each core of the cluster: one at work, one on its way."""
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
+    # Of a cluster that is started here: between two rounds its processes keep what they have read.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+}
+"""What Ray reads from the environment, unless that says otherwise."""
 
 
 class RayEngine:
-    """Map over a Ray cluster, one core a piece.
+    """Work on a Ray cluster, one core a piece.
 
     Raises:
         EngineError: Ray is not installed, or its cluster can't be reached.
     """
 
+    name: Name = "ray"
+
     def __init__(self) -> None:
         if importlib.util.find_spec("ray") is None:
             raise EngineError(f"engine ray needs an extra; {how_to_install('ray')}")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
         import ray
 
         self._ray = ray
@@ -52,6 +63,8 @@ class RayEngine:
         resources: dict[str, float] = ray.cluster_resources()
         self.cores = max(1, int(resources.get("CPU", 1)))
         self._run = ray.remote(num_cpus=1)(run_pickled)
+        known = os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address
+        self.environment: Mapping[str, str] = {"RAY_ADDRESS": known}
 
     def __enter__(self) -> RayEngine:
         return self
@@ -72,13 +85,17 @@ class RayEngine:
             EngineError: the cluster is gone, or has not what the work needs.
             TunefleetError: the work itself has.
         """
-        under_way: deque[Any] = deque()
+        under_way: deque[Callable[[], R]] = deque()
         for piece in pieces:
-            under_way.append(self._run.remote(work, pickle.dumps(piece, protocol=5)))
+            under_way.append(self.submit(work, piece))
             if len(under_way) >= AHEAD * self.cores:
-                yield self._result(under_way.popleft())
+                yield under_way.popleft()()
         while under_way:
-            yield self._result(under_way.popleft())
+            yield under_way.popleft()()
+
+    def submit(self, work: Callable[[T], R], piece: T) -> Callable[[], R]:
+        """Begin `work(piece)` as soon as a core is free; return what waits for its result."""
+        return partial(self._result, self._run.remote(work, pickle.dumps(piece, protocol=5)))
 
     def _result(self, reference: Any) -> Any:
         try:

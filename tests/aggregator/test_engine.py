@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from aggregator.config import check_settings
-from aggregator.engine import Engine, open_engine
+from aggregator.engine import Engine, InProcess, open_engine
 from aggregator.errors import ConfigError, EngineError, MergeError
 from aggregator.merge import Memory, Merged, RoundView, Update, merge
 from aggregator.merge.round_view import rebased
@@ -47,7 +47,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-class Elsewhere:
+class Elsewhere(InProcess):
     """Work in no other process, but on what another would get."""
 
     def map(self, work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
@@ -132,14 +132,6 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -- Ray ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have Ray start one of its own, whatever this machine has, and take its time on a busy one."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for patience in ("gcs_server_request_timeout_seconds", "worker_register_timeout_seconds"):
-        monkeypatch.setenv(f"RAY_{patience}", "300")
 
 
 def test_ray_merges_to_the_same_adapter(no_cluster: None) -> None:
