@@ -182,7 +182,7 @@ def run_case(case: Case, folder: Path, text: Sequence[Path]) -> Found:
         policy=policy,
         parts=cast(some_traces(0), case.devices, 0, case.fidelities, spread=True),
         seed=0,
-        model=model,
+        model="base-tiny",
         text=text,
         memory_scale=max(1.0, REFERENCE_PARAMETERS / job.base.parameters),
     )

@@ -19,6 +19,7 @@ from device_profiles.cli_options import (
     Hours,
     JobFile,
     Kept,
+    OtherEngine,
     Out,
     PolicyFile,
     PoolFolder,
@@ -30,6 +31,7 @@ from device_profiles.cli_options import (
     Set,
     Speed,
     WithBackend,
+    WithEngine,
 )
 from device_profiles.traces.cli import add_commands
 from protocol.cli import run_command
@@ -86,6 +88,7 @@ def run(
     pool: PoolFolder = None,
     until: Hours = None,
     processes: Kept = None,
+    engine: WithEngine = None,
 ) -> None:
     """Run a fleet of your own: a file names its devices, their text, the base and the job.
 
@@ -123,14 +126,15 @@ def run(
         )
         options = options if until is None else replace(options, until_s=until * 3600)
         options = options if processes is None else replace(options, processes=processes)
+        options = options if engine is None else replace(options, engine=engine.value)
         run_traces(options, out, as_json=as_json)
         return
-    of_traces = [devices, job_file, policy, data, pool, until, processes, fidelity or None]
+    of_traces = [devices, job_file, policy, data, pool, until, processes, engine, fidelity or None]
     if any(x is not None for x in of_traces) or (speed, resolution) != ("max", 1.0):
         raise typer.BadParameter(
             "--devices, --fidelity, --speed, --resolution, --job, --policy, --data, --pool, "
-            "--processes and --until are for traces: name a trace, a folder of traces, or a "
-            "--scenario"
+            "--processes, --engine and --until are for traces: name a trace, a folder of traces, "
+            "or a --scenario"
         )
     run_fleet(fleet, seed, rule, rounds, backend, broker, out, settings, as_json)
 
@@ -140,6 +144,7 @@ def again(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     out: Out = Path("runs"),
     as_json: AsJson = False,
+    engine: OtherEngine = None,
 ) -> None:
     """Replay traces exactly as an earlier run did, from its log; say whether it came to the same.
 
@@ -147,7 +152,8 @@ def again(
     """
     from device_profiles.virtual.command import run_again
 
-    if not run_again(run_folder, out, as_json=as_json):
+    name: Any = engine.value if engine is not None else None
+    if not run_again(run_folder, out, as_json=as_json, name=name):
         raise typer.Exit(1)
 
 

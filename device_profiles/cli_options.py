@@ -170,8 +170,31 @@ Kept = Annotated[
         "--processes",
         metavar="NUMBER",
         min=1,
-        help="Training processes that are kept at a time (default: 2). Each takes the memory of "
-        "libraries and base; one for each device that trains saves starting them again.",
+        help="Training processes that are kept at a time (default: 2; with ray, one a core). Each "
+        "takes the memory of libraries and base; one for each device that trains saves reading "
+        "text and base again.",
         rich_help_panel=VIRTUAL,
     ),
+]
+
+
+class EngineName(str, Enum):
+    """What works out what costs."""
+
+    plain = "plain"
+    ray = "ray"
+
+
+WithEngine = Annotated[
+    EngineName | None,
+    typer.Option(
+        "--engine",
+        help="What trains and merges: plain (this computer; default), or ray (the cluster of "
+        "RAY_ADDRESS, or one on this computer).",
+        rich_help_panel=VIRTUAL,
+    ),
+]
+OtherEngine = Annotated[
+    EngineName | None,
+    typer.Option("--engine", help="What trains and merges: plain or ray (default: as then)."),
 ]

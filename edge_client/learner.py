@@ -48,10 +48,11 @@ class Learner:
 
     A process that the kernel kills is followed by another with a smaller plan, which does again
     what the first was at: nothing is tried twice at one size. It is ended at `limit_mib` of
-    resident memory, as if the kernel had.
+    resident memory, as if the kernel had. `start` gives a process of such a limit.
 
     Each training is kept in the file `kept` every so many seconds (`kept_s`), and when it pauses:
-    asked for again, by this process or the next, it goes on from there.
+    asked for again, by this process or the next, it goes on from there. Without a file nothing is
+    kept, and nothing pauses.
 
     Raises:
         WorkerError: the training process failed, other than by being killed.
@@ -70,16 +71,17 @@ class Learner:
         step_down: StepDown,
         pauses: Pauses,
         *,
-        kept: Path,
-        kept_s: float,
+        kept: Path | None = None,
+        kept_s: float = math.inf,
         limit_mib: float = math.inf,
+        start: Callable[[float], TrainingProcess] = TrainingProcess,
     ) -> None:
         self._job = job
         self._device = device
         self._folders, self._where = folders, text
         self._step_down, self._pauses = step_down, pauses
         self._kept, self._kept_s = kept, kept_s
-        self._limit_mib = limit_mib
+        self._limit_mib, self._start = limit_mib, start
         self.plan = plan
         self._process: TrainingProcess | None = None
         self.text: TextReport = self._persist(lambda: self._report)
@@ -215,7 +217,7 @@ class Learner:
         while True:
             try:
                 if self._process is None:
-                    self._process = TrainingProcess(self._limit_mib)
+                    self._process = self._start(self._limit_mib)
                     self._report: TextReport = self._ask(
                         "open",
                         model=self._folders[self.plan.backend],
@@ -255,8 +257,11 @@ class Learner:
             on_step(*value)
             return self._pauses.pause_after_step()
 
-        what = {"job": self._job.model_dump(mode="json"), "stream": stream, "place": place}
-        identity = identity_of(self.plan, trained, frozen, what | {"steps": steps})
+        keeping = None
+        if self._kept is not None:
+            what = {"job": self._job.model_dump(mode="json"), "stream": stream, "place": place}
+            identity = identity_of(self.plan, trained, frozen, what | {"steps": steps})
+            keeping = Keeping(self._kept, identity, self._kept_s)
         self._ask("load", trained=trained, frozen=frozen)
         with self._pauses.steps():
             answer: tuple[Adapter, TrainReport] = self._ask(
@@ -267,7 +272,7 @@ class Learner:
                 pruning=self._job.pruning if prune else None,
                 sampling=stream == "fleet" and LOSS_BEFORE in asked_for(self._job.rule_settings),
                 factors=factors,
-                keeping=Keeping(self._kept, identity, self._kept_s),
+                keeping=keeping,
                 drawn_rows=drawn_rows,
                 on_progress=progress,
             )

@@ -10,8 +10,11 @@ import importlib.util
 import logging
 import os
 import pickle
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -53,11 +56,12 @@ class RayEngine:
         self._own = not ray.is_initialized()
         if self._own:
             try:
-                ray.init(
-                    include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                )
+                with _own_signals():
+                    ray.init(
+                        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+                        log_to_driver=False,
+                        logging_level=logging.WARNING,
+                    )
             except Exception as error:  # Ray's own have no base: a slow start is a bare one
                 raise EngineError(f"can't use Ray: {_one_line(error)}") from None
         resources: dict[str, float] = ray.cluster_resources()
@@ -117,6 +121,17 @@ def run_pickled(work: Callable[[Any], Any], piece: bytes) -> bytes:
     except TunefleetError as error:
         result = error
     return pickle.dumps(result, protocol=5)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put back how this process ends when it is told to, which Ray takes over."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _one_line(error: Exception) -> str:

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aggregator.engine import Engine, Name, open_engine
 from aggregator.export import export_adapter
 from device_profiles.errors import ReplayError
 from device_profiles.replay import name_latest, run_folder
 from device_profiles.virtual.compare import Run, same_result, table, write_picture
-from device_profiles.virtual.options import Options, again, prepare
+from device_profiles.virtual.options import Options, again, prepare, read_record
 from device_profiles.virtual.pool import Pool
 from device_profiles.virtual.run import RESULT, Staging, replay_traces
 from edge_client.calibrate import cache_folder
@@ -81,11 +82,12 @@ def run_traces(options: Options, out: Path, *, as_json: bool) -> None:
 
     Raises:
         ReplayError: it can't be carried out, or the job was not finished by its end.
+        EngineError: what is to train and merge can't be used.
     """
     teller = Teller(as_json=as_json)
-    with run_folder(out) as folder:
+    with open_engine(options.engine) as engine, run_folder(out) as folder:
         staging, pool, _ = prepare(options, folder, cache_folder(), teller.say)
-        result = _replay(staging, pool, folder, teller)
+        result = _replay(staging, pool, folder, teller, engine)
     teller.result(result, name_latest(folder))
     if result["state"] != "finished":
         raise ReplayError(
@@ -94,19 +96,23 @@ def run_traces(options: Options, out: Path, *, as_json: bool) -> None:
         )
 
 
-def run_again(run: Path, out: Path, *, as_json: bool) -> bool:
+def run_again(run: Path, out: Path, *, as_json: bool, name: Name | None = None) -> bool:
     """Replay a run from its log; say, and return, whether it came to the same.
+
+    `name` is of the engine, where it is to be another one than then.
 
     Raises:
         ReplayError: it can't be carried out.
+        EngineError: what is to train and merge can't be used.
     """
     teller = Teller(as_json=as_json)
     before = Run(run) if (run / RESULT).exists() else None
-    with run_folder(out) as folder:
-        staging, pool, _, doubts = again(run, folder, cache_folder(), teller.say)
+    name = name or read_record(run).options.get("engine", "plain")
+    with open_engine(name) as engine, run_folder(out) as folder:
+        staging, pool, _, doubts = again(run, folder, cache_folder(), teller.say, name)
         for doubt in doubts:
             teller.say(f"not as it was: {doubt}")
-        result = _replay(staging, pool, folder, teller)
+        result = _replay(staging, pool, folder, teller, engine)
     teller.result(result, folder)
     if before is None:
         teller.say(f"{run} had come to no result: there is nothing to compare this one with")
@@ -140,14 +146,16 @@ def run_compare(one: Path, other: Path, picture: Path | None) -> None:
     console.print(f"the picture is {path}", markup=False)
 
 
-def _replay(staging: Staging, pool: Pool | None, folder: Path, teller: Teller) -> dict[str, Any]:
+def _replay(
+    staging: Staging, pool: Pool | None, folder: Path, teller: Teller, engine: Engine
+) -> dict[str, Any]:
     """Replay, and export the adapter.
 
     Raises:
         ReplayError: it was not carried out; says how to repeat it.
     """
     try:
-        result = replay_traces(staging, folder, pool, teller.take)
+        result = replay_traces(staging, folder, pool, teller.take, engine=engine)
     except TunefleetError as error:
         raise ReplayError(f"{error}; `fleet-replay again {folder}` repeats it") from None
     except Interrupted:

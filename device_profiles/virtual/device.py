@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aggregator.errors import EngineError
 from device_profiles.schema import Power
 from device_profiles.traces.format import Trace
 from device_profiles.traces.sample import Sample
@@ -341,6 +342,8 @@ class VirtualDevice:
         """End this device's part where its agent can't go on, and say why."""
         try:
             yield
+        except EngineError:  # it is no device's
+            raise
         except TunefleetError as error:
             self.fault = str(error)
             self.tell("ended", why=str(error))

@@ -8,10 +8,9 @@ from typing import Protocol
 
 from device_profiles.schema import DeviceProfile
 from device_profiles.traces.sample import Sample
-from device_profiles.virtual.learning import Timed
+from device_profiles.virtual.learning import ReplayLearning, Timed
 from edge_client.config import Settings
 from edge_client.learner import Pauses, StepDown
-from edge_client.learning import Learning
 from edge_client.plan import HEAP_MIB, Calibration, Plan, choose_plan, memory_budget
 from edge_client.prepare import wanted_of
 from edge_client.pressure import LOW_MIB, LOW_SHARE
@@ -24,7 +23,7 @@ CORE_MHZ = 1500
 THROTTLED = 0.5
 """Share of its speed that a processor keeps which heat or low voltage slows down."""
 
-MakeLearner = Callable[[Job, Plan, StepDown], Learning]
+MakeLearner = Callable[[Job, Plan, StepDown], ReplayLearning]
 
 
 class Surveyed(Protocol):

@@ -1,14 +1,15 @@
 """Training as a replay has it: it takes its device's time, and then is real, or was so before.
 
 Timed      lets a training take virtual time, in which it can pause and be killed
-  around a Learner   it then really trains                                (`train`)
-  around Recorded    it then moves the adapter as a real training once did (`recorded`)
+  around a BenchLearner   it really trains meanwhile, or then               (`train`)
+  around Recorded         it then moves the adapter as a real training once did (`recorded`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 
@@ -27,12 +28,39 @@ NEVER_S = 1e-6
 """Less than this of a training is nothing: times are sums of floats."""
 
 
-class Recorded:
+class ReplayLearning(Learning, Protocol):
+    """What a replay asks of whoever learns."""
+
+    def begin(
+        self, held: Adapter, *, rank: int, round_number: int, attempt: int, drawn_rows: int
+    ) -> None:
+        """Hear of a training that `train` is asked for later, unless it comes to nothing."""
+        ...
+
+
+class SharedAlone:
+    """Learn nothing but the shared adapter, as all do in a replay."""
+
+    def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
+        raise NotImplementedError("a device of a replay compares nothing")
+
+    def train_private(
+        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
+    ) -> tuple[Adapter, TrainReport]:
+        raise NotImplementedError("a device of a replay has no private adapter")
+
+
+class Recorded(SharedAlone):
     """Move what is to be trained as a recorded training of that rank moved its own."""
 
     def __init__(self, job: Job, device: str, pool: Pool, plan: Plan) -> None:
         self._job, self._device, self._pool, self._plan = job, device, pool, plan
         self.text: TextReport = pool.text
+
+    def begin(
+        self, held: Adapter, *, rank: int, round_number: int, attempt: int, drawn_rows: int
+    ) -> None:
+        """Begin nothing: it takes no time."""
 
     def train(
         self,
@@ -71,14 +99,6 @@ class Recorded:
         """Return the recorded loss, of the base: nothing is measured here."""
         return self._pool.base_loss
 
-    def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
-        raise NotImplementedError("a recorded device compares nothing")
-
-    def train_private(
-        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
-    ) -> tuple[Adapter, TrainReport]:
-        raise NotImplementedError("a recorded device has no private adapter")
-
     def predict(self, adapter: Adapter, probe: Probe) -> TopLogits:
         raise NotImplementedError("a recorded device predicts nothing")
 
@@ -102,7 +122,7 @@ def moved(adapter: Adapter, change: Adapter) -> Adapter:
     return Adapter(layers, adapter.scale)
 
 
-class Timed:
+class Timed(SharedAlone):
     """Let each training of another take virtual time; until that is over it is paused.
 
     `tokens_s` says how fast the device trains now, `steps` and `step_tokens` what a training is. A
@@ -113,7 +133,7 @@ class Timed:
 
     def __init__(
         self,
-        inner: Learning,
+        inner: ReplayLearning,
         plan: Plan,
         step_down: StepDown,
         *,
@@ -196,6 +216,13 @@ class Timed:
         if self._place != (round_number, attempt):
             self._place = round_number, attempt
             self._tokens_left, self._since = float(self._steps * self._step_tokens), None
+            self._inner.begin(
+                held,
+                rank=rank,
+                round_number=round_number,
+                attempt=attempt,
+                drawn_rows=drawn_rows,
+            )
         self.go_on()
         self.account()
         if self._tokens_left > NEVER_S * self._step_tokens:
@@ -220,14 +247,6 @@ class Timed:
         weight: float = 1.0,
     ) -> float:
         return self._inner.evaluate(adapter, split, private=private, weight=weight)
-
-    def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
-        return self._inner.train_alone(rank=rank, on_step=on_step)
-
-    def train_private(
-        self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep
-    ) -> tuple[Adapter, TrainReport]:
-        return self._inner.train_private(private, shared, steps=steps, on_step=on_step)
 
     def predict(self, adapter: Adapter, probe: Probe) -> TopLogits:
         return self._inner.predict(adapter, probe)

@@ -12,7 +12,9 @@ from pathlib import Path
 from aggregator.store import Store
 from aggregator.versions import Versions
 from device_profiles.errors import ReplayError
-from device_profiles.virtual.pool import plain_learner
+from device_profiles.virtual.benches import Piece, Seat, Workplace
+from device_profiles.virtual.pool import plain_plan
+from device_profiles.virtual.text import CarriedText
 from edge_client.errors import EdgeError
 from protocol.messages import Job
 
@@ -23,9 +25,10 @@ Losses = dict[int | None, dict[str, float]]
 
 
 def version_losses(
+    place: Workplace,
     job: Job,
-    model: Path,
-    texts: Mapping[str, tuple[Path, ...]],
+    model: str,
+    texts: Mapping[str, Path],
     seed: int,
     state: Path,
     versions: Sequence[int],
@@ -36,23 +39,32 @@ def version_losses(
     one loss, measured once.
 
     Args:
+        model: Name of the base; see `find_model`.
         texts: Device → its text.
         seed: Splits the text, as it did for the devices.
         state: The aggregator's folder.
 
     Raises:
         ReplayError: they can't be measured.
+        EngineError: the engine can't do it.
     """
     store = Store(state)
     try:
         kept = [version for version in versions if store.version(version) is not None]
         read = Versions(job, store)
         losses: Losses = {version: {} for version in (BASE, *kept)}
-        for text in dict.fromkeys(texts.values()):
-            with plain_learner(job, model, text, job.rank, seed) as learner:
-                found = {v: learner.evaluate(read.load(v) if v else None) for v in (BASE, *kept)}
-            for version, loss in found.items():
-                losses[version] |= {name: loss for name in texts if texts[name] == text}
+        plan = plain_plan(job, job.rank)
+        each = [(text, version) for text in dict.fromkeys(texts.values()) for version in losses]
+        answers = place.map(
+            Piece(
+                Seat(job, str(text), model, CarriedText(text), seed, plan),
+                "evaluate",
+                {"adapter": read.load(version) if version else None},
+            )
+            for text, version in each
+        )
+        for (text, version), answer in zip(each, answers, strict=True):
+            losses[version] |= {name: answer.value for name in texts if texts[name] == text}
     except EdgeError as error:
         raise ReplayError(f"the versions could not be measured: {error}") from None
     finally:

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aggregator.config import PolicySettings, build_job
+from aggregator.engine import Name
 from aggregator.errors import ConfigError
 from aggregator.probe_text import with_probe_text
 from aggregator.rounds import Policy as RoundPolicy
@@ -27,13 +28,13 @@ from device_profiles.fleet import merge_settings
 from device_profiles.replay import DEMO_TRAINING, REFERENCE_PARAMETERS
 from device_profiles.traces.format import Trace, header_line, read_traces, sample_lines
 from device_profiles.traces.scenarios import find_scenario
+from device_profiles.virtual.benches import AT_ONCE
 from device_profiles.virtual.broker import allow_files
 from device_profiles.virtual.fleet import cast, parse_fidelities
 from device_profiles.virtual.pool import FILE as POOL_FILE
 from device_profiles.virtual.pool import Pool, Says, find_pool, text_hashes
 from device_profiles.virtual.run import EPOCH, LONGEST_S, Staging
-from device_profiles.virtual.training import AT_ONCE
-from edge_client.model import find_model, model_hash
+from edge_client.model import BASE_TINY, find_model, is_of_hub, model_hash
 from edge_client.policy.owner import Policy, read_policy
 from protocol.errors import os_words
 from protocol.messages import Job
@@ -73,6 +74,8 @@ class Options:
     download_s: float = 60.0
     processes: int = AT_ONCE
     """Training processes that are kept."""
+    engine: Name = "plain"
+    """What trains and merges; of no effect on what comes of it."""
 
 
 class RunRecord(BaseModel):
@@ -124,7 +127,7 @@ def prepare(
         policy=policy,
         parts=cast(traces, count, options.seed, fidelities),
         seed=options.seed,
-        model=model,
+        model=_name_anywhere(name, model),
         text=text,
         memory_scale=scale,
         owner=owner,
@@ -154,7 +157,7 @@ def prepare(
 
 
 def again(
-    run: Path, folder: Path, cache: Path, say: Says
+    run: Path, folder: Path, cache: Path, say: Says, engine: Name
 ) -> tuple[Staging, Pool | None, RunRecord, list[str]]:
     """Prepare an earlier run's replay once more; the last are differences that may change it.
 
@@ -163,7 +166,8 @@ def again(
     """
     before = read_record(run)
     try:
-        options = Options(**{**before.options, "data": tuple(before.options["data"])})
+        given = {"data": tuple(before.options["data"]), "engine": engine}
+        options = Options(**{**before.options, **given})
         owner = Policy.model_validate(before.owner)
     except (KeyError, TypeError, ValidationError):
         raise ReplayError(f"{run / FILE} is damaged, or another version wrote it") from None
@@ -323,6 +327,11 @@ def _model(name: str, job: Job) -> Path:
     if model_hash(folder) != job.base.sha256:
         raise ReplayError(f"{folder} is another model than the job's base {job.base.name!r}")
     return folder
+
+
+def _name_anywhere(name: str, folder: Path) -> str:
+    """Return the name of a model that finds it from another folder, and on another machine."""
+    return name if name == BASE_TINY or is_of_hub(name) else str(folder.absolute())
 
 
 def _text(options: Options, folder: Path) -> list[Path]:

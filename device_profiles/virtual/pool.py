@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from device_profiles.errors import ReplayError
-from device_profiles.virtual.training import Unhurried
+from device_profiles.virtual.benches import Unhurried
+from device_profiles.virtual.text import text_files
 from edge_client.calibrate import ProbingProcess, calibrate
 from edge_client.errors import EdgeError
 from edge_client.learner import Learner
@@ -206,11 +206,8 @@ def text_hashes(data: Sequence[Path]) -> list[str]:
     Raises:
         ReplayError: one is not there, or can't be read.
     """
-    found: list[Path] = []
-    for path in data:
-        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     try:
-        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in found]
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in text_files(data)]
     except OSError as error:
         raise ReplayError(f"can't read the text of --data: {os_words(error)}") from None
 
@@ -245,7 +242,7 @@ def make_pool(job: Job, model: Path, data: Sequence[Path], folder: Path, cache: 
     learned: dict[int, Learned] = {}
     base_loss, text = math.nan, TextReport(0, 0, ())
     for rank in job.ladder:
-        with plain_learner(job, model, data, rank) as learner:
+        with _learner(job, model, data, rank) as learner:
             if math.isnan(base_loss):
                 base_loss, text = learner.evaluate(None), learner.text
             learned[rank] = _train(learner, first.truncated(rank), rank)
@@ -264,26 +261,21 @@ def make_pool(job: Job, model: Path, data: Sequence[Path], folder: Path, cache: 
 
 
 @contextmanager
-def plain_learner(
-    job: Job, model: Path, data: Sequence[Path], rank: int, seed: int = SEED
-) -> Iterator[Learner]:
-    """Yield what trains at a rank, in a process of its own; `seed` splits the text."""
-    with tempfile.TemporaryDirectory(prefix="tunefleet-pool-") as kept:
-        learner = Learner(
-            job,
-            "pool",
-            {"torch": model},
-            Text(tuple(data), seed),
-            plain_plan(job, rank),
-            _no_step_down,
-            Unhurried(),
-            kept=Path(kept) / "kept",
-            kept_s=math.inf,
-        )
-        try:
-            yield learner
-        finally:
-            learner.stop()
+def _learner(job: Job, model: Path, data: Sequence[Path], rank: int) -> Iterator[Learner]:
+    """Yield what trains at a rank, in a process of its own."""
+    learner = Learner(
+        job,
+        "pool",
+        {"torch": model},
+        Text(tuple(data), SEED),
+        plain_plan(job, rank),
+        _no_step_down,
+        Unhurried(),
+    )
+    try:
+        yield learner
+    finally:
+        learner.stop()
 
 
 def _train(learner: Learner, start: Adapter, rank: int) -> Learned:

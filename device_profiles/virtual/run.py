@@ -14,23 +14,26 @@ from statistics import fmean
 from typing import Any
 
 from aggregator.config import PolicySettings
+from aggregator.engine import IN_PROCESS, Engine
+from aggregator.merging import merges_by_module
 from aggregator.rounds import Policy as RoundPolicy
 from device_profiles.replay import clear_broker, leaving_broker
+from device_profiles.virtual.benches import AT_ONCE, Seat, Workplace, workplace
 from device_profiles.virtual.broker import RunningBroker, running_broker
 from device_profiles.virtual.device import Stage, VirtualDevice, for_replay
 from device_profiles.virtual.drive import Drive
 from device_profiles.virtual.equipment import MakeLearner
 from device_profiles.virtual.fleet import Part
-from device_profiles.virtual.learning import Recorded
+from device_profiles.virtual.learning import Recorded, ReplayLearning
 from device_profiles.virtual.losses import BASE, Losses, version_losses
 from device_profiles.virtual.pool import Pool
 from device_profiles.virtual.result import read_result
 from device_profiles.virtual.schedule import Schedule
 from device_profiles.virtual.serving import PacedAggregator
-from device_profiles.virtual.training import AT_ONCE, Benches, BenchLearner, text_of
+from device_profiles.virtual.text import CarriedText, text_of
+from device_profiles.virtual.training import BenchLearner, Submit
 from edge_client.config import Settings
 from edge_client.learner import StepDown
-from edge_client.learning import Learning
 from edge_client.plan import Plan
 from edge_client.policy.owner import Policy
 from edge_client.trust import FILE as TRUST_FILE
@@ -55,8 +58,8 @@ class Staging:
     policy: RoundPolicy
     parts: Sequence[Part]
     seed: int
-    model: Path
-    """Folder of the base model."""
+    model: str
+    """Name of the base model, by which who trains finds it; see `find_model`."""
     text: Sequence[Path]
     """Text of the devices that train, one part each in turn."""
     memory_scale: float
@@ -71,7 +74,7 @@ class Staging:
     broker: str = ""
     download_s: float = 60.0
     processes: int = AT_ONCE
-    """Training processes that are kept; it changes nothing but how long a replay takes."""
+    """Training processes that are kept here; it changes nothing but how long a replay takes."""
 
 
 @dataclass(slots=True)
@@ -95,24 +98,31 @@ def replay_traces(
     pool: Pool | None,
     on_event: OnEvent,
     watched: Watched | None = None,
+    engine: Engine = IN_PROCESS,
 ) -> dict[str, Any]:
     """Run a replay to the end of its job; return its result, which is also in the folder.
 
+    `engine` trains for the devices that really do, and merges.
+
     Raises:
         ReplayError: it can't be carried out, or comes to no end; what there is stays.
+        EngineError: the engine can't do its part.
     """
     watched, started = watched or Watched(), time.monotonic()
     events = _Log(folder / "events.jsonl", on_event)
-    with ExitStack() as stack:
-        stack.callback(events.close)
-        drive = _set_up(stack, staging, folder, pool, events, watched)
-        ended = _run(drive, watched.devices, staging)
-        traffic = {
-            "bytes_up": sum(d.link.bytes_sent for d in watched.devices),
-            "bytes_down": sum(d.link.bytes_received for d in watched.devices),
-        }
+    with workplace(engine, staging.processes) as place:
+        with ExitStack() as stack:
+            stack.callback(events.close)
+            drive = _set_up(stack, staging, folder, pool, events, watched, place)
+            ended = _run(drive, watched.devices, staging)
+            traffic = {
+                "bytes_up": sum(d.link.bytes_sent for d in watched.devices),
+                "bytes_down": sum(d.link.bytes_received for d in watched.devices),
+            }
+        rounds = _with_history(read_result(folder / "aggregator"), events)
+        rounds = _with_losses(rounds, staging, folder, place)
     result = {
-        **_with_losses(_with_history(read_result(folder / "aggregator"), events), staging, folder),
+        **rounds,
         "ended": ended,
         "virtual_s": drive.now_s,
         "instants": drive.instants,
@@ -131,6 +141,7 @@ def _set_up(
     pool: Pool | None,
     events: _Log,
     watched: Watched,
+    place: Workplace,
 ) -> Drive:
     """Start the broker and the aggregator, make the devices; all end with the stack."""
     key = SigningKey.load_or_create(folder / "aggregator.key")
@@ -147,14 +158,14 @@ def _set_up(
     broker = stack.enter_context(
         running_broker(staging.broker, folder / "broker", len(staging.parts))
     )
-    loop, schedule, benches = Loop(), Schedule(), Benches(staging.processes)
+    loop, schedule = Loop(), Schedule()
     stack.callback(loop.close)
+    merging = place.engine if merges_by_module(staging.job) else IN_PROCESS
     aggregator = PacedAggregator(
-        loop, folder, job_file, broker.address, epoch_s, events.of_aggregator
+        loop, folder, job_file, broker.address, epoch_s, events.of_aggregator, merging
     )
     stack.callback(aggregator.stop)
     watched.broker, watched.aggregator_pid = broker, aggregator.pid
-    stack.callback(benches.close)
     stage = Stage(
         loop,
         schedule,
@@ -164,7 +175,7 @@ def _set_up(
         events.take,
     )
     devices = [
-        _device(stage, staging, index, part, folder, broker, pool, benches)
+        _device(stage, staging, index, part, folder, broker, pool, place.submit)
         for index, part in enumerate(staging.parts)
     ]
     stack.callback(_close_all, devices)
@@ -203,17 +214,18 @@ def _device(
     folder: Path,
     broker: RunningBroker,
     pool: Pool | None,
-    benches: Benches,
+    submit: Submit,
 ) -> VirtualDevice:
-    state = folder / SHARED
+    state, text = folder / SHARED, None
     if part.fidelity == "train":
+        text = text_of(staging.text, index)
         state = state / part.name
         state.mkdir()
         (state / TRUST_FILE).write_bytes((folder / SHARED / TRUST_FILE).read_bytes())
     settings = Settings(
         name=part.name,
         broker=broker.address,
-        data=text_of(staging.text, index) if part.fidelity == "train" else (),
+        data=(text,) if text is not None else (),
         state=state,
         cache=folder,
         profile=part.profile,
@@ -225,22 +237,21 @@ def _device(
         policy=for_replay(staging.owner),
         download_s=staging.download_s,
     )
-    make = _training(benches, settings, staging.model)
-    if part.fidelity == "recorded":
+    learner = _learner(submit, settings, staging.model, text, pool)
+    return VirtualDevice(stage, index, settings, part.trace, part.offset_s, part.fidelity, learner)
+
+
+def _learner(
+    submit: Submit, settings: Settings, model: str, text: Path | None, pool: Pool | None
+) -> MakeLearner:
+    """Return what makes a device's learner: it trains where it has text."""
+
+    def make(job: Job, plan: Plan, step_down: StepDown) -> ReplayLearning:
+        if text is not None:
+            carried = CarriedText(text)
+            seat = Seat(job, settings.name, model, carried, settings.seed, plan)
+            return BenchLearner(submit, seat, step_down)
         assert pool is not None, "there is one where devices are recorded"
-        make = _recorded(settings, pool)
-    return VirtualDevice(stage, index, settings, part.trace, part.offset_s, part.fidelity, make)
-
-
-def _training(benches: Benches, settings: Settings, model: Path) -> MakeLearner:
-    def make(job: Job, plan: Plan, step_down: StepDown) -> Learning:
-        return BenchLearner(benches, job, settings, model, plan, step_down)
-
-    return make
-
-
-def _recorded(settings: Settings, pool: Pool) -> MakeLearner:
-    def make(job: Job, plan: Plan, step_down: StepDown) -> Learning:
         return Recorded(job, settings.name, pool, plan)
 
     return make
@@ -260,7 +271,9 @@ def _with_history(result: dict[str, Any], events: _Log) -> dict[str, Any]:
     return result
 
 
-def _with_losses(result: dict[str, Any], staging: Staging, folder: Path) -> dict[str, Any]:
+def _with_losses(
+    result: dict[str, Any], staging: Staging, folder: Path, place: Workplace
+) -> dict[str, Any]:
     """Add what the base and each version are worth on the text of those that train.
 
     Of a job with personal adapters nothing is: its devices use others than the common version.
@@ -274,7 +287,9 @@ def _with_losses(result: dict[str, Any], staging: Staging, folder: Path) -> dict
     if texts and not staging.job.is_personal:
         versions = [each["version"] for each in result["rounds"] if each["version"]]
         state = folder / "aggregator"
-        losses = version_losses(staging.job, staging.model, texts, staging.seed, state, versions)
+        losses = version_losses(
+            place, staging.job, staging.model, texts, staging.seed, state, versions
+        )
     for each in result["rounds"]:
         each["version_losses"] = found = losses.get(each["version"])
         each["version_loss"] = fmean(found.values()) if found else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.cli import BLAS_THREADS
+from aggregator.engine import IN_PROCESS, Engine
 from device_profiles.errors import ReplayError
 from protocol.link import BrokerAddress
 from protocol.loop_link import Loop
@@ -22,7 +23,7 @@ Answer = dict[str, Any]
 
 
 class PacedAggregator:
-    """Start `python -m aggregator.paced` for a job; its events go to `on_event`.
+    """Start `python -m aggregator.paced` for a job; its events go to `on_event`, `engine` merges.
 
     Raises, as every method does:
         ReplayError: it has ended, or does not answer; what it said last is told.
@@ -36,6 +37,7 @@ class PacedAggregator:
         broker: BrokerAddress,
         time_s: float,
         on_event: Callable[[Mapping[str, Any]], None],
+        engine: Engine = IN_PROCESS,
     ) -> None:
         self.state, self.key = folder / "aggregator", folder / "aggregator.key"
         self._loop, self._on_event = loop, on_event
@@ -44,19 +46,28 @@ class PacedAggregator:
         self._rest = b""
         command = [sys.executable, "-m", "aggregator.paced", job, "--broker", broker]
         command += ["--state", self.state, "--key", self.key, "--time", time_s]
+        command += ["--engine", engine.name]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **dict.fromkeys(BLAS_THREADS, "1"), "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    **dict.fromkeys((*BLAS_THREADS, "OMP_NUM_THREADS"), "1"),
+                    **engine.environment,
+                },
             )
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         loop.watch(self._process.stdout, self._read)
-        self.stands = self._answer("stepped")
-        """Where the job stands, as it said last."""
+        try:
+            self.stands = self._answer("stepped")
+            """Where the job stands, as it said last."""
+        except ReplayError:
+            self.stop()
+            raise
 
     @property
     def pid(self) -> int:

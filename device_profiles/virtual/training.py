@@ -1,72 +1,54 @@
-"""Real training for a few devices of a replay: few training processes at a time."""
+"""Real training for a device of a replay, worked out by an engine while virtual time goes on."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from edge_client.config import Settings
-from edge_client.learner import Learner, StepDown
+from device_profiles.virtual.benches import Answer, Piece, Seat
+from device_profiles.virtual.learning import SharedAlone
+from edge_client.errors import WorkerKilled
+from edge_client.learner import StepDown
 from edge_client.learning import Learned, OnStep
 from edge_client.plan import Plan
-from edge_client.trainer import checkpoint
-from edge_client.trainer.worker import Text
 from protocol.adapter import Adapter
-from protocol.messages import Job
+from protocol.messages import Probe
+from protocol.probe import TopLogits
 
-AT_ONCE = 2
-"""Training processes that are kept by default: each holds the libraries and the base model."""
-
-
-class Benches:
-    """Keep the processes of those that trained last, and end the others'."""
-
-    def __init__(self, at_once: int) -> None:
-        self._at_once = at_once
-        self._last: list[BenchLearner] = []
-
-    def take(self, learner: BenchLearner) -> None:
-        """Note who is to work now; the one that has worked longest ago gives its process up."""
-        if learner in self._last:
-            self._last.remove(learner)
-        self._last.append(learner)
-        while len(self._last) > self._at_once:
-            self._last.pop(0).stop()
-
-    def close(self) -> None:
-        """End all of them."""
-        for learner in self._last:
-            learner.stop()
-        self._last.clear()
+Submit = Callable[[Piece], Callable[[], Answer]]
+"""Have a piece done by an engine; see `Engine.submit`."""
 
 
-class BenchLearner(Learner):
-    """A device's own learner, whose process ends when others need its place."""
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A training that was begun, and what waits for its result."""
 
-    def __init__(
-        self,
-        benches: Benches,
-        job: Job,
-        settings: Settings,
-        model: Path,
-        plan: Plan,
-        step_down: StepDown,
-    ) -> None:
-        self._benches = benches
-        super().__init__(
-            job,
-            settings.name,
-            {"torch": model},
-            Text(settings.data, settings.seed),
-            plan,
-            step_down,
-            Unhurried(),
-            kept=settings.state / checkpoint.FILE,
-            kept_s=math.inf,
-        )
-        benches.take(self)
+    held: Adapter
+    place: dict[str, int]
+    result: Callable[[], Answer]
+
+
+class BenchLearner(SharedAlone):
+    """Learn as `Learner` does, at a bench that an engine finds.
+
+    A training is the engine's from its beginning: how long it takes in virtual time does not depend
+    on what it comes to, so that is waited for only when that time is over.
+
+    Raises, as every method does:
+        EdgeError: what `Learner` raises.
+        EngineError: the engine can't do it.
+    """
+
+    def __init__(self, submit: Submit, seat: Seat, step_down: StepDown) -> None:
+        self._submit, self._seat, self._step_down = submit, seat, step_down
+        self._begun: _Begun | None = None
+        self._memory_mib = 0.0, 0.0
+        self.text = self._ask("memory").text
+
+    def begin(self, held: Adapter, **place: int) -> None:
+        """Have a training begin, whose result is asked for later; what was begun before is not."""
+        self._begun = _Begun(held, place, self._piece("train", held=held, **place))
 
     def train(
         self,
@@ -78,15 +60,23 @@ class BenchLearner(Learner):
         drawn_rows: int,
         on_step: OnStep,
     ) -> Learned:
-        self._benches.take(self)
-        return super().train(
-            held,
-            rank=rank,
-            round_number=round_number,
-            attempt=attempt,
-            drawn_rows=drawn_rows,
-            on_step=on_step,
-        )
+        """Return what came of a training, of the one that was begun if it was this."""
+        place = {
+            "rank": rank,
+            "round_number": round_number,
+            "attempt": attempt,
+            "drawn_rows": drawn_rows,
+        }
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.held is held and begun.place == place:
+            result = begun.result
+        else:
+            result = self._piece("train", held=held, **place)
+        answer = self._wait(result, "train", held=held, **place)
+        for step, loss in answer.steps:
+            on_step(step, loss)
+        learned: Learned = answer.value
+        return learned
 
     def evaluate(
         self,
@@ -96,23 +86,41 @@ class BenchLearner(Learner):
         private: Adapter | None = None,
         weight: float = 1.0,
     ) -> float:
-        self._benches.take(self)
-        return super().evaluate(adapter, split, private=private, weight=weight)
+        beside = {"private": private, "weight": weight}
+        loss: float = self._ask("evaluate", adapter=adapter, split=split, **beside).value
+        return loss
 
+    def predict(self, adapter: Adapter, probe: Probe) -> TopLogits:
+        logits: TopLogits = self._ask("predict", adapter=adapter, probe=probe).value
+        return logits
 
-class Unhurried:
-    """Never pause: when a real training runs, its virtual time is over."""
+    def memory(self) -> tuple[float, float]:
+        """Return the floor and the highest peak above it, in MiB, with the present plan."""
+        return self._memory_mib
 
-    def steps(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def use(self, plan: Plan) -> None:
+        """Learn by another plan from now on; what was begun by the last is lost."""
+        self._seat, self._begun = replace(self._seat, plan=plan), None
+        self._memory_mib = 0.0, 0.0
 
-    def pause_after_step(self) -> bool:
-        return False
+    def stop(self) -> None:
+        """End nothing: a process ends when another device needs its place."""
 
-    def note_unkept(self, why: str) -> None:
-        """Nothing is to be kept."""
+    def _piece(self, what: str, **arguments: Any) -> Callable[[], Answer]:
+        return self._submit(Piece(self._seat, what, arguments))
 
+    def _ask(self, what: str, **arguments: Any) -> Answer:
+        return self._wait(self._piece(what, **arguments), what, **arguments)
 
-def text_of(parts: Sequence[Path], index: int) -> tuple[Path, ...]:
-    """Return the text of a device: one part after the other."""
-    return (parts[index % len(parts)],)
+    def _wait(self, result: Callable[[], Answer], what: str, **arguments: Any) -> Answer:
+        """Wait for a piece; where its process is killed, for another one with a smaller plan."""
+        while True:
+            try:
+                answer = result()
+            except WorkerKilled as killed:
+                self.use(self._step_down(self._seat.plan, str(killed)))
+                result = self._piece(what, **arguments)
+                continue
+            floor_mib, peak_mib = answer.memory_mib
+            self._memory_mib = floor_mib, max(peak_mib, self._memory_mib[1])
+            return answer

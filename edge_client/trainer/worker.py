@@ -138,7 +138,11 @@ class Worker:
         return prober, prober.warm() - self._floor
 
     def open(self, model: Path, text: Text, plan: Plan) -> TextReport:
-        """Read the text, then load the base model, a folder of the plan's backend."""
+        """Read the text, then load the base model, a folder of the plan's backend.
+
+        What was opened before is gone.
+        """
+        self._trainer, self._rows, self._streams = None, {}, {}
         self._tokenizer = open_tokenizer(plan.backend, model)
         self._go_on()
         report = self._read(self._tokenizer, text, plan.seq_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -151,7 +152,9 @@ def test_ray_merges_to_the_same_adapter(no_cluster: None) -> None:
 
 
 def check_on_ray() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with open_engine("ray") as engine:
+        assert signal.getsignal(signal.SIGTERM) is before, "what ends this process is its own"
         assert_same(engine)
         with pytest.raises(MergeError, match="module up: the merged values are too large"):
             merge("flexlora", made_round(size=1e38), settings={"split": "left"}, engine=engine)

@@ -16,6 +16,7 @@ from tests.docs.commands import ROOT, all_commands
 
 INSTALL = "scripts/arm64_smoke.sh"
 SCENARIOS = "tests/device_profiles/virtual/test_scenarios.py"
+ENGINES = "tests/device_profiles/virtual/test_engines.py"
 SHARED_INTAKE = "tests/aggregator/test_shared_intake.py"
 ELSEWHERE = {
     r"make (demo|test)\b.*": ".ci/run",
@@ -26,6 +27,7 @@ ELSEWHERE = {
     r"\.venv/bin/fleet-replay demo .*": "tests/device_profiles/test_replay.py",
     r"\.venv/bin/fleet-replay run FLEET\.toml": "tests/device_profiles/test_replay.py",
     r"(\.venv/bin/)?fleet-replay (again|compare) .*": "tests/device_profiles/virtual/test_again.py",
+    r"\.venv/bin/fleet-replay run .* --engine ray": ENGINES,
     r"(\.venv/bin/)?fleet-replay run --scenario .*": SCENARIOS,
     r"fleet-replay run traces/ .*": "tests/device_profiles/virtual/test_training.py",
     r"\.venv/bin/fleet-replay import .*": "tests/device_profiles/traces/test_imports.py",

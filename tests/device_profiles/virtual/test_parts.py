@@ -70,6 +70,9 @@ class Inner:
 
     text, trained, plan = None, 0, PLAN
 
+    def begin(self, held: object, **_: object) -> None:
+        pass
+
     def train(self, held: object, **_: object) -> str:
         self.trained += 1
         return "learned"
