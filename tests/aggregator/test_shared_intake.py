@@ -31,9 +31,10 @@ from tests.faults.processes import Program
 
 pytestmark = pytest.mark.timeout(300)
 DEVICES, ROUNDS = ("attic", "barn", "cellar"), 3
-BASE = {"name": "toy", "sha256": "0" * 64, "parameters": 1, "modules": {"m": (60_000, 50_000)}}
+BASE = {"name": "toy", "sha256": "0" * 64, "parameters": 1, "modules": {"m": (50_000, 45_000)}}
 JOB = make_job(rounds=ROUNDS, ladder=[2, 4], base=BASE)
-"""An update is of 7 chunks."""
+"""An update is of 6 chunks, and 7 messages: dealt in turn to two or three processes, its last one
+comes to another process each time, which then counts it."""
 
 
 class Fleet:
