@@ -292,7 +292,7 @@ def test_an_engine_that_is_not_there_is_said_in_a_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"engine ray needs an extra.*\[ray\]"):
         run_traces(Options(scenario="flaky-3g", devices=2, engine="ray"), tmp_path, as_json=False)
-    with pytest.raises(typer.BadParameter, match="that is for traces"):
+    with pytest.raises(typer.BadParameter, match="are for traces"):
         cli.run(None, engine=EngineName.ray)
 
 
