@@ -296,7 +296,7 @@ def test_an_engine_that_is_not_there_is_said_in_a_line(
         cli.run(None, engine=EngineName.ray)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 def test_a_replay_on_ray_comes_to_the_same_adapter(tmp_path: Path, no_cluster: None) -> None:
     """Two devices train: each in tasks, beside each other; and the aggregator merges in tasks."""
