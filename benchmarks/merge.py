@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import psutil
 import torch
 
@@ -171,7 +172,9 @@ def print_peak(folder: Path, fields: str) -> None:
     shapes = {name: (int(out), int(into)) for name, (out, into) in told["shapes"].items()}
     case = Case(told["devices"], shapes, tuple(told["ranks"]))
     for warm in (one_module(2, (256, 256)), one_module(50, (640, 640))):  # by Grams, by passes
-        merge(RULE, round_in_memory(warm))  # what BLAS takes once is not counted
+        merge(RULE, round_in_memory(warm))
+    for dtype in (np.float32, np.float64):  # what BLAS takes once, a thread, is not counted
+        np.ones(SQUARE, dtype) @ np.ones(SQUARE, dtype)
     view = round_in_files(case, folder)
     gc.collect()
     if sys.platform == "linux":
