@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edge_client.errors import WorkerKilled
-from edge_client.learning import Learned, OnStep, learn, learning_rate
+from edge_client.learning import Learned, OnStep, Place, learn, learning_rate
 from edge_client.mixing import stacked
 from edge_client.plan import Backend, Plan
 from edge_client.trainer.base import TrainReport
@@ -86,28 +86,14 @@ class Learner:
         self._process: TrainingProcess | None = None
         self.text: TextReport = self._persist(lambda: self._report)
 
-    def train(
-        self,
-        held: Adapter,
-        *,
-        rank: int,
-        round_number: int,
-        attempt: int,
-        drawn_rows: int,
-        on_step: OnStep,
-    ) -> Learned:
-        """Train `rank` of the held directions for one round, or what of them the plan allows.
+    def train(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned:
+        """Train `rank` of the held directions for one round, or what of them the plan allows."""
+        return self._persist(lambda: self._round(held, rank, place, on_step))
 
-        Its text begins after the `drawn_rows` that earlier rounds have drawn.
-        """
-        place = round_number, attempt
-        return self._persist(lambda: self._round(held, rank, place, drawn_rows, on_step))
-
-    def _round(
-        self, held: Adapter, rank: int, place: tuple[int, int], drawn_rows: int, on_step: OnStep
-    ) -> Learned:
+    def _round(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned:
         held, rank = held.truncated(self.plan.held), min(rank, self.plan.rank)
-        factors = trained_factors(self._job.training.factors, place[0])
+        number = place.round_number
+        factors = trained_factors(self._job.training.factors, number)
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             steps = self._job.training.steps
@@ -120,10 +106,9 @@ class Learner:
                 on_step,
                 factors=factors,
                 place=place,
-                drawn_rows=drawn_rows,
             )
 
-        return learn(self._job, self._device, held, rank, place[0], train, blocks=self.plan.blocks)
+        return learn(self._job, self._device, held, rank, number, train, blocks=self.plan.blocks)
 
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]:
         """Train what the whole job trains, on the same text, with no exchange and in one go.
@@ -244,10 +229,9 @@ class Learner:
         *,
         prune: bool = True,
         factors: Trained = "both",
-        place: tuple[int, int] = (0, 0),
-        drawn_rows: int | None = None,
+        place: Place | None = None,
     ) -> tuple[Adapter, TrainReport]:
-        """Train for so many steps; `place` is the round and its attempt, where it is of one."""
+        """Train for so many steps, of a round where that has a `place`."""
         settings, rate = self._job.training, learning_rate(self._job, rank)
 
         def progress(value: Any) -> bool:
@@ -259,8 +243,13 @@ class Learner:
 
         keeping = None
         if self._kept is not None:
-            what = {"job": self._job.model_dump(mode="json"), "stream": stream, "place": place}
-            identity = identity_of(self.plan, trained, frozen, what | {"steps": steps})
+            what = {
+                "job": self._job.model_dump(mode="json"),
+                "stream": stream,
+                "place": (place.round_number, place.attempt) if place else (0, 0),
+                "steps": steps,
+            }
+            identity = identity_of(self.plan, trained, frozen, what)
             keeping = Keeping(self._kept, identity, self._kept_s)
         self._ask("load", trained=trained, frozen=frozen)
         with self._pauses.steps():
@@ -273,7 +262,7 @@ class Learner:
                 sampling=stream == "fleet" and LOSS_BEFORE in asked_for(self._job.rule_settings),
                 factors=factors,
                 keeping=keeping,
-                drawn_rows=drawn_rows,
+                drawn_rows=place.drawn_rows if place else None,
                 on_progress=progress,
             )
         return answer

@@ -59,21 +59,22 @@ class Learned:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a job a training stands."""
+
+    round_number: int
+    attempt: int
+    drawn_rows: int
+    """Rows of the device's text that earlier rounds have drawn: it begins after them."""
+
+
 class Learning(Protocol):
     """What an agent asks of whoever learns for it: `Learner` trains, a replay makes it up."""
 
     text: TextReport
 
-    def train(
-        self,
-        held: Adapter,
-        *,
-        rank: int,
-        round_number: int,
-        attempt: int,
-        drawn_rows: int,
-        on_step: OnStep,
-    ) -> Learned: ...
+    def train(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned: ...
     def train_alone(self, *, rank: int, on_step: OnStep) -> tuple[Adapter, TrainReport]: ...
     def train_private(
         self, private: Adapter, shared: Adapter, *, steps: int, on_step: OnStep

@@ -14,7 +14,7 @@ from edge_client.download import Source
 from edge_client.equipping import Equipping
 from edge_client.errors import NoPlanFits
 from edge_client.holding import Holding, goes_on_with
-from edge_client.learning import Learning
+from edge_client.learning import Learning, Place
 from edge_client.outbox import Outbox
 from edge_client.own_changes import OwnChanges
 from edge_client.personal import make_answer
@@ -323,9 +323,8 @@ class Participant:
             told = {"step": step, "steps": job.training.steps, "loss": round(loss, 4)}
             self._events.emit("step", round=now.number, **told)
 
-        drawn = self._outbox.drawn_rows(now.job)
-        place = {"round_number": now.number, "attempt": now.attempt, "drawn_rows": drawn}
-        learned = learner.train(adapter, rank=self._rank, **place, on_step=on_step)
+        place = Place(now.number, now.attempt, self._outbox.drawn_rows(now.job))
+        learned = learner.train(adapter, self._rank, place, on_step)
         self._tokens += learned.report.tokens
         if cut := learned.pruned():
             self._events.emit("pruned", round=now.number, **cut)

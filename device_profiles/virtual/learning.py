@@ -16,7 +16,7 @@ import numpy as np
 from device_profiles.virtual.pool import Pool
 from edge_client.errors import TrainingPaused
 from edge_client.learner import StepDown
-from edge_client.learning import Learned, Learning, OnStep, learn
+from edge_client.learning import Learned, Learning, OnStep, Place, learn
 from edge_client.plan import Plan
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport
@@ -31,9 +31,7 @@ NEVER_S = 1e-6
 class ReplayLearning(Learning, Protocol):
     """What a replay asks of whoever learns."""
 
-    def begin(
-        self, held: Adapter, *, rank: int, round_number: int, attempt: int, drawn_rows: int
-    ) -> None:
+    def begin(self, held: Adapter, rank: int, place: Place) -> None:
         """Hear of a training that `train` is asked for later, unless it comes to nothing."""
         ...
 
@@ -57,36 +55,25 @@ class Recorded(SharedAlone):
         self._job, self._device, self._pool, self._plan = job, device, pool, plan
         self.text: TextReport = pool.text
 
-    def begin(
-        self, held: Adapter, *, rank: int, round_number: int, attempt: int, drawn_rows: int
-    ) -> None:
+    def begin(self, held: Adapter, rank: int, place: Place) -> None:
         """Begin nothing: it takes no time."""
 
-    def train(
-        self,
-        held: Adapter,
-        *,
-        rank: int,
-        round_number: int,
-        attempt: int,
-        drawn_rows: int,
-        on_step: OnStep,
-    ) -> Learned:
+    def train(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned:
         """Return what a training would: drawn, cut and measured by the learner's own code."""
         held, rank = held.truncated(self._plan.held), min(rank, self._plan.rank)
 
         def train(received: Adapter, _: Adapter | None) -> tuple[Adapter, TrainReport]:
-            kept = self._pool.update(received.rank, self._device, round_number)
+            kept = self._pool.update(received.rank, self._device, place.round_number)
             report = TrainReport(
                 self._job.training.steps,
                 kept.tokens,
                 kept.loss,
                 0.0,
-                drawn_rows=drawn_rows + kept.rows,
+                drawn_rows=place.drawn_rows + kept.rows,
             )
             return moved(received, kept.change), report
 
-        return learn(self._job, self._device, held, rank, round_number, train)
+        return learn(self._job, self._device, held, rank, place.round_number, train)
 
     def evaluate(
         self,
@@ -147,8 +134,8 @@ class Timed(SharedAlone):
         self.text: TextReport = inner.text
         self._steps, self._step_tokens = steps, step_tokens
         self._tokens_s, self._now, self._used = tokens_s, now, used
-        self._place: tuple[int, int] | None = None
-        """The round and attempt that is trained for; None: none is."""
+        self._place: Place | None = None
+        """What is trained for; None: nothing is."""
         self._tokens_left = 0.0
         self._since: float | None = None
         """Since when it runs at `_speed`, in tokens a second; None: it is paused."""
@@ -198,45 +185,23 @@ class Timed(SharedAlone):
         self._place = None
         self.use(self._step_down(self.plan, why))
 
-    def train(
-        self,
-        held: Adapter,
-        *,
-        rank: int,
-        round_number: int,
-        attempt: int,
-        drawn_rows: int,
-        on_step: OnStep,
-    ) -> Learned:
+    def train(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned:
         """Return what was learned once its time is over.
 
         Raises:
             TrainingPaused: it is not.
         """
-        if self._place != (round_number, attempt):
-            self._place = round_number, attempt
+        if self._place != place:
+            self._place = place
             self._tokens_left, self._since = float(self._steps * self._step_tokens), None
-            self._inner.begin(
-                held,
-                rank=rank,
-                round_number=round_number,
-                attempt=attempt,
-                drawn_rows=drawn_rows,
-            )
+            self._inner.begin(held, rank, place)
         self.go_on()
         self.account()
         if self._tokens_left > NEVER_S * self._step_tokens:
             done = self._steps - ceil(self._tokens_left / self._step_tokens - NEVER_S)
             raise TrainingPaused(max(0, done))
         self._place = self._since = None
-        return self._inner.train(
-            held,
-            rank=rank,
-            round_number=round_number,
-            attempt=attempt,
-            drawn_rows=drawn_rows,
-            on_step=on_step,
-        )
+        return self._inner.train(held, rank, place, on_step)
 
     def evaluate(
         self,

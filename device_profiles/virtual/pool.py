@@ -26,7 +26,7 @@ from device_profiles.virtual.text import text_files
 from edge_client.calibrate import ProbingProcess, calibrate
 from edge_client.errors import EdgeError
 from edge_client.learner import Learner
-from edge_client.learning import Learned
+from edge_client.learning import Learned, Place
 from edge_client.memory import Activations, Way
 from edge_client.plan import Calibration, Plan
 from edge_client.trainer.worker import Text, TextReport
@@ -279,8 +279,8 @@ def _learner(job: Job, model: Path, data: Sequence[Path], rank: int) -> Iterator
 
 
 def _train(learner: Learner, start: Adapter, rank: int) -> Learned:
-    place = {"round_number": 1, "attempt": 0, "drawn_rows": 0}
-    return learner.train(start, rank=rank, **place, on_step=lambda step, loss: None)
+    place = Place(round_number=1, attempt=0, drawn_rows=0)
+    return learner.train(start, rank, place, on_step=lambda step, loss: None)
 
 
 def _keep(folder: Path, rank: int, learned: Learned, first: Adapter) -> UpdateRecord:

@@ -10,7 +10,7 @@ from device_profiles.virtual.benches import Answer, Piece, Seat
 from device_profiles.virtual.learning import SharedAlone
 from edge_client.errors import WorkerKilled
 from edge_client.learner import StepDown
-from edge_client.learning import Learned, OnStep
+from edge_client.learning import Learned, OnStep, Place
 from edge_client.plan import Plan
 from protocol.adapter import Adapter
 from protocol.messages import Probe
@@ -25,7 +25,8 @@ class _Begun:
     """A training that was begun, and what waits for its result."""
 
     held: Adapter
-    place: dict[str, int]
+    rank: int
+    place: Place
     result: Callable[[], Answer]
 
 
@@ -46,33 +47,20 @@ class BenchLearner(SharedAlone):
         self._memory_mib = 0.0, 0.0
         self.text = self._ask("memory").text
 
-    def begin(self, held: Adapter, **place: int) -> None:
+    def begin(self, held: Adapter, rank: int, place: Place) -> None:
         """Have a training begin, whose result is asked for later; what was begun before is not."""
-        self._begun = _Begun(held, place, self._piece("train", held=held, **place))
+        result = self._piece("train", held=held, rank=rank, place=place)
+        self._begun = _Begun(held, rank, place, result)
 
-    def train(
-        self,
-        held: Adapter,
-        *,
-        rank: int,
-        round_number: int,
-        attempt: int,
-        drawn_rows: int,
-        on_step: OnStep,
-    ) -> Learned:
+    def train(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned:
         """Return what came of a training, of the one that was begun if it was this."""
-        place = {
-            "rank": rank,
-            "round_number": round_number,
-            "attempt": attempt,
-            "drawn_rows": drawn_rows,
-        }
+        what = {"held": held, "rank": rank, "place": place}
         begun, self._begun = self._begun, None
-        if begun is not None and begun.held is held and begun.place == place:
+        if begun is not None and begun.held is held and (begun.rank, begun.place) == (rank, place):
             result = begun.result
         else:
-            result = self._piece("train", held=held, **place)
-        answer = self._wait(result, "train", held=held, **place)
+            result = self._piece("train", **what)
+        answer = self._wait(result, "train", **what)
         for step, loss in answer.steps:
             on_step(step, loss)
         learned: Learned = answer.value

@@ -17,7 +17,7 @@ from edge_client.config import Settings
 from edge_client.errors import TrainingPaused
 from edge_client.holding import goes_on_with
 from edge_client.learner import Pauses, StepDown
-from edge_client.learning import Learned, OnStep
+from edge_client.learning import Learned, OnStep, Place
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
 from edge_client.trainer import process
@@ -57,23 +57,13 @@ class PausingLearner(MarkingLearner):
 
     fleet: PausedFleet
 
-    def train(
-        self,
-        held: Adapter,
-        *,
-        rank: int,
-        round_number: int,
-        attempt: int,
-        drawn_rows: int,
-        on_step: OnStep,
-    ) -> Learned:
+    def train(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned:
         self.fleet.go_on()
         known = self.fleet.agent._round
         if known is None or known.number == 1:
             raise TrainingPaused(1)
         self.fleet.agent._stop()
-        place = {"round_number": round_number, "attempt": attempt, "drawn_rows": drawn_rows}
-        return super().train(held, rank=rank, **place, on_step=on_step)
+        return super().train(held, rank, place, on_step)
 
 
 class PausedFleet:

@@ -22,7 +22,7 @@ from device_profiles.schema import load_profile
 from edge_client.agent import Agent
 from edge_client.config import Settings
 from edge_client.learner import Pauses, StepDown
-from edge_client.learning import Learned, OnStep, learn
+from edge_client.learning import Learned, OnStep, Place, learn
 from edge_client.membership import identity
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
@@ -88,27 +88,20 @@ class MarkingLearner:
         self.text = TextReport(1000, 100, ())
         self.mark = 0.0
 
-    def train(
-        self,
-        held: Adapter,
-        *,
-        rank: int,
-        round_number: int,
-        attempt: int,
-        drawn_rows: int,
-        on_step: OnStep,
-    ) -> Learned:
-        self._ledger.note("trained", round=round_number, digest=digest(held), drawn_rows=drawn_rows)
+    def train(self, held: Adapter, rank: int, place: Place, on_step: OnStep) -> Learned:
+        self._ledger.note(
+            "trained", round=place.round_number, digest=digest(held), drawn_rows=place.drawn_rows
+        )
         self.mark = random.SystemRandom().choice((-1, 1)) * random.SystemRandom().uniform(
             1e-3, 3e-3
         )
         tokens = random.SystemRandom().randint(500, 1500)
 
         def train(received: Adapter, _: Adapter | None) -> tuple[Adapter, TrainReport]:
-            report = TrainReport(1, tokens, 1.0, 0.0, drawn_rows=drawn_rows + ROWS)
+            report = TrainReport(1, tokens, 1.0, 0.0, drawn_rows=place.drawn_rows + ROWS)
             return marked(received, self.mark), report
 
-        return learn(self._job, self._device, held, rank, round_number, train)
+        return learn(self._job, self._device, held, rank, place.round_number, train)
 
     def evaluate(self, adapter: Adapter | None, split: str = "held_out") -> float:
         return 1.0

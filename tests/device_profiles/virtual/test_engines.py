@@ -29,6 +29,7 @@ from device_profiles.virtual.run import replay_traces
 from device_profiles.virtual.text import CarriedText
 from device_profiles.virtual.training import BenchLearner
 from edge_client.errors import TrainingPaused, WorkerKilled
+from edge_client.learning import Place
 from edge_client.model import model_hash
 from edge_client.plan import Plan
 from edge_client.trainer.worker import TextReport
@@ -42,7 +43,7 @@ PLAN = Plan(4, 4, 1, 64, False, "f32", 1, 40.0, 100.0)
 SMALLER = replace(PLAN, rank=2)
 READ = TextReport(100, 10, ())
 HELD = Adapter({}, 1.0)
-PLACE: dict[str, Any] = {"rank": 4, "round_number": 1, "attempt": 0, "drawn_rows": 0}
+PLACE = Place(round_number=1, attempt=0, drawn_rows=0)
 
 
 # -- a device's side ----------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Device:
         return SMALLER
 
     def train(self, held: Adapter = HELD) -> object:
-        return self.timed.train(held, **PLACE, on_step=lambda *step: self.steps.append(step))
+        return self.timed.train(held, 4, PLACE, lambda *step: self.steps.append(step))
 
 
 def test_a_training_is_the_engines_from_its_beginning_and_waited_for_at_its_end() -> None:

@@ -19,16 +19,17 @@ from device_profiles.virtual.options import parse_speed
 from device_profiles.virtual.pool import FILE, Pool
 from device_profiles.virtual.schedule import Schedule
 from edge_client.errors import TrainingPaused
+from edge_client.learning import Place
 from edge_client.plan import Plan
+from protocol.adapter import Adapter
 from protocol.loop_link import Loop
 from protocol.messages import BaseModelInfo
 from tests.aggregator.uploading import make_job
 from tests.device_profiles.virtual.made_pool import LADDER
 
 PLAN = Plan(4, 4, 1, 64, False, "f32", 1, 40.0, 100.0)
-PLACE: dict[str, Any] = {
-    "rank": 4, "round_number": 1, "attempt": 0, "drawn_rows": 0, "on_step": lambda *_: None
-}  # fmt: skip
+HELD = Adapter({}, 1.0)
+PLACE = Place(round_number=1, attempt=0, drawn_rows=0)
 
 
 def test_events_come_in_the_order_of_time_then_device_then_their_own() -> None:
@@ -70,10 +71,10 @@ class Inner:
 
     text, trained, plan = None, 0, PLAN
 
-    def begin(self, held: object, **_: object) -> None:
+    def begin(self, *_: object) -> None:
         pass
 
-    def train(self, held: object, **_: object) -> str:
+    def train(self, *_: object) -> str:
         self.trained += 1
         return "learned"
 
@@ -100,7 +101,7 @@ class Device:
         self.used += seconds
 
     def train(self) -> object:
-        return self.timed.train(None, **PLACE)  # type: ignore[arg-type]
+        return self.timed.train(HELD, 4, PLACE, lambda *_: None)
 
 
 def test_a_training_takes_its_time_and_is_real_only_then() -> None:
