@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from aggregator.engine import Name
 from aggregator.errors import EngineError
@@ -26,6 +28,7 @@ from protocol.extras import how_to_install
 
 T = TypeVar("T")
 R = TypeVar("R")
+PATIENCE_S = 5.0
 AHEAD = 2
 """Pieces that are under way for each core of the cluster: one at work, one on its way."""
 SETTINGS = {
@@ -50,6 +53,7 @@ class RayEngine:
             raise EngineError(f"engine ray needs an extra; {how_to_install('ray')}")
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        _knock(os.environ.get("RAY_ADDRESS", ""))
         import ray
 
         self._ray = ray
@@ -121,6 +125,24 @@ def run_pickled(work: Callable[[Any], Any], piece: bytes) -> bytes:
     except TunefleetError as error:
         result = error
     return pickle.dumps(result, protocol=5)
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens where a cluster is said to be: Ray asks for minutes.
+
+    Raises:
+        EngineError: nobody does.
+    """
+    place = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if place.hostname is None or place.port is None:
+            return  # "auto" and the like: Ray knows what is meant
+        socket.create_connection((place.hostname, place.port), PATIENCE_S).close()
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}; `ray start --head` on "
+            "that machine starts one, and without RAY_ADDRESS this machine's cores are used"
+        ) from None
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from aggregator.rounds import RoundState
 from aggregator.store import Store
 from aggregator.versions import Versions
 from protocol.adapter import Adapter, Factors, LazyLayers
+from protocol.broker import free_port
 from protocol.transport import BrokerAddress
 from tests.aggregator.light_device import LightDevice, run_until
 from tests.aggregator.merge.made_rounds import draw
@@ -130,6 +131,16 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"engine ray needs an extra.*\[ray\]"):
         open_engine("ray")
+
+
+def test_a_cluster_at_whose_address_nobody_listens_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
+    for address in (f"127.0.0.1:{free_port()}", f"ray://127.0.0.1:{free_port()}"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(EngineError, match=f"no Ray cluster answers at {address} .RAY_ADDRESS"):
+            open_engine("ray")
 
 
 # -- Ray ----------------------------------------------------------------------------------------
