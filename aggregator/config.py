@@ -27,8 +27,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from aggregator.edge import ask_edge
-from aggregator.errors import BadRuleSettings, ConfigError, UnknownRule
-from aggregator.merge import rules
+from aggregator.errors import BadRuleSettings, ConfigError, MergeError, UnknownRule
+from aggregator.merge.installed import Foreign
+from aggregator.merge.rule import Rule
+from aggregator.merge.rules import find_rule
 from aggregator.personal import STRATEGIES, Strategy, read_trust_settings, strategy_of
 from aggregator.probe_text import with_probe_text
 from aggregator.publish import VERSIONS_KEPT
@@ -171,14 +173,16 @@ def check_settings(fields: Mapping[str, Any], where: str) -> tuple[Job, Policy]:
             read_trust_settings(job.rule_settings)
             _check_personal(strategy, job, policy, where)
             return job, policy
-        rule = rules.find_rule(job.rule)
-        if isinstance(rule, rules.Rule):
+        rule = find_rule(job.rule)
+        if isinstance(rule, Rule | Foreign):
             rule.read(job.rule_settings)
     except UnknownRule as error:
         error = UnknownRule(error.name, [*error.known, *STRATEGIES])
         raise ConfigError(f"{where}: rule: {error}") from None
     except BadRuleSettings as error:
         raise ConfigError(f"{where}: rule_settings: {error}") from None
+    except MergeError as error:  # another package's rule
+        raise ConfigError(f"{where}: {error.why}") from None
     return job, policy
 
 

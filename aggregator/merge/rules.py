@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from importlib.metadata import entry_points
+from collections.abc import Mapping
 from types import MappingProxyType
 
-import numpy as np
-
 from aggregator.engine import IN_PROCESS, Engine
-from aggregator.errors import AggregatorError, MergeError, UnknownRule
-from aggregator.merge.carried import Carried, carried_terms, remembered, to_carry
-from aggregator.merge.combine import (
-    Combination,
-    Contribution,
-    LayerUpdates,
-    factor_average,
-    product,
-    stack,
-)
-from aggregator.merge.lowrank import module_seed
+from aggregator.errors import UnknownRule
+from aggregator.merge.combine import factor_average, product, stack
+from aggregator.merge.installed import MergeRule, installed_names, installed_rule
 from aggregator.merge.robust import GEOMED, KRUM
 from aggregator.merge.round_view import Merged, RoundView, check
-from aggregator.merge.settings import NO_SETTINGS, RuleSettings, Settings, read_settings
-from aggregator.merge.sums import Term
-from aggregator.merge.votes import Votes, cast_votes, counted_columns
+from aggregator.merge.rule import Rule
+from aggregator.merge.settings import NO_SETTINGS, Settings
 from aggregator.merge.weighting import (
     Weighting,
     among_holders,
@@ -35,144 +21,6 @@ from aggregator.merge.weighting import (
     norm_share,
     sample_share,
 )
-from protocol.adapter import Adapter, Factors
-
-ENTRY_POINTS = "tunefleet.rules"
-
-MergeRule = Callable[[RoundView, Settings], Merged]
-"""What an entry point of the group `tunefleet.rules` has to name; a `Rule` is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleTask:
-    """Hold all that merging one module takes; `rank` is that of the shared adapter.
-
-    Pickled, it has the numbers of its updates: whoever works it out needs nothing else.
-    """
-
-    module: str
-    layer: LayerUpdates
-    combination: Combination
-    previous: Factors
-    rank: int
-    settings: RuleSettings
-
-
-@dataclass(frozen=True, slots=True)
-class MergedModule:
-    """Hold one module's result in float32; `norm` and `residual` as in `Combined`."""
-
-    factors: Factors
-    norm: float
-    residual: float
-    carried: Carried
-
-
-def merge_module(task: ModuleTask) -> MergedModule:
-    """Merge one module: a pure function, for any engine to call anywhere.
-
-    Raises:
-        MergeError: the module cannot be merged.
-    """
-    layer = task.layer
-    combined = task.combination(layer)
-    factors = as_float32(combined.factors, task.module)
-    norm, residual = combined.norm, combined.residual
-    del combined  # it may be in float64
-    carried = to_carry(
-        layer.terms,
-        factors,
-        task.previous,
-        shape=layer.shape,
-        scale=layer.scale,
-        rank=task.rank,
-        seed=layer.seed,
-        settings=task.settings,
-    )
-    return MergedModule(factors, norm, residual, carried)
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Merge by a weighting and a combination; see `settings` for what a job may say to it."""
-
-    weighting: Weighting
-    combination: Combination
-
-    def read(self, settings: Settings) -> RuleSettings:
-        """Return the settings that a job gives the rule, checked.
-
-        Raises:
-            BadRuleSettings: the rule has no such setting, or cannot use its value.
-        """
-        robust = self.weighting.robust
-        return read_settings(robust.settings if robust else RuleSettings, settings)
-
-    def __call__(self, view: RoundView, settings: Settings, engine: Engine = IN_PROCESS) -> Merged:
-        """Merge module by module: memory is that of the largest module, or of those under way."""
-        wanted = self.read(settings)
-        votes = cast_votes(view, self.weighting, wanted)
-        tasks = (self._task(view, module, votes, wanted) for module in view.shapes)
-        found: dict[str, MergedModule] = {}
-        for module, merged in zip(view.shapes, engine.map(merge_module, tasks), strict=True):
-            found[module] = merged
-        weights: dict[str, float] = {}
-        for update, part in zip(view.updates, votes.shares * votes.counted, strict=True):
-            weights[update.device] = weights.get(update.device, 0.0) + float(part)  # it came twice
-        scale = view.previous.scale
-        total = float(np.linalg.norm([merged.norm for merged in found.values()]))
-        lost = float(np.linalg.norm([merged.residual for merged in found.values()]))
-        return Merged(
-            Adapter({module: merged.factors for module, merged in found.items()}, scale),
-            weights,
-            lost / total if total else 0.0,
-            votes.warnings,
-            remembered({module: merged.carried for module, merged in found.items()}, scale),
-        )
-
-    def _task(
-        self, view: RoundView, module: str, votes: Votes, settings: RuleSettings
-    ) -> ModuleTask:
-        layer = self._layer(view, module, votes, settings)
-        previous = view.previous.layers[module]
-        return ModuleTask(module, layer, self.combination, previous, view.rank, settings)
-
-    def _layer(
-        self, view: RoundView, module: str, votes: Votes, settings: RuleSettings
-    ) -> LayerUpdates:
-        """Gather the contributions to one module; the previous global is one if it weighs."""
-        columns = counted_columns(
-            self.weighting.spread(view, module, votes.shares), votes.counted, view, module
-        )
-        contributions = []
-        for update, weights in zip(view.updates, columns.devices, strict=True):
-            own, at = update.adapter, update.directions[module]
-            read = partial(own.layers.__getitem__, module)
-            contributions.append(Contribution(read, at, weights, own.scale))
-        previous, scale = view.previous.layers[module], view.previous.scale
-        if columns.previous.any():
-            every = np.arange(previous.rank)
-            contributions.append(Contribution(previous, every, columns.previous, scale))
-        return LayerUpdates(
-            view.shapes[module],
-            previous.rank,
-            scale,
-            tuple(contributions),
-            settings.split,
-            module_seed(view.seed, module),
-            (*_moved_terms(view, module, votes), *carried_terms(view, module, settings)),
-            previous.a if view.trained == "B" else None,
-            previous.b if view.trained == "A" else None,
-        )
-
-
-def _moved_terms(view: RoundView, module: str, votes: Votes) -> Iterator[Term]:
-    """Yield p_k·c_k·Δ_k of each device whose change lies beside today's version (`rebased`)."""
-    for update, weight in zip(view.updates, votes.shares * votes.counted, strict=True):
-        if update.moved is not None and weight:
-            read = partial(update.moved.layers.__getitem__, module)
-            yield Term(read, np.full(update.moved.ranks[module], weight))
-
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
@@ -217,56 +65,6 @@ def find_rule(name: str) -> MergeRule:
     """
     if name in RULES:
         return RULES[name]
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name not in installed:
-        raise UnknownRule(name, [*RULES, *sorted(installed)])
-    where = f"rule {name!r} ({installed[name].value})"
-    try:
-        loaded: object = installed[name].load()
-    except Exception as error:  # another's code: whatever it raises is said in one line
-        raise MergeError(f"{where} cannot be loaded: {told(error)}") from error
-    if not callable(loaded):
-        raise MergeError(f"{where} is not a function")
-    return loaded if isinstance(loaded, Rule) else Foreign(where, loaded)
-
-
-@dataclass(frozen=True, slots=True)
-class Foreign:
-    """Call another's rule, and say in whose name it failed or gave back what is no result."""
-
-    where: str
-    rule: MergeRule
-
-    def __call__(self, view: RoundView, settings: Settings) -> Merged:
-        """Merge by the rule."""
-        try:
-            merged = self.rule(view, settings)
-        except AggregatorError:
-            raise
-        except Exception as error:  # another's code, as above
-            raise MergeError(f"{self.where} failed: {told(error)}") from error
-        if not isinstance(merged, Merged):
-            raise MergeError(f"{self.where} returned {type(merged).__name__}, not Merged")
-        try:
-            check(replace(view, previous=merged.adapter, memory=merged.memory))
-        except MergeError as error:
-            raise MergeError(f"{self.where} returned what is no result: {error}") from error
-        return merged
-
-
-def told(error: Exception) -> str:
-    """Return an error of unknown origin in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def as_float32(factors: Factors, module: str) -> Factors:
-    """Return factors in the type in which they travel.
-
-    Raises:
-        MergeError: a value is too large for it.
-    """
-    with np.errstate(over="ignore"):
-        a, b = (np.ascontiguousarray(x, np.float32) for x in (factors.a, factors.b))
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise MergeError("the merged values are too large for float32", module=module)
-    return Factors(a, b)
+    if (found := installed_rule(name)) is None:
+        raise UnknownRule(name, [*RULES, *sorted(installed_names() - set(RULES))])
+    return found

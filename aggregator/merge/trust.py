@@ -14,7 +14,7 @@ import numpy as np
 from aggregator.errors import BadRuleSettings, MergeError
 from aggregator.merge.lowrank import Split, made, module_seed, split_factors, stack_basis
 from aggregator.merge.round_view import RoundView, check
-from aggregator.merge.rules import as_float32
+from aggregator.merge.rule import as_float32
 from aggregator.merge.sums import Float64Array, Term
 from protocol.adapter import Adapter, Factors
 from protocol.probe import TopLogits

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from aggregator.errors import MergeError
 from aggregator.merge.lowrank import gram
 from aggregator.merge.round_view import RoundView, change_norms, changed
 from aggregator.merge.settings import RuleSettings
@@ -33,7 +34,7 @@ def cast_votes(view: RoundView, weighting: Weighting, settings: RuleSettings) ->
     """Return what each device counts: share, then discount and clipping, robust shares, cap.
 
     Raises:
-        MergeError: the shares go by examples, and no device has one.
+        MergeError: the shares go by examples, and no device has one; or the rule's are no shares.
     """
     votes = _own_shares(view, weighting, settings)
     if settings.staleness:
@@ -70,10 +71,21 @@ def _own_shares(view: RoundView, weighting: Weighting, settings: RuleSettings) -
                     view, settings.discrepancy_slope, settings.discrepancy_offset
                 )
             case None:
-                shares = weighting.share(view)
+                shares = _checked(weighting.share(view), len(view.updates))
     except NotTold as missing:
         shares, warnings = sample_share(view), (f"{missing}; shares go by examples",)
     return Votes(shares, np.ones(len(shares)), warnings)
+
+
+def _checked(shares: object, devices: int) -> Float64Array:
+    """Return the shares that a rule's weighting gives, which may be another's code."""
+    shares = np.asarray(shares, np.float64)
+    if shares.shape != (devices,) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
+        raise MergeError(
+            f"the rule's shares {shares.tolist()} are not {devices} numbers of 0 or more whose sum "
+            "is 1"
+        )
+    return shares
 
 
 def staleness_discount(view: RoundView) -> Float64Array:

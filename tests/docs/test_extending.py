@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from aggregator.merge import RoundView, Update
-from aggregator.merge.rules import Foreign
+from aggregator.merge.installed import Foreign
 from protocol.adapter import initial_adapter, select
 from tests.docs.commands import ROOT
 

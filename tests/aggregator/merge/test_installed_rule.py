@@ -21,8 +21,9 @@ from dataclasses import replace
 from aggregator.errors import BadRuleSettings
 from aggregator.merge import Merged, RULES
 from aggregator.merge.combine import product
-from aggregator.merge.rules import Rule
+from aggregator.merge.rule import Rule
 from aggregator.merge.weighting import Weighting, anchored_by_previous, norm_share
+from protocol.adapter import Adapter, Factors
 
 
 def longest(view, settings):
@@ -44,6 +45,61 @@ def nothing(view, settings):
 
 def spoiled(view, settings):
     return Merged(view.updates[0].adapter, {}, 0.0)
+
+
+def leaves(view, settings):
+    raise SystemExit(3)
+
+
+def uneven(view):
+    return [1.0] * len(view.updates)
+
+
+def no_share(view):
+    raise KeyError("loss")
+
+
+twice = Rule(Weighting(uneven), product)
+untold = Rule(Weighting(no_share), product)
+no_factors = Rule(Weighting(norm_share), nothing)
+
+
+class Asked:
+    """A rule that says before a merge which settings it has."""
+
+    def read(self, settings):
+        if settings:
+            raise BadRuleSettings("asked has no settings")
+
+    def __call__(self, view, settings):
+        return Merged(view.previous, {}, 0.0)
+
+
+asked = Asked()
+
+
+def odd(view, settings):
+    """Return a result of which one part is replaced by what the settings name."""
+    good = Merged(view.previous, {"d0": 1.0}, 0.0)
+    a, b, scale = view.previous.layers["m"].a, view.previous.layers["m"].b, 2.0
+    return replace(good, **{
+        "too large": {"adapter": Adapter({"m": Factors(a.astype("f8") * 1e300, b)}, scale)},
+        "complex": {"adapter": Adapter({"m": Factors(a + 1j, b)}, scale)},
+        "lists": {"adapter": Adapter({"m": Factors(a.tolist(), b)}, scale)},
+        "rescaled": {"adapter": Adapter({"m": Factors(a, b)}, 7.0)},
+        "scale in words": {"adapter": Adapter({"m": Factors(a, b)}, "two")},
+        "no adapter": {"adapter": None},
+        "layers alone": {"adapter": {"m": Factors(a, b)}},
+        "no weights": {"weights": None},
+        "strange weight": {"weights": {"nobody": 1.0}},
+        "negative weight": {"weights": {"d0": -5.0}},
+        "weight that is no number": {"weights": {"d0": float("nan")}},
+        "residual in words": {"residual": "low"},
+        "residual that is no number": {"residual": float("nan")},
+        "one warning": {"warnings": "careful"},
+        "no memory": {"memory": None},
+        "wide": {"adapter": Adapter({"m": Factors(a.astype("f8"), b.astype("f2"))}, scale)},
+    }[settings["what"]])
 '''
 ENTRY_POINTS = """[tunefleet.rules]
 longest = fleet_rules_example:longest
@@ -51,6 +107,14 @@ by-norm = fleet_rules_example:by_norm
 text = fleet_rules_example:text
 nothing = fleet_rules_example:nothing
 spoiled = fleet_rules_example:spoiled
+leaves = fleet_rules_example:leaves
+class = fleet_rules_example:Asked
+asked = fleet_rules_example:asked
+odd = fleet_rules_example:odd
+twice = fleet_rules_example:twice
+untold = fleet_rules_example:untold
+no-factors = fleet_rules_example:no_factors
+anchored = fleet_rules_example:nothing
 missing = fleet_rules_example:no_such_name
 gone = no_such_package:rule
 """
@@ -112,6 +176,11 @@ def test_built_from_halves_it_has_the_settings_of_every_rule() -> None:
         ("text", "fleet_rules_example:text.* is not a function"),
         ("nothing", "fleet_rules_example:nothing.* returned NoneType, not Merged"),
         ("spoiled", "spoiled.* returned what is no result: .*module m: the shared adapter has"),
+        ("leaves", "fleet_rules_example:leaves.* failed: SystemExit: 3"),
+        ("class", "fleet_rules_example:Asked.* is not a function"),
+        ("twice", "shares .1.0, 1.0. are not 2 numbers of 0 or more whose sum is 1"),
+        ("untold", "fleet_rules_example:untold.* failed: KeyError: 'loss'"),
+        ("no-factors", "fleet_rules_example:no_factors.* failed: TypeError"),
         ("missing", "no_such_name.* cannot be loaded: AttributeError"),
         ("gone", "no_such_package:rule.* cannot be loaded: ModuleNotFoundError"),
     ],
@@ -122,5 +191,47 @@ def test_what_is_no_rule_is_named(name: str, said: str) -> None:
 
 
 def test_an_unknown_name_lists_it() -> None:
-    with pytest.raises(UnknownRule, match="krum, by-norm, gone, longest"):
+    with pytest.raises(UnknownRule, match="krum, asked, by-norm") as raised:
         merge("longer", a_round())
+    assert str(raised.value).count("anchored") == 1, "a built-in rule can't be replaced"
+    assert merge("anchored", a_round()).weights
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("too large", "module m: the merged values are too large for float32"),
+        ("complex", "module m: A is complex64, not an array of floats"),
+        ("lists", "module m: A is list, not an array of floats"),
+        ("rescaled", "its scale is 7, and the job's 2: multiply B"),
+        ("scale in words", "its scale is 'two', not a number"),
+        ("no adapter", "it is of type NoneType, not an Adapter"),
+        ("layers alone", "it is of type dict, not an Adapter"),
+        ("no weights", "its weights are of type NoneType, not by device"),
+        ("strange weight", "it has a weight for 'nobody', which sent nothing"),
+        ("negative weight", "its weight of d0 is -5.0, not a number of 0 or more"),
+        ("weight that is no number", "its weight of d0 is nan, not a number"),
+        ("residual in words", "its residual is 'low', not a number"),
+        ("residual that is no number", "its residual is nan, not a number"),
+        ("one warning", "its warnings are of type str, not texts"),
+        ("no memory", "its memory is of type NoneType, not Memory"),
+    ],
+)
+def test_what_is_no_result_is_said_in_the_name_of_the_rule(what: str, said: str) -> None:
+    with pytest.raises(MergeError, match=rf"rule 'odd' .*returned what is no result: .*{said}"):
+        merge("odd", a_round(), settings={"what": what})
+
+
+def test_a_result_of_any_float_type_is_taken_in_the_one_that_travels() -> None:
+    found = merge("odd", a_round(), settings={"what": "wide"}).adapter.layers["m"]
+    assert (found.a.dtype, found.b.dtype) == (np.float32, np.float32)
+
+
+def test_a_job_with_a_rule_that_does_not_fit_is_refused_when_it_is_read() -> None:
+    base = {"name": "toy", "sha256": "0" * 64, "parameters": 9, "modules": {"m": [8, 6]}}
+    fields = {"job": "notes", "base": base, "rule": "asked"}
+    build_job(fields, "job.toml")
+    with pytest.raises(ConfigError, match=r"job.toml: rule_settings: asked has no settings"):
+        build_job({**fields, "rule_settings": {"typo": 1}}, "job.toml")
+    with pytest.raises(ConfigError, match=r"job.toml: rule 'gone' .*mend or remove the package"):
+        build_job({**fields, "rule": "gone"}, "job.toml")
