@@ -17,6 +17,7 @@ from aggregator.artifacts import ArtifactPublisher
 from aggregator.batch import take_in, with_those_behind
 from aggregator.engine import IN_PROCESS, Engine
 from aggregator.enrol.folder import Membership
+from aggregator.errors import MergeError
 from aggregator.intake import Intake
 from aggregator.link import Link, own_link
 from aggregator.merging import commit_round
@@ -285,6 +286,13 @@ class Daemon:
         elif action == "finish":
             self._enter(replace(state, state="finished", deadline=None))
         return action
+
+    def hold(self, why: MergeError) -> None:
+        """Pause the job, whose round can't be merged as things stand: the other jobs go on."""
+        self._store.set_steering(replace(self._steering, paused=self._clock()))
+        told = f"{why}; the job is paused: `aggregator job resume {self.job}` tries again"
+        self._events.emit("held", round=self._store.round().number, reason=told)
+        self._steer()
 
     def reload(self, policy: Policy) -> None:
         """Go by what the job file says of rounds now; what a command has changed stays changed."""

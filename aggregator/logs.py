@@ -20,6 +20,7 @@ LEVELS = ("debug", "info", "warning", "error")
 _LEVEL_OF: Mapping[str, str] = {
     "command-refused": "warning",
     "flooding": "warning",
+    "held": "error",
     "full": "error",
     "quarantined": "warning",
     "refused": "warning",

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from aggregator.daemon import Daemon
+from aggregator.errors import MergeError
 from aggregator.link import SharedLink
 from protocol.errors import TransportError
 from protocol.events import EventLog
@@ -102,7 +103,12 @@ class Service:
         self._shared.sort_next(TICK_S)
         for daemon in list(self.jobs.values()):
             daemon.serve(0)
-            daemon.step()
+            try:
+                daemon.step()
+            except MergeError as error:
+                if not self._stay:
+                    raise
+                daemon.hold(error)
             if daemon.stopping and not self._stopping:  # its job is done
                 del self.jobs[daemon.job]
         if self._desk is not None:

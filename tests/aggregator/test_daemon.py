@@ -197,6 +197,46 @@ def test_what_is_asked_of_a_daemon_that_runs(daemon: Daemon) -> None:
         assert view.job().paused is not None, "over a crash"
 
 
+FAILING_RULE = """
+from pathlib import Path
+
+from aggregator.merge import RULES
+
+
+def rule(view, settings):
+    if not Path(settings["mended"]).exists():
+        raise RuntimeError("not yet")
+    return RULES["anchored"](view, {})
+"""
+
+
+def test_a_job_whose_rule_fails_is_held_and_the_other_goes_on(daemon: Daemon) -> None:
+    package, mended = daemon.folder / "package", daemon.folder / "mended"
+    metadata = package / "failing-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (package / "failing_rule.py").write_text(FAILING_RULE)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\n")
+    (metadata / "entry_points.txt").write_text("[tunefleet.rules]\nfailing = failing_rule:rule\n")
+    daemon.write_job("notes", rounds=2, rule="failing", rule_settings={"mended": str(mended)})
+    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    running = daemon.start(PYTHONPATH=path)
+    for name in JOBS:
+        running.wait_for("serving", job=name)
+    devices = [daemon.device("notes"), daemon.device("letters", "desk")]
+    run_until(lambda: bool(running.of("held")), *devices)
+    assert (
+        "rule 'failing' (failing_rule:rule) failed: RuntimeError: not yet"
+        in (running.of("held")[0]["reason"])
+    )
+    run_until(lambda: daemon.stands("letters") == (2, "finished"), *devices)
+    assert daemon.stands("notes") == (1, "open")
+    mended.touch()
+    ask(daemon.states / "notes", ResumeJob(), by="test")
+    run_until(lambda: daemon.stands("notes") == (2, "finished"), *devices)
+    assert len(devices[0].trained) == 2, "what it had sent was kept"
+    assert running.end(signal.SIGTERM) == 0
+
+
 def test_settings_that_are_read_again(daemon: Daemon) -> None:
     running = daemon.start()
     running.wait_for("serving", job="letters")
