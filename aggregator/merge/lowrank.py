@@ -28,6 +28,8 @@ SMALL = 512
 """Side of a Gram up to which all its eigenvectors take no longer than a few of them by passes."""
 ROUNDING = 2.0**-24
 """Of float32."""
+CANCELLED = 1e-14
+"""A singular value at or below this share of Σ‖B_k‖‖A_k‖ is what float64 leaves of a zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,25 +105,27 @@ class Best:
     """Hold the leading directions of a sum: A = Vᵀ and B·diag(`lengths`) = UΣ, and two norms.
 
     `norm` is ‖sum‖_F, `residual` what the directions lack of it. B alone may lie in a type that has
-    not the range of UΣ; `lengths` (r,) are near Σ then.
+    not the range of UΣ; `lengths` (r,) are near Σ then. `size` bounds the sum of its terms' norms.
     """
 
     factors: Factors
     lengths: Float64Array
     norm: float
     residual: float
+    size: float
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """Hold V = Aᵀ · `vectors` (N, r) of a weighted stack, and all its σ², descending.
 
-    `weights` (N,) are those of its directions.
+    `weights` (N,) are those of its directions, `size` is the sum of what each is by itself.
     """
 
     vectors: Float64Array
     squares: Float64Array
     weights: Float64Array
+    size: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,8 @@ class StackBasis:
         weights = weights * self.weights
         right = (weights * self.lengths)[:, None] * self.coordinates  # (N, m)
         values, vectors = _eigh_descending(right.T @ self.gram_b @ right)
-        return Found(self.back @ vectors[:, :rank], values, weights)
+        sizes = np.abs(weights) * self.lengths * np.sqrt(np.diag(self.gram_b))
+        return Found(self.back @ vectors[:, :rank], values, weights, float(sizes.sum()))
 
 
 def made(found: Found, terms: Sequence[Term], dtype: npt.DTypeLike = np.float64) -> Best:
@@ -181,7 +186,8 @@ def made(found: Found, terms: Sequence[Term], dtype: npt.DTypeLike = np.float64)
         u[:, part] = along.T @ exact
     del b, exact
     u = np.ascontiguousarray(u.T)  # (d_out, r)
-    return Best(Factors(v, u), lengths, *_norm_and_residual(found.squares, rank))
+    norm, residual = _norm_and_residual(found.squares, rank)
+    return Best(Factors(v, u), lengths, norm, residual, found.size)
 
 
 def stack_basis(terms: Sequence[Term]) -> StackBasis:
@@ -228,7 +234,8 @@ def truncate(
     """
     terms = [kept for term in terms if (kept := _without_zeros(term)).rank]
     if not terms:
-        return split_factors(Best(_empty(shape), np.zeros(0), 0.0, 0.0), rank, scale, split, seed)
+        nothing = Best(_empty(shape), np.zeros(0), 0.0, 0.0, 0.0)
+        return split_factors(nothing, rank, scale, split, seed)
     best = _by_passes(terms, shape, rank, seed) or _by_gram(terms, shape, rank, dtype)
     return split_factors(best, rank, scale, split, seed)
 
@@ -245,7 +252,8 @@ def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: i
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # then nothing is found
         held = hold(terms, shape, np.float32)
     found = leading(held, rank, seed)
-    if found is not None and ROUNDING * size(terms) > 1e-5 * found.norm:
+    whole = size(terms)
+    if found is not None and ROUNDING * whole > 1e-5 * found.norm:
         held = hold(terms, shape, np.float64)
         found = leading(held, rank, seed)
     if found is None:
@@ -254,7 +262,7 @@ def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: i
     if held.wide:
         v = _orthonormal(found.forth)  # (d_in, r)
         factors = Factors(v.T, found.v @ (found.forth.T @ v))
-    return Best(factors, np.ones(factors.rank), found.norm, float(np.sqrt(found.lost)))
+    return Best(factors, np.ones(factors.rank), found.norm, float(np.sqrt(found.lost)), whole)
 
 
 def _by_gram(
@@ -273,7 +281,8 @@ def _by_gram(
     else:
         values, vectors = _eigh_descending(total @ total.T)
         v = _orthonormal(total.T @ vectors[:, :rank])  # (d_in, r)
-    return Best(Factors(v.T, total @ v), np.ones(v.shape[1]), *_norm_and_residual(values, rank))
+    norm, residual = _norm_and_residual(values, rank)
+    return Best(Factors(v.T, total @ v), np.ones(v.shape[1]), norm, residual, size(terms))
 
 
 def split_factors(best: Best, rank: int, scale: float, split: Split, seed: int) -> Combined:
@@ -281,12 +290,14 @@ def split_factors(best: Best, rank: int, scale: float, split: Split, seed: int) 
 
     `left`: B = UΣ/s, A = Vᵀ. `balanced`: √(Σ/s) on both sides. The entry of largest magnitude in
     each row of A is positive, so that a result does not hang on the sign an eigenvector happens
-    to have. Directions at or below `NULL` of the largest singular value, and those
-    missing up to `rank`, are `revived`.
+    to have. Directions at or below `NULL` of the largest singular value or `CANCELLED` of
+    the terms, and those missing up to `rank`, are `revived`.
     """
     a, b, lengths = best.factors.a, best.factors.b, best.lengths
     values = np.sqrt(np.einsum("ij,ij->j", b, b, dtype=np.float64)) * lengths  # A is orthonormal
-    live = values > NULL * values.max(initial=0.0)
+    cancelled = CANCELLED * best.size if np.isfinite(best.size) else 0.0
+    live = values > max(NULL * values.max(initial=0.0), cancelled)
+    norm, residual = (best.norm, best.residual) if live.any() else (0.0, 0.0)
     if not live.all():
         a, b, lengths, values = a[live], b[:, live], lengths[live], values[live]
     signs = np.array([-1.0 if row[np.abs(row).argmax()] < 0 else 1.0 for row in a])
@@ -298,7 +309,7 @@ def split_factors(best: Best, rank: int, scale: float, split: Split, seed: int) 
         a = np.concatenate([a, np.zeros((missing, a.shape[1]), a.dtype)])
         b = np.concatenate([b, np.zeros((b.shape[0], missing), b.dtype)], axis=1)
     padded = np.concatenate([values, np.zeros(missing)])
-    return Combined(revived(Factors(a, b), seed), padded, best.norm, best.residual)
+    return Combined(revived(Factors(a, b), seed), padded, norm, residual)
 
 
 def revived(factors: Factors, seed: int) -> Factors:

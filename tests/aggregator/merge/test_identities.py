@@ -314,3 +314,21 @@ def test_identity_9_stack_before_compression_is_exact(seed: int, device_ranks: l
     wide = replace(view, rank=7, previous=initial_adapter(view.shapes, 7, SCALE, 0))
     compressed = merge("flora", wide).adapter
     assert_close(delta(compressed), wanted, float(np.linalg.norm(wanted)))
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"fedavg", "hetlora", "krum"}))
+@pytest.mark.parametrize(("shape", "rank"), [((40, 50), 8), ((3, 12), 8), ((700, 600), 64)])
+def test_devices_that_cancel_leave_nothing_and_what_can_learn(
+    rule: str, shape: tuple[int, int], rank: int
+) -> None:
+    rng, updates = np.random.default_rng(1), []
+    device_rank = min(rank, *shape) // 2 or 1
+    for k in range(12 if min(shape) > 512 else 3):  # enough of the large ones for passes
+        f = draw(rng, *shape, device_rank if min(shape) < 512 else rank)
+        updates += [top(f, f"d{k} with"), top(Factors(f.a, -f.b), f"d{k} against")]
+    view = view_of(updates, shape, rank)
+    for seen in (view, replace(view, updates=updates[::-1])):
+        merged = merge(rule, seen)
+        assert merged.residual == 0 and not delta(merged.adapter).any()
+        lengths = np.linalg.norm(merged.adapter.layers["m"].a, axis=1)
+        np.testing.assert_allclose(lengths, 1, rtol=1e-5)
