@@ -40,6 +40,8 @@ from protocol.tensors import round_trip
 
 NOTHING = Adapter({}, 1.0)
 OnRound = Callable[[int, Adapter], None]
+OnView = Callable[[RoundView], RoundView]
+"""Given a round as the rule is to see it: return what it sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ class Simulation:
         *,
         devices: Sequence[SimulatedDevice] | None = None,
         on_round: OnRound | None = None,
+        on_view: OnView = lambda view: view,
     ) -> Adapter:
         """Run a job to its end; return the shared adapter."""
         fleet = self.devices if devices is None else devices
@@ -169,7 +172,7 @@ class Simulation:
             )
             if memory is not None:
                 view = replace(view, memory=memory)
-            merged = merge(job.rule, view, settings=job.rule_settings)
+            merged = merge(job.rule, on_view(view), settings=job.rule_settings)
             shared, memory = rounded(merged.adapter, job), merged.memory
             if on_round:
                 on_round(number, shared)

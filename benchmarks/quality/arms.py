@@ -86,13 +86,14 @@ class Arm:
     def run(self, fleet: Simulation, schedule: Schedule, rate: float) -> Result:
         """Run the arm on a fleet."""
         started = time.monotonic()
-        found = _RUNS[self.kind](self, fleet, self._job(fleet, schedule, rate))
+        found = _RUNS[self.kind](self, fleet, self.whole_job(fleet, schedule, rate))
         trust, devices, curve, details = found
         held_out = fmean(devices.values())
         seconds = time.monotonic() - started
         return Result(trust, held_out, devices, curve, seconds, details)
 
-    def _job(self, fleet: Simulation, schedule: Schedule, rate: float) -> Job:
+    def whole_job(self, fleet: Simulation, schedule: Schedule, rate: float) -> Job:
+        """Return the job that the arm runs."""
         ladder = [r for r in LADDER if self.rank is None or r <= self.rank]
         training = {"learning_rate_by_rank": False, **schedule.training, **self.training}
         fields = {"pruning": {"enabled": False}, **PUBLISHED, **self.job}

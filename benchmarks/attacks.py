@@ -1,0 +1,178 @@
+"""What one device that sends what it should not does to the loss: `python -m benchmarks.attacks`.
+
+    python -m benchmarks.attacks [--quick] [--data DIR] [--datasets NAME ...] [--seeds N ...]
+
+Eight honest devices and one more, which sends in every round, with the directions of one of them:
+
+    flipped    its change of both factors, the other way
+    scaled     a hundred times its change
+    random     numbers at random, as large as its factors
+    stale      what stood in those directions when the job began
+
+A rule's loss is the mean over the honest devices' held-out text, by that of the same rule and
+settings with the honest devices alone. `--data` is the folder of `benchmarks.quality`; without it
+the demo's six devices and base-tiny are taken. Writes runs/bench/attacks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from aggregator.errors import MergeError
+from aggregator.merge import RoundView, Update
+from benchmarks.claims import Claim, write_claims
+from benchmarks.quality.__main__ import DATASETS, ROWS
+from benchmarks.quality.arms import BALANCED, BY_RANK, ROTATING, Arm, Schedule
+from benchmarks.quality.datasets import read_devices
+from benchmarks.quality.demo import demo_simulation
+from benchmarks.simulation import Setting, Simulation
+from edge_client.errors import TrainingDiverged
+from protocol.adapter import Adapter, Factors, select
+
+AT_MOST = 1.02
+"""What a rule that withstands an attack comes to, by its loss among the honest alone."""
+ATTACKER = "attacker"
+SOURCE = 1
+"""The honest device whose update the attacker spoils: of the largest rank, so the worst."""
+
+Attack = Callable[[Update, RoundView, Adapter, np.random.Generator], Adapter]
+"""An honest update, its round, the job's first adapter, and chance → what is sent."""
+
+
+def _along(part: float) -> Attack:
+    """Return an attack that goes `part` of the way that an honest device went."""
+
+    def attack(honest: Update, view: RoundView, *_: object) -> Adapter:
+        before, after = select(view.previous, honest.directions), honest.adapter
+        layers = {}
+        for name, f in before.layers.items():
+            g = after.layers[name]
+            layers[name] = Factors(f.a + part * (g.a - f.a), f.b + part * (g.b - f.b))
+        return Adapter(layers, before.scale)
+
+    return attack
+
+
+def _at_random(
+    honest: Update, view: RoundView, first: Adapter, rng: np.random.Generator
+) -> Adapter:
+    def like(values: np.ndarray) -> np.ndarray:
+        return np.asarray(rng.standard_normal(values.shape) * values.std(), np.float32)
+
+    layers = {n: Factors(like(f.a), like(f.b)) for n, f in honest.adapter.layers.items()}
+    return Adapter(layers, honest.adapter.scale)
+
+
+def _stale(honest: Update, view: RoundView, first: Adapter, rng: np.random.Generator) -> Adapter:
+    return select(first, honest.directions)
+
+
+ATTACKS: Mapping[str, Attack] = {
+    "flipped": _along(-1.0),
+    "scaled": _along(100.0),
+    "random": _at_random,
+    "stale": _stale,
+}
+ARMS: Mapping[str, Arm] = {
+    "fedavg": Arm("common", {"rule": "fedavg"}, start=1.6e-2),
+    "anchored": Arm("common", {"rule": "anchored", **ROTATING}, BY_RANK),
+    "anchored, clipped": Arm(
+        "common",
+        {"rule": "anchored", **ROTATING, "rule_settings": {**BALANCED, "clip": "median"}},
+        BY_RANK,
+    ),
+    "geomed": Arm("common", {"rule": "geomed", **ROTATING}, BY_RANK),
+    "krum": Arm("common", {"rule": "krum", **ROTATING}, BY_RANK),
+}
+ROBUST = ("anchored, clipped", "geomed", "krum")
+
+
+def main() -> None:
+    """Run every arm under every attack, print and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of text and models, see quality/")
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, metavar="NAME")
+    parser.add_argument("--model", default="stories260K", metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    parser.add_argument("--quick", action="store_true", help="two rounds: shows that it runs")
+    options = parser.parse_args()
+    schedule = Schedule(rounds=2) if options.quick else Schedule()
+    places = options.datasets if options.data else ["demo"]
+    ratios: dict[str, dict[str, float]] = {}
+    for place in places:
+        for seed in options.seeds:
+            fleet = _fleet(options.data, place, options.model, seed)
+            for arm in ARMS:
+                row = ratios.setdefault(f"{place}, seed {seed}, {arm}", {})
+                alone = loss(fleet, schedule, arm, None)
+                row["honest alone"] = alone
+                for attack in ATTACKS:
+                    row[attack] = loss(fleet, schedule, arm, attack) / alone
+                    print(f"{place}, seed {seed}, {arm}, {attack}: {row[attack]:.4f}", flush=True)
+    write_claims("attacks", claims(ratios, places, options.seeds), losses=ratios)
+
+
+def loss(fleet: Simulation, schedule: Schedule, arm: str, attack: str | None) -> float:
+    """Return the mean held-out loss of the honest devices; infinite where training broke down."""
+    chosen = ARMS[arm]
+    job = chosen.whole_job(fleet, schedule, chosen.start)
+    rng, begun = np.random.default_rng(fleet.seed), list[Adapter]()
+
+    def spoiled(view: RoundView) -> RoundView:
+        begun.append(view.previous)
+        if attack is None:
+            return view
+        honest = view.updates[SOURCE]
+        sent = ATTACKS[attack](honest, view, begun[0], rng)
+        return replace(
+            view, updates=[*view.updates, replace(honest, device=ATTACKER, adapter=sent)]
+        )
+
+    try:
+        shared = fleet.federated(job, on_view=spoiled)
+    except (TrainingDiverged, MergeError):  # numbers that float32 can't hold
+        return math.inf
+    found = fmean(fleet.evaluate(shared).values())
+    return found if math.isfinite(found) else math.inf
+
+
+def claims(
+    ratios: Mapping[str, Mapping[str, float]], places: list[str], seeds: list[int]
+) -> list[Claim]:
+    """Return a claim for each rule that is to withstand, and what the mean of factors comes to."""
+    made = []
+    for place in places:
+        for arm in ARMS:
+            worst = max(
+                ratios[f"{place}, seed {seed}, {arm}"][attack]
+                for seed in seeds
+                for attack in ATTACKS
+            )
+            said = f"loss under the worst attack by that of the honest alone, {place}, {arm}"
+            if arm in ROBUST:
+                made.append(Claim(said, worst, f"≤ {AT_MOST}", worst <= AT_MOST))
+            elif arm == "fedavg":
+                made.append(Claim(said, worst, f"> {AT_MOST}: it fails", worst > AT_MOST))
+            else:
+                made.append(Claim(said, worst, "reported", True))
+    return made
+
+
+def _fleet(data: Path | None, place: str, model: str, seed: int) -> Simulation:
+    if data is None:
+        return demo_simulation(seed)
+    schedule = Schedule()
+    setting = Setting(schedule.max_tokens, schedule.tokens_per_step // schedule.max_tokens, ROWS)
+    devices = read_devices(data, place, seed=seed)
+    return Simulation(data / "models" / model, devices, seed=seed, setting=setting)
+
+
+if __name__ == "__main__":
+    main()
