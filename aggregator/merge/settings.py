@@ -44,7 +44,7 @@ def _positive(value: object) -> bool:
 class RuleSettings(BaseModel):
     """Settings of every rule; each does nothing unless it is given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     split: Split = "balanced"
     """How singular values lie on the factors of a product, see `lowrank.split_factors`."""

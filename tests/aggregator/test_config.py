@@ -147,6 +147,60 @@ def test_what_is_wrong_is_one_line_that_names_it(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        ('rounds = "6"', 'rounds: must be a whole number, not "6"'),
+        ("rounds = 6.0", "rounds: must be a whole number, not 6.0"),
+        ("scale = true", "scale: must be a number, not true"),
+        ("ladder = [2, true]", "ladder[1]: must be a whole number, not true"),
+        ('[training]\nsteps = "6"', 'training.steps: must be a whole number, not "6"'),
+        ("[training]\nlearning_rate = true", "training.learning_rate: must be a number, not true"),
+        ("[pruning]\nenabled = 1", "pruning.enabled: must be true or false, not 1"),
+        ("[limits]\nupload_bytes = true", "limits.upload_bytes: must be a whole number, not true"),
+        ('[probe]\ntext = "a"\ntop_k = "3"', 'probe.top_k: must be a whole number, not "3"'),
+        ("[policy]\nquorum = true", "policy.quorum: must be a whole number, not true"),
+        ('[policy]\ndeadline_s = "60"', 'policy.deadline_s: must be a number, not "60"'),
+        ("[rule_settings]\ncap = true", "rule_settings: cap: must be a number, not true"),
+        ('[rule_settings]\ncap = "0.5"', 'rule_settings: cap: must be a number, not "0.5"'),
+        ("[rule_settings]\nmomentum = true", "rule_settings: momentum: must be a number, not true"),
+        (
+            '[rule_settings]\nerror_feedback = "yes"',
+            'rule_settings: error_feedback: must be true or false, not "yes"',
+        ),
+        (
+            '[rule_settings]\nmemory_rank = "3"',
+            'rule_settings: memory_rank: must be a whole number, not "3"',
+        ),
+        (
+            f"{TRUST}[rule_settings]\ncandidates = true",
+            "rule_settings: candidates: must be a whole number, not true",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_even_where_it_could_be_read(
+    tmp_path: Path, description: Path, more: str, said: str
+) -> None:
+    path = written(tmp_path, toml(description, more))
+    with pytest.raises(ConfigError) as caught:
+        read_job(path)
+    assert str(caught.value) == f"{path}: {said}"
+
+
+def test_a_whole_number_is_a_number(tmp_path: Path, description: Path) -> None:
+    more = """
+    scale = 2
+    rule_settings = { cap = 1, momentum = 0, clip = 3, discrepancy_offset = 0 }
+    [training]
+    learning_rate = 1
+    [policy]
+    deadline_s = 60
+    """
+    job, policy = read_job(written(tmp_path, toml(description, more)))
+    assert (job.scale, job.training.learning_rate, policy.deadline_s) == (2.0, 1.0, 60.0)
+    assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
         (
             "ladder = [4, 2]",
             "ladder must be ascending ranks without repetition, say [2, 4, 8]",
