@@ -121,6 +121,8 @@ def test_what_is_no_rule_is_named(name: str, said: str) -> None:
         merge(name, a_round())
 
 
-def test_an_unknown_name_lists_it() -> None:
+def test_an_unknown_name_lists_it_or_is_taken_for_it() -> None:
     with pytest.raises(UnknownRule, match="krum, by-norm, gone, longest"):
+        merge("other", a_round())
+    with pytest.raises(UnknownRule, match=r"did you mean 'longest'\?"):
         merge("longer", a_round())
