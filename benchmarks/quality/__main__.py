@@ -14,6 +14,7 @@ from benchmarks.quality.datasets import read_devices
 from benchmarks.quality.report import Sheet, show, write
 from benchmarks.quality.store import Case, best_rate, read_published, write_published
 from benchmarks.simulation import Setting, Simulation
+from protocol.cli import run_command
 
 DATASETS = ("multilingual_ud", "dialogue_sgd", "shakespeare_roles")
 BUNDLED = "base-tiny"
@@ -22,7 +23,35 @@ ROWS = {"trust": 8, "held_out": 40}
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark; what went wrong ends in one line."""
+    run_command(run)
+
+
+def run() -> None:
+    """Run what the command line asks for, and show what came of it."""
+    options = read_options()
+    if options.data is None:
+        demo.run(options.seeds or [0, 1, 2], quick=options.quick)
+        return
+    seeds = options.seeds or [0, 1, 2, 3, 4]
+    benches = [
+        Bench(options.data, dataset, model, Schedule(options.rounds), options.published)
+        for model in options.models
+        for dataset in options.datasets
+    ]
+    if not options.report:
+        for seed in seeds[:1] if options.quick else seeds:
+            for bench in benches:
+                bench.run(options.arms, seed, search=not (options.no_search or options.quick))
+    sheets = [bench.sheet(options.arms, seeds) for bench in benches]
+    show(sheets)
+    if options.out:
+        write(sheets, options.out)
+        write_published(options.out, {k: v for b in benches for k, v in b.used.items()})
+
+
+def read_options() -> argparse.Namespace:
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of text and models, see datasets.py")
     parser.add_argument("--datasets", nargs="+", default=DATASETS, metavar="NAME")
@@ -42,26 +71,9 @@ def main() -> None:
         "--published", type=Path, metavar="FOLDER", help="take what was run from here too"
     )
     options = parser.parse_args()
-    if options.data is None:
-        demo.run(options.seeds or [0, 1, 2], quick=options.quick)
-        return
     if strange := [name for name in options.arms if name not in ARMS]:
         parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
-    seeds = options.seeds or [0, 1, 2, 3, 4]
-    benches = [
-        Bench(options.data, dataset, model, Schedule(options.rounds), options.published)
-        for model in options.models
-        for dataset in options.datasets
-    ]
-    if not options.report:
-        for seed in seeds[:1] if options.quick else seeds:
-            for bench in benches:
-                bench.run(options.arms, seed, search=not (options.no_search or options.quick))
-    sheets = [bench.sheet(options.arms, seeds) for bench in benches]
-    show(sheets)
-    if options.out:
-        write(sheets, options.out)
-        write_published(options.out, {k: v for b in benches for k, v in b.used.items()})
+    return options
 
 
 class Bench:
