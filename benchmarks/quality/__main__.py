@@ -9,7 +9,7 @@ from pathlib import Path
 
 import base_tiny
 from benchmarks.quality import demo
-from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
+from benchmarks.quality.arms import ARMS, GRID, Result, Schedule, unknown_arm
 from benchmarks.quality.datasets import read_devices
 from benchmarks.quality.report import Sheet, show, write
 from benchmarks.quality.store import Case, best_rate, read_published, write_published
@@ -72,7 +72,7 @@ def read_options() -> argparse.Namespace:
     )
     options = parser.parse_args()
     if strange := [name for name in options.arms if name not in ARMS]:
-        parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
+        parser.error(unknown_arm(strange[0]))
     return options
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.__main__ import main
+from benchmarks.quality.arms import ARMS, DEFAULT
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +47,22 @@ def test_a_folder_a_data_set_or_a_model_that_is_not_there_is_one_line(
         code, _, err = said(monkeypatch, capsys, *arguments, "--quick")
         assert code == 1
         assert err.startswith("error: ") and named in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("anchored", "; did you mean 'anchored, rotating, by rank'?"),
+        ("fedvag", "; did you mean 'fedavg'?"),
+        ("trust-validation left split", "did you mean 'trust-validation, left split'?"),
+        ("xyz", "there is no arm 'xyz'. There are"),
+    ],
+)
+def test_an_arm_that_there_is_not(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = said(monkeypatch, capsys, "--data", "any", "--arms", name)
+    assert code == 2 and meant in err
+    listed = [line for line in err.splitlines() if line.startswith("  '")]
+    assert len(listed) == len(ARMS)
+    assert f"  {DEFAULT!r}, the default of a job" in listed
