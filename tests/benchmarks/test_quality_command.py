@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.arms import ARMS, DEFAULT
+from benchmarks.quality.arms import ARMS, DEFAULT, Result, Schedule
+from benchmarks.quality.store import Case
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +67,37 @@ def test_an_arm_that_there_is_not(
     listed = [line for line in err.splitlines() if line.startswith("  '")]
     assert len(listed) == len(ARMS)
     assert f"  {DEFAULT!r}, the default of a job" in listed
+
+
+def test_a_report_of_nothing_says_what_was_looked_for_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = ("--data", "any", "--datasets", "made", "--models", "toy", "--report")
+    code, out, err = said(monkeypatch, capsys, *report, "--seeds", "3", "4", "--out", "docs")
+    assert "made, toy: no results of any arm with 10 rounds and seeds 3, 4 in runs/bench/q" in err
+    assert str(code).startswith("error: nothing to report") and out == ""
+    assert not (tmp_path / "docs").exists()
+    code, _, err = said(monkeypatch, capsys, *report, "--published", "docs")
+    assert code == 1 and err.startswith("error: cannot read docs/runs.json: No such file")
+
+
+def test_tables_do_not_lose_rows_unless_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dataset, arm in (("one", "segment"), ("one", "flora"), ("two", "flora")):
+        result = Result(3.0, 3.0, {"d0": 3.0}, [3.0], 1.0)
+        Case(dataset, "toy", arm, 0, ARMS[arm].start, Schedule()).write(result)
+    tables, report = tmp_path / "docs" / "tables.md", ("--data", "any", "--models", "toy")
+    report = (*report, "--report", "--out", "docs", "--datasets", "one")
+    assert said(monkeypatch, capsys, *report, "two")[0] == 0
+    whole = tables.read_text()
+    for fewer, lost in (
+        ([], "flora (two, toy)"),
+        (["two", "--arms", "flora"], "segment (one, toy)"),
+    ):
+        code, out, _ = said(monkeypatch, capsys, *report, *fewer)
+        assert f"nothing was written to docs: its tables have what these lack, {lost};" in str(code)
+        assert "flora" in out, "they are shown all the same"
+        assert tables.read_text() == whole
+    assert said(monkeypatch, capsys, *report, "--force")[0] == 0
+    assert "one, toy" in tables.read_text() and "two, toy" not in tables.read_text()
