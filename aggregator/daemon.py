@@ -17,6 +17,7 @@ from aggregator.artifacts import ArtifactPublisher
 from aggregator.batch import take_in, with_those_behind
 from aggregator.engine import IN_PROCESS, Engine
 from aggregator.enrol.folder import Membership
+from aggregator.idle_settings import idle_settings
 from aggregator.intake import Intake
 from aggregator.link import Link, own_link
 from aggregator.merging import commit_round
@@ -168,6 +169,8 @@ class Daemon:
             state=state.state,
             version=state.version,
         )
+        for idle in idle_settings(self._job, self._policy):
+            self._events.emit("idle-setting", reason=idle)
         self._end_if_done(state)
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ _LEVEL_OF: Mapping[str, str] = {
     "command-refused": "warning",
     "flooding": "warning",
     "full": "error",
+    "idle-setting": "warning",
     "quarantined": "warning",
     "refused": "warning",
     "rejected": "warning",
