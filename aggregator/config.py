@@ -43,7 +43,7 @@ STAND_IN = {"name": "any", "sha256": "0" * 64, "parameters": 1, "modules": {"any
 """A base in the place of one that is not described yet."""
 
 
-class PolicySettings(BaseModel):
+class PolicySettings(BaseModel, strict=True):
     """How rounds are run; see aggregator.rounds.Policy."""
 
     min_devices: int = Field(1, ge=1, le=1_000_000)

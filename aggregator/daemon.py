@@ -18,6 +18,7 @@ from aggregator.batch import take_in, with_those_behind
 from aggregator.engine import IN_PROCESS, Engine
 from aggregator.enrol.folder import Membership
 from aggregator.errors import MergeError
+from aggregator.idle_settings import idle_settings
 from aggregator.intake import Intake
 from aggregator.link import Link, own_link
 from aggregator.merging import commit_round
@@ -169,6 +170,8 @@ class Daemon:
             state=state.state,
             version=state.version,
         )
+        for idle in idle_settings(self._job, self._policy):
+            self._events.emit("idle-setting", reason=idle)
         self._end_if_done(state)
 
     def check(self) -> None:

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 from protocol.errors import TunefleetError
+from protocol.mistakes import did_you_mean, nearest
 
 
 class AggregatorError(TunefleetError):
@@ -59,7 +60,8 @@ class UnknownRule(AggregatorError):
     def __init__(self, name: str, known: Iterable[str]) -> None:
         self.name = name
         self.known = tuple(known)
-        super().__init__(f"there is no merge rule {name!r}; there are {', '.join(self.known)}")
+        hint = did_you_mean(nearest(name, self.known), self.known)
+        super().__init__(f"there is no merge rule {name!r}; {hint}")
 
 
 class BadRuleSettings(AggregatorError):

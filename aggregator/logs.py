@@ -22,6 +22,7 @@ _LEVEL_OF: Mapping[str, str] = {
     "flooding": "warning",
     "held": "error",
     "full": "error",
+    "idle-setting": "warning",
     "quarantined": "warning",
     "refused": "warning",
     "rejected": "warning",

@@ -111,7 +111,7 @@ def one(budget_mib: int, model: Path, training: dict[str, int], text: Path) -> d
 
 def is_larger_left(plan: Event, training: dict[str, int]) -> bool:
     """Say whether there is a plan that would take more than this one, and be better."""
-    most = micro_batches(Training(**training), training["max_tokens"])[-1]
+    most = micro_batches(Training.model_validate(training), training["max_tokens"])[-1]
     largest = (LADDER[-1], LADDER[-1], training["max_tokens"], most, False)
     names = ("rank", "held", "seq_len", "micro_batch", "checkpointing")
     return tuple(plan[name] for name in names) != largest

@@ -86,7 +86,7 @@ class Simulation:
         seed: int,
         setting: Setting | None = None,
     ) -> None:
-        self.devices = devices
+        self.folder, self.devices = model, devices
         self.seed = seed
         self.setting = setting = setting or Setting()
         self.trainer = FoldingTrainer(model, threads=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from device_profiles.report_figure import (
     COLOURS,
@@ -21,6 +21,8 @@ SLIM_ROW_PX = 20
 SLIDER_PX = 76
 MARGIN_PX = {"l": 96, "r": 8, "t": 4, "b": 78}
 """Room for the devices' names on the left, and slanting below."""
+SCALE_PX = 64
+"""Room for the scale on the right, where there is one."""
 NAME = 12
 """Characters of a name that are shown."""
 
@@ -33,6 +35,7 @@ def trust_charts(summary: Summary) -> Iterator[Chart]:
     names = [device.name for device in summary.devices]
     few = len(names) <= COLOURS
     last, trust = rounds[-1]
+    most = _most([trust for _, trust in (rounds if few else rounds[-1:])])
     trace = {
         "type": "heatmap",
         "x": list(range(len(names))),
@@ -43,18 +46,48 @@ def trust_charts(summary: Summary) -> Iterator[Chart]:
         "xgap": 2,
         "ygap": 2,
         "zmin": 0,
-        "zmax": 1,
+        "zmax": most,
         "colorscale": [[0, "$heat0"], [1, "$heat1"]],
-        "showscale": False,
+        "showscale": not few,
+        "colorbar": _scale(most),
     }
     yield Chart(
         "trust",
         "Who trusts whom",
         "Of whose adapters (columns) each device's own (rows) was mixed, in per cent, after round "
-        f"{last.round}{'; the slider has the others' if few and len(rounds) > 1 else ''}.",
+        f"{last.round}{'; the slider has the others' if few and len(rounds) > 1 else ''}. The "
+        f"strongest colour is for {percent(most)} and more.",
         {"data": [trace], "layout": _layout(names, rounds if few else [], few)},
         span=3 if few else 6,
     )
+
+
+def _most(matrices: Sequence[Trust]) -> float:
+    """Return the largest share of another's adapter, above which colours are all alike.
+
+    A device may trust itself ten times as far: scaled to that, all others would look alike.
+    """
+    others = (
+        weight
+        for trust in matrices
+        for i, row in enumerate(trust.weights)
+        for j, weight in enumerate(row)
+        if i != j
+    )
+    return max(others, default=0.0) or 1.0
+
+
+def _scale(most: float) -> Figure:
+    """Return what tells colours apart where there is no room for numbers in the cells."""
+    values = [0, most / 2, most]
+    return {
+        "tickvals": values,
+        "ticktext": [percent(value) for value in values],
+        "tickfont": {"size": 11.5, "color": "$muted"},
+        "thickness": 10,
+        "xpad": 8,
+        "outlinewidth": 0,
+    }
 
 
 def _cells(names: list[str], entry: Round, trust: Trust, few: bool) -> Figure:
@@ -89,7 +122,8 @@ def _layout(names: list[str], rounds: list[tuple[Round, Trust]], few: bool) -> F
     yaxis = axis(**ticks, range=[len(names) - 0.5, -0.5], showgrid=False)
     height = len(names) * (ROW_PX if few else SLIM_ROW_PX) + MARGIN_PX["t"] + MARGIN_PX["b"]
     if len(rounds) < 2:
-        return layout(height, xaxis, yaxis, margin=MARGIN_PX)
+        right = MARGIN_PX["r"] if few else SCALE_PX
+        return layout(height, xaxis, yaxis, margin=MARGIN_PX | {"r": right})
     margin = MARGIN_PX | {"b": MARGIN_PX["b"] + SLIDER_PX}
     return layout(height + SLIDER_PX, xaxis, yaxis, margin=margin, sliders=[_slider(names, rounds)])
 

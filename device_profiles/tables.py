@@ -15,6 +15,7 @@ Events are dicts with an "event" and, but for the aggregator's own, a "device":
     alone      step, steps, loss       training without the fleet, after the last round
     merged     round, seconds, devices (how many); from the aggregator
     warning    round, reason           of a merge; from the aggregator
+    idle-setting  reason               a setting that does nothing; from the aggregator
     measuring  adapters, texts (how many of each); the replay's last work
 
 Other events, and fields that are missing, are passed over.
@@ -306,6 +307,8 @@ def plain_line(event: Event) -> str | None:
             return f"round {_number(event.get('round'))}: {_merge_text(event)}"
         case "warning":
             return f"round {_number(event.get('round'))}: {event.get('reason')}"
+        case "idle-setting":
+            return f"note: {event.get('reason')}"
     return None
 
 

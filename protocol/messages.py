@@ -85,7 +85,7 @@ class BaseModelInfo(Message):
     """Target module → (d_out, d_in)."""
 
 
-class Training(Message):
+class Training(Message, strict=True):
     """Settings of local training, the same for every device."""
 
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 12
@@ -103,7 +103,7 @@ class Training(Message):
     """Train A and B in every round, or in turn; see `protocol.factors`."""
 
 
-class Pruning(Message):
+class Pruning(Message, strict=True):
     """Settings of HetLoRA self-pruning (arXiv 2401.06432)."""
 
     enabled: bool = True
@@ -113,7 +113,7 @@ class Pruning(Message):
     rank_min: Rank = 2
 
 
-class Limits(Message):
+class Limits(Message, strict=True):
     """What the aggregator refuses beyond."""
 
     upload_bytes: Annotated[Count, Field(ge=1)] = CHUNK_BYTES * MAX_CHUNKS
@@ -121,7 +121,7 @@ class Limits(Message):
     """Largest Frobenius norm of an upload's change of the scaled product, over all modules."""
 
 
-class Probe(Message):
+class Probe(Message, strict=True):
     """A public text that all devices predict, so that their adapters can be compared."""
 
     text: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
@@ -131,8 +131,8 @@ class Probe(Message):
     """Largest logits that a device sends of each position."""
 
 
-class Job(Message):
-    """A fine-tuning job: what every device must know before it can take part."""
+class Job(Message, strict=True):
+    """A fine-tuning job: what every device must know first. Strict: "6" is no number, nor true."""
 
     protocol: Literal[1] = 1
     job: Name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol.topics import NAME
@@ -67,8 +67,7 @@ def unknown_setting(fields: Mapping[str, Any], tables: Mapping[str, Sequence[str
         given = fields.get(table) if table else fields
         for name in given if isinstance(given, Mapping) else ():
             if name not in known:
-                meant = _meant(table, name, tables)
-                hint = f"did you mean {meant!r}?" if meant else f"there are {', '.join(known)}"
+                hint = did_you_mean(_meant(table, name, tables), known)
                 return f"there is no setting {_dotted(table, name)!r}; {hint}"
     return ""
 
@@ -76,8 +75,18 @@ def unknown_setting(fields: Mapping[str, Any], tables: Mapping[str, Sequence[str
 def _meant(table: str, name: str, tables: Mapping[str, Sequence[str]]) -> str | None:
     """Return the setting that was meant, if one is near: in another table, or spelt much alike."""
     elsewhere = [_dotted(other, name) for other, known in tables.items() if name in known]
-    alike = [_dotted(table, near) for near in difflib.get_close_matches(name, tables[table], n=1)]
-    return next(iter([*elsewhere, *alike]), None)
+    near = nearest(name, tables[table])
+    return next(iter(elsewhere), _dotted(table, near) if near else None)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is spelt most like another, if one is much alike."""
+    return next(iter(difflib.get_close_matches(name, [*known], n=1)), None)
+
+
+def did_you_mean(meant: str | None, known: Iterable[str]) -> str:
+    """Return a question for the name that was meant; where none is near, which there are."""
+    return f"did you mean {meant!r}?" if meant else f"there are {', '.join(known)}"
 
 
 def _dotted(table: str, name: str) -> str:

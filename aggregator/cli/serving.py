@@ -108,14 +108,17 @@ def check(config_file: Config = None, folder: MaybeFleet = None) -> None:
     from aggregator import settings
     from aggregator.config import check_settings, read_fields
     from aggregator.enrol.folder import FleetFolder
+    from aggregator.idle_settings import idle_settings
     from aggregator.merging import check_engine
     from aggregator.page.opening import check_page
     from aggregator.tracking.tracker import check_sinks
 
     known = settings.read(config_file, {"dir": folder}, os.environ)
     for file in known.settings.jobs:
-        job, _ = check_settings(read_fields(file), str(file))
+        job, policy = check_settings(read_fields(file), str(file))
         check_engine(job, known.settings.engine)
+        for idle in idle_settings(job, policy):
+            typer.echo(f"note: {file}: {idle}", err=True)
         typer.echo(f"{file}: job {job.job!r} is in order, but for its model: serving describes it")
     fleet = FleetFolder(known.settings.dir) if known.settings.dir is not None else None
     if known.settings.page.port is not None:

@@ -6,7 +6,6 @@ the aggregator starts, and again where a round is merged: nothing else looks at 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, TypeVar
@@ -15,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from aggregator.errors import BadRuleSettings
 from aggregator.merge.lowrank import Split
-from protocol.mistakes import first_mistake
+from protocol.mistakes import did_you_mean, first_mistake, nearest
 
 Settings = Mapping[str, object]
 NO_SETTINGS: Settings = MappingProxyType({})
@@ -44,7 +43,7 @@ def _positive(value: object) -> bool:
 class RuleSettings(BaseModel):
     """Settings of every rule; each does nothing unless it is given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     split: Split = "balanced"
     """How singular values lie on the factors of a product, see `lowrank.split_factors`."""
@@ -94,8 +93,7 @@ def read_settings(kind: type[Kind], given: Settings) -> Kind:
     """
     known = [*kind.model_fields]
     for name in sorted(set(given) - set(known)):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        hint = did_you_mean(nearest(name, known), known)
         raise BadRuleSettings(f"the rule has no setting {name!r}; {hint}")
     try:
         return kind.model_validate(dict(given))

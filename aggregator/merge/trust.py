@@ -1,7 +1,7 @@
 """Trust weights: one merged adapter a device, from the devices it has most in common with.
 
 Pure functions: scores (K, K) of how far device i trusts adapter j, their softmax, and the merge
-of all rows. Who measures what, and when, is in `aggregator.personal`. Source of the three scores:
+of all rows. Who measures what, and when, is in `aggregator.personal`. Source of the scores:
 arXiv 2404.09753; the formulas here are those of docs/algorithms.md.
 """
 
@@ -46,11 +46,6 @@ def cosine_scores(gram: Float64Array) -> Float64Array:
     cosines = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
     np.fill_diagonal(cosines, 1.0)
     return np.asarray(np.clip(cosines, -1.0, 1.0))
-
-
-def validation_scores(losses: Float64Array) -> Float64Array:
-    """Return -loss: `losses[i, j]` is adapter j's mean nats a token on device i's trust split."""
-    return -losses
 
 
 def prediction_distance(probes: Sequence[TopLogits]) -> Float64Array:

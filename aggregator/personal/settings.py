@@ -24,7 +24,7 @@ def _temperature(value: object) -> object:
 class TrustSettings(BaseModel):
     """Settings of the three trust strategies."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     split: Split = "balanced"
     """How singular values lie on the factors of a product, see `lowrank.split_factors`."""

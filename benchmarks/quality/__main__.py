@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import base_tiny
 from benchmarks.quality import demo
-from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
+from benchmarks.quality.arms import ARMS, GRID, Result, Schedule, unknown_arm
 from benchmarks.quality.datasets import read_devices
-from benchmarks.quality.report import Sheet, show, write
-from benchmarks.quality.store import Case, best_rate, read_published, write_published
+from benchmarks.quality.report import Sheet, lost_rows, show, write
+from benchmarks.quality.store import RUNS, Case, best_rate, read_published, write_published
 from benchmarks.simulation import Setting, Simulation
+from device_profiles.report_figure import some_of
+from protocol.cli import run_command
 
 DATASETS = ("multilingual_ud", "dialogue_sgd", "shakespeare_roles")
 BUNDLED = "base-tiny"
@@ -22,7 +25,59 @@ ROWS = {"trust": 8, "held_out": 40}
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark; what went wrong ends in one line."""
+    run_command(run)
+
+
+def run() -> None:
+    """Run what the command line asks for, and show what came of it."""
+    options = read_options()
+    if options.data is None:
+        demo.run(options.seeds or [0, 1, 2], quick=options.quick)
+        return
+    seeds = options.seeds or [0, 1, 2, 3, 4]
+    benches = [
+        Bench(options.data, dataset, model, Schedule(options.rounds), options.published)
+        for model in options.models
+        for dataset in options.datasets
+    ]
+    if not options.report:
+        for seed in seeds[:1] if options.quick else seeds:
+            for bench in benches:
+                bench.run(options.arms, seed, search=not (options.no_search or options.quick))
+    sheets = [bench.sheet(options.arms, seeds) for bench in benches]
+    for sheet in sheets:
+        if not sheet.found:
+            print(_nothing_of(sheet, options, seeds), file=sys.stderr)
+    sheets = [sheet for sheet in sheets if sheet.found]
+    if not sheets:
+        sys.exit("error: nothing to report; run it without --report, or name --published")
+    show(sheets)
+    if options.out:
+        lost = lost_rows(sheets, options.out)
+        if lost and not options.force:
+            sys.exit(
+                f"error: nothing was written to {options.out}: its tables have what these lack, "
+                f"{some_of(lost, '; ')}; ask for that too, or write fewer rows with --force"
+            )
+        write(sheets, options.out)
+        write_published(options.out, {k: v for b in benches for k, v in b.used.items()})
+
+
+def _nothing_of(sheet: Sheet, options: argparse.Namespace, seeds: Sequence[int]) -> str:
+    """Return what was looked for in vain, and where."""
+    every = len(options.arms) == len(ARMS)
+    arms = "any arm" if every else " or ".join(repr(arm) for arm in options.arms)
+    numbers = ", ".join(map(str, seeds))
+    where = f"{RUNS} and {options.published}" if options.published else RUNS
+    return (
+        f"{sheet.dataset}, {sheet.model}: no results of {arms} with {options.rounds} rounds and "
+        f"seeds {numbers} in {where}"
+    )
+
+
+def read_options() -> argparse.Namespace:
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of text and models, see datasets.py")
     parser.add_argument("--datasets", nargs="+", default=DATASETS, metavar="NAME")
@@ -38,30 +93,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="write tables, pictures and results to this folder too"
     )
+    parser.add_argument("--force", action="store_true", help="write fewer rows than --out has")
     parser.add_argument(
         "--published", type=Path, metavar="FOLDER", help="take what was run from here too"
     )
     options = parser.parse_args()
-    if options.data is None:
-        demo.run(options.seeds or [0, 1, 2], quick=options.quick)
-        return
     if strange := [name for name in options.arms if name not in ARMS]:
-        parser.error(f"there is no arm {strange[0]!r}; there are: {', '.join(ARMS)}")
-    seeds = options.seeds or [0, 1, 2, 3, 4]
-    benches = [
-        Bench(options.data, dataset, model, Schedule(options.rounds), options.published)
-        for model in options.models
-        for dataset in options.datasets
-    ]
-    if not options.report:
-        for seed in seeds[:1] if options.quick else seeds:
-            for bench in benches:
-                bench.run(options.arms, seed, search=not (options.no_search or options.quick))
-    sheets = [bench.sheet(options.arms, seeds) for bench in benches]
-    show(sheets)
-    if options.out:
-        write(sheets, options.out)
-        write_published(options.out, {k: v for b in benches for k, v in b.used.items()})
+        parser.error(unknown_arm(strange[0]))
+    return options
 
 
 class Bench:

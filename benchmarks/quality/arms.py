@@ -20,6 +20,7 @@ from benchmarks.quality.personal import PersonalRun
 from benchmarks.simulation import Simulation
 from protocol.adapter import Adapter
 from protocol.messages import Job, PersonalRule
+from protocol.mistakes import nearest
 
 Kind = Literal["base", "alone", "common", "personal", "full weights"]
 Fields = Mapping[str, Any]
@@ -268,3 +269,14 @@ DEFAULT = "anchored, rotating, by rank"
 """What a job does by default, without pruning."""
 LARGEST = f"all at rank {max(RANKS)}"
 """The bound: what no fleet of these devices could run."""
+
+
+def unknown_arm(name: str) -> str:
+    """Return what to say of an arm that there is not: which was meant, and all, one a line.
+
+    Many names begin alike: the beginning of the default's name means the default.
+    """
+    meant = DEFAULT if DEFAULT.startswith(name) else nearest(name, ARMS)
+    asked = f"; did you mean {meant!r}?" if meant else "."
+    lines = (f"  {arm!r}{', the default of a job' if arm == DEFAULT else ''}" for arm in ARMS)
+    return "\n".join([f"there is no arm {name!r}{asked} There are", *lines])

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.simulation import Simulation
 from edge_client.data import Batch
+from edge_client.model import load_model
 from edge_client.trainer.base import step_batches
 from edge_client.trainer.loss import full_cross_entropy
 from edge_client.trainer.torch_trainer import ADAM_BETAS, attention_mask
@@ -24,40 +25,32 @@ Weights = dict[str, torch.Tensor]
 class FullWeights:
     """Train and average whole models on the devices of a simulation.
 
-    It changes the simulation's base, and puts it back when a run is over.
+    The model is one of its own: the trainer's gives its base no gradients.
     """
 
     def __init__(self, fleet: Simulation) -> None:
         self._fleet = fleet
-        fleet.evaluate(None, "trust")  # takes any adapter off
-        self._model = fleet.trainer.model
-        self._parameters: Weights = {}
+        self._model = load_model(fleet.folder, torch.float32)
+        self._parameters: Weights = dict(self._model.named_parameters())
 
     def run(self, job: Job, on_round: Callable[[int], None]) -> tuple[float, dict[str, float]]:
         """Run a job; return the mean loss on the trust splits, and each device's held-out loss."""
-        parameters = self._parameters = {
-            name: p for name, p in self._model.named_parameters() if "lora_" not in name
-        }
-        for parameter in parameters.values():
+        for parameter in self._parameters.values():
             parameter.requires_grad_(True)
-        base = {name: p.detach().clone() for name, p in parameters.items()}
         streams = {d.name: self._fleet.stream(d) for d in self._fleet.devices}
-        shared = base
-        try:
-            for number in range(1, job.rounds + 1):
-                total = {name: torch.zeros_like(p) for name, p in base.items()}
-                for device in self._fleet.devices:
-                    self._put(shared)
-                    self._train(job, streams[device.name])
-                    for name, parameter in parameters.items():
-                        total[name] += parameter.detach() / len(self._fleet.devices)
-                shared = total
+        shared = {name: p.detach().clone() for name, p in self._parameters.items()}
+        for number in range(1, job.rounds + 1):
+            total = {name: torch.zeros_like(p) for name, p in shared.items()}
+            for device in self._fleet.devices:
                 self._put(shared)
-                on_round(number)
-            trust = fmean(self.losses("trust").values())
-            return trust, self.losses("held_out")
-        finally:
-            self._put(base)
+                self._train(job, streams[device.name])
+                for name, parameter in self._parameters.items():
+                    total[name] += parameter.detach() / len(self._fleet.devices)
+            shared = total
+            self._put(shared)
+            on_round(number)
+        trust = fmean(self.losses("trust").values())
+        return trust, self.losses("held_out")
 
     @torch.no_grad()
     def losses(self, split: str) -> dict[str, float]:

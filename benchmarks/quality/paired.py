@@ -38,11 +38,6 @@ class Comparison:
     percent_half: float
     wins: int
 
-    @property
-    def clear(self) -> bool:
-        """Whether the interval of the difference leaves out 0."""
-        return abs(self.difference.mean) > self.difference.half
-
     def __str__(self) -> str:
         """Return it as "-1.2 ± 0.3 % (5 of 5)": what it is, its interval, how often it won."""
         half = f" ± {self.percent_half:.1f}" if self.difference.count > 1 else ""

@@ -16,6 +16,7 @@ from benchmarks.quality.paired import Comparison, compare, interval
 PUBLISHED_RULES = ("fedavg", "hetlora", "flexlora")
 BOUND_PERCENT = 3.0
 LOCAL = "local only"
+TABLES = "tables.md"
 Found = Mapping[str, Mapping[int, tuple[float, Result]]]
 """Arm → seed → learning rate and result."""
 
@@ -114,6 +115,28 @@ def as_markdown(sheets: Sequence[Sheet]) -> str:
     return "\n".join((TITLE, *parts))
 
 
+def lost_rows(sheets: Sequence[Sheet], folder: Path) -> list[str]:
+    """Return the rows of a folder's tables that are not among those of the sheets."""
+    try:
+        before = (folder / TABLES).read_text()
+    except FileNotFoundError:
+        return []
+    kept = set(_rows(as_markdown(sheets)))
+    return [row for row in _rows(before) if row not in kept]
+
+
+def _rows(page: str) -> Iterator[str]:
+    """Yield each row of a page of tables: its arm, and what the table is of."""
+    title = ""
+    for line in page.splitlines():
+        if line.startswith("### "):
+            title = line.removeprefix("### ")
+        elif line.startswith("| "):
+            arm = line.split("|")[1].strip()
+            if arm not in (HEADINGS[0], "---"):
+                yield f"{arm} ({title})"
+
+
 def claims(sheet: Sheet) -> Iterator[Claim]:
     """Yield what the project claims of a sheet, as far as its arms were run."""
     where = f"{sheet.dataset}, {sheet.model}: "
@@ -145,7 +168,7 @@ CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation")
 def write(sheets: Sequence[Sheet], folder: Path) -> None:
     """Write the tables as markdown and a picture for each sheet."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tables.md").write_text(as_markdown(sheets))
+    (folder / TABLES).write_text(as_markdown(sheets))
     for sheet in (sheet for sheet in sheets if not sheet.found.keys().isdisjoint(CURVES)):
         draw(sheet, folder / f"{sheet.dataset}-{sheet.model}.svg")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.claims import FOLDER
 from benchmarks.quality.arms import ARMS, GRID, Result, Schedule
+from edge_client.errors import DataError
 
 RUNS = FOLDER / "quality"
 PUBLISHED = "runs.json"
@@ -58,17 +59,22 @@ class Case:
 
 
 def read_published(folder: Path) -> dict[str, Result]:
-    """Return the results that a folder of the docs has, by the names of their files."""
+    """Return the results that a folder of the docs has, by the names of their files.
+
+    Raises:
+        DataError: it has none.
+    """
     try:
         kept = json.loads((folder / PUBLISHED).read_text())
-    except FileNotFoundError:
-        return {}
+    except OSError as error:
+        raise DataError(f"cannot read {folder / PUBLISHED}: {error.strerror}") from None
     return {name: Result(**fields) for name, fields in kept.items()}
 
 
 def write_published(folder: Path, results: Mapping[str, Result]) -> None:
     """Write results beside those that the folder has, a line each."""
-    known = {**read_published(folder), **results}
+    before = read_published(folder) if (folder / PUBLISHED).exists() else {}
+    known = {**before, **results}
     lines = (f"{json.dumps(name)}: {json.dumps(asdict(known[name]))}" for name in sorted(known))
     (folder / PUBLISHED).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

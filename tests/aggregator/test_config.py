@@ -116,8 +116,10 @@ def test_the_strategies_of_personal_adapters_are_rules(description: Path, rule: 
         ("[rule_settings]\nclip = 0", "rule_settings: clip: must be a positive number or 'median'"),
         ("[rule_settings]\nbyzantine = 1", "rule_settings: the rule has no setting 'byzantine'"),
         ("[rule_settings]\nmomentum = 1", "rule_settings: momentum: must be less than 1"),
-        ('rule = "trust-weight"', "there are fedavg"),
-        ('rule = "trust-weight"', "trust-predictions"),
+        ('rule = "best"', "there are fedavg"),
+        ('rule = "best"', "trust-predictions"),
+        ('rule = "anchord"', "there is no merge rule 'anchord'; did you mean 'anchored'?"),
+        ('rule = "trust_weights"', "did you mean 'trust-weights'?"),
         (f"{TRUST}[rule_settings]\ncandidate = 3", "did you mean 'candidates'?"),
         (f"{TRUST}[rule_settings]\ntemperature = 0", "temperature: must be a positive number or"),
         (f'{TRUST}directions = "top"\nremainder = "dropped"', "needs remainder = 'frozen'"),
@@ -142,6 +144,60 @@ def test_what_is_wrong_is_one_line_that_names_it(
     assert said in str(caught.value)
     assert "job.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('rounds = "6"', 'rounds: must be a whole number, not "6"'),
+        ("rounds = 6.0", "rounds: must be a whole number, not 6.0"),
+        ("scale = true", "scale: must be a number, not true"),
+        ("ladder = [2, true]", "ladder[1]: must be a whole number, not true"),
+        ('[training]\nsteps = "6"', 'training.steps: must be a whole number, not "6"'),
+        ("[training]\nlearning_rate = true", "training.learning_rate: must be a number, not true"),
+        ("[pruning]\nenabled = 1", "pruning.enabled: must be true or false, not 1"),
+        ("[limits]\nupload_bytes = true", "limits.upload_bytes: must be a whole number, not true"),
+        ('[probe]\ntext = "a"\ntop_k = "3"', 'probe.top_k: must be a whole number, not "3"'),
+        ("[policy]\nquorum = true", "policy.quorum: must be a whole number, not true"),
+        ('[policy]\ndeadline_s = "60"', 'policy.deadline_s: must be a number, not "60"'),
+        ("[rule_settings]\ncap = true", "rule_settings: cap: must be a number, not true"),
+        ('[rule_settings]\ncap = "0.5"', 'rule_settings: cap: must be a number, not "0.5"'),
+        ("[rule_settings]\nmomentum = true", "rule_settings: momentum: must be a number, not true"),
+        (
+            '[rule_settings]\nerror_feedback = "yes"',
+            'rule_settings: error_feedback: must be true or false, not "yes"',
+        ),
+        (
+            '[rule_settings]\nmemory_rank = "3"',
+            'rule_settings: memory_rank: must be a whole number, not "3"',
+        ),
+        (
+            f"{TRUST}[rule_settings]\ncandidates = true",
+            "rule_settings: candidates: must be a whole number, not true",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_even_where_it_could_be_read(
+    tmp_path: Path, description: Path, more: str, said: str
+) -> None:
+    path = written(tmp_path, toml(description, more))
+    with pytest.raises(ConfigError) as caught:
+        read_job(path)
+    assert str(caught.value) == f"{path}: {said}"
+
+
+def test_a_whole_number_is_a_number(tmp_path: Path, description: Path) -> None:
+    more = """
+    scale = 2
+    rule_settings = { cap = 1, momentum = 0, clip = 3, discrepancy_offset = 0 }
+    [training]
+    learning_rate = 1
+    [policy]
+    deadline_s = 60
+    """
+    job, policy = read_job(written(tmp_path, toml(description, more)))
+    assert (job.scale, job.training.learning_rate, policy.deadline_s) == (2.0, 1.0, 60.0)
+    assert Job.model_validate_json(job.model_dump_json()) == job
 
 
 @pytest.mark.parametrize(

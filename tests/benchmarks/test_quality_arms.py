@@ -4,10 +4,12 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from base_tiny import PATH
 from benchmarks.quality import demo
 from benchmarks.quality.arms import ARMS, DEFAULT, LARGEST, Schedule
+from benchmarks.quality.full_weights import FullWeights
 from benchmarks.quality.store import Case
 from benchmarks.simulation import Setting, SimulatedDevice, Simulation
 from edge_client.data import Example, Splits
@@ -52,6 +54,14 @@ def test_an_arm_learns_and_leaves_the_base_alone(fleet, arm):
     assert set(result.devices) == {"d0", "d1", "d2"}
     assert len(result.curve) == SCHEDULE.rounds
     assert fleet.losses(None) == before
+
+
+def test_where_full_weights_are_averaged_all_of_them_learn(fleet):
+    control = FullWeights(fleet)
+    before = {name: p.detach().clone() for name, p in control._parameters.items()}
+    control.run(ARMS["full weights averaged"].whole_job(fleet, SCHEDULE, 4e-3), lambda _: None)
+    still = [name for name, p in control._parameters.items() if torch.equal(p, before[name])]
+    assert not still
 
 
 def test_a_result_is_read_back_only_for_the_same_run(tmp_path, monkeypatch, fleet):

@@ -89,6 +89,25 @@ def test_who_trusts_whom_is_shown_where_there_is_such_a_thing(devices: int) -> N
     assert "the common adapter" in trace["hovertext"][0][0]
 
 
+def test_colours_are_scaled_to_how_far_others_are_trusted() -> None:
+    """Of 20 devices each has a twentieth or so: next to 1 all cells were blank."""
+    for devices, has_scale in ((6, False), (20, True)):
+        summary = with_trust(demo_summary(devices), 11, 12)
+        (trace,) = page_of(summary).figures()["trust"]["data"]
+        shown = [e["trust"]["weights"] for e in summary["history"] if "trust" in e]
+        others = [
+            [w for i, row in enumerate(weights) for j, w in enumerate(row) if i != j]
+            for weights in (shown[-1:] if has_scale else shown)
+        ]
+        assert trace["zmin"] == 0
+        assert trace["zmax"] == pytest.approx(max(map(max, others)))
+        assert trace["showscale"] == has_scale
+        assert trace["colorbar"]["tickvals"][-1] == trace["zmax"]
+        assert trace["hovertext"][0][1].count("%") == 1
+    (trace,) = page_of(with_trust(demo_summary(1), 12)).figures()["trust"]["data"]
+    assert trace["zmax"] == 1, "it is all its own"
+
+
 def test_a_device_that_took_no_part_has_no_cell_in_the_matrix() -> None:
     page = page_of(with_trust(demo_summary(), 11, away=2))
     (trace,) = page.figures()["trust"]["data"]

@@ -208,6 +208,7 @@ def test_the_view_can_be_drawn_before_any_event_and_on_a_narrow_terminal() -> No
         (EVENTS[6], "round 1: merged 6 devices in 0.18 s"),
         (EVENTS[6] | {"devices": 1}, "round 1: merged 1 device in 0.18 s"),
         ({"event": "warning", "round": 2, "reason": "f is 0"}, "round 2: f is 0"),
+        ({"event": "idle-setting", "reason": "x does nothing"}, "note: x does nothing"),
         (
             {"event": "serving", "rounds": 6},
             "6 rounds; devices plan: the first time they measure, for a minute or so",

@@ -20,7 +20,6 @@ from aggregator.merge.trust import (
     prediction_distance,
     prediction_scores,
     softmax_rows,
-    validation_scores,
 )
 from protocol.adapter import Adapter, Factors, initial_adapter, module_rank
 from protocol.probe import TopLogits
@@ -242,7 +241,6 @@ def test_identity_6_no_op_permutation_and_one_device(
     probe = TopLogits(np.arange(4).reshape(2, 2), np.ones((2, 2)))
     for scores in (
         cosine_scores(gram(single)),
-        validation_scores(np.array([[3.2]])),
         prediction_scores(prediction_distance([probe])),
     ):
         assert softmax_rows(scores).tolist() == [[1.0]]
@@ -254,7 +252,7 @@ def test_identity_7_trust_rows(seed: int, in_domain: int, temperature: float) ->
     rng, count = np.random.default_rng(seed), 2 * in_domain
     for scores in (
         cosine_scores(gram([Adapter({"m": draw(rng, 6, 5, 2)}, SCALE) for _ in range(count)])),
-        validation_scores(rng.uniform(0, 8, (count, count))),
+        -rng.uniform(0, 8, (count, count)),  # minus losses
     ):
         rows = softmax_rows(scores, temperature)
         assert (rows >= 0).all()

@@ -190,10 +190,12 @@ def test_what_is_no_rule_is_named(name: str, said: str) -> None:
         merge(name, a_round())
 
 
-def test_an_unknown_name_lists_it() -> None:
+def test_an_unknown_name_lists_it_or_is_taken_for_it() -> None:
     with pytest.raises(UnknownRule, match="krum, asked, by-norm") as raised:
-        merge("longer", a_round())
+        merge("other", a_round())
     assert str(raised.value).count("anchored") == 1, "a built-in rule can't be replaced"
+    with pytest.raises(UnknownRule, match=r"did you mean 'longest'\?"):
+        merge("longer", a_round())
     assert merge("anchored", a_round()).weights
 
 

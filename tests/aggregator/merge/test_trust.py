@@ -14,7 +14,6 @@ from aggregator.merge.trust import (
     prediction_distance,
     prediction_scores,
     softmax_rows,
-    validation_scores,
 )
 from protocol.probe import TopLogits
 from tests.aggregator.merge.made_rounds import (
@@ -27,7 +26,6 @@ from tests.aggregator.merge.made_rounds import (
 def test_trust_scores_by_hand() -> None:
     cosine = cosine_scores(np.array([[4.0, 3.0, 0.0], [3.0, 9.0, 0.0], [0.0, 0.0, 0.0]]))
     np.testing.assert_allclose(cosine, [[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    np.testing.assert_array_equal(validation_scores(np.array([[1.5]])), [[-1.5]])
     scores = prediction_scores(np.array([[0.0, 2.0], [0.0, 0.0]]))
     np.testing.assert_allclose(scores, [[0, -10], [0, 0]])  # τ = 10/2, mean of (0, 2) = 1
     np.testing.assert_allclose(prediction_scores(np.array([[0.0, 2.0]] * 2), 3)[0], [0, -6])

@@ -19,6 +19,7 @@ from aggregator.personal import (
     read_trust_settings,
 )
 from aggregator.personal.candidates import draw
+from aggregator.personal.scores import round_scores
 from aggregator.personal.temperature import FURTHEST, Temperature
 from protocol.adapter import Adapter, Factors
 from protocol.probe import TopLogits
@@ -78,6 +79,14 @@ def test_losses_are_remembered_as_differences_of_one_round() -> None:
     after = by_validation(view, later, state).state
     assert after.losses["d0"] == pytest.approx({"d1": -1.0, "d2": 1.0, "d0": 0.1, "d3": -0.5})
     assert TrustState.model_validate_json(after.model_dump_json()) == after
+
+
+def test_scores_are_minus_the_losses_that_are_known() -> None:
+    losses = {"d0": {"d0": 0.5, "d2": -1.5}, "d1": {"d0": 2.0, "d3": 0.25}}
+    scores = round_scores("trust-validation", full_round(4), TrustState(losses=losses), {})
+    no = -np.inf
+    wanted = [[-0.5, no, 1.5, no], [-2, -0.25, no, -0.25], [no] * 4, [no] * 4]
+    np.testing.assert_array_equal(scores, wanted)  # d1 thinks of itself as of the best
 
 
 def test_a_mixture_is_the_weighted_sum_and_a_candidate_the_adapter_itself() -> None:
