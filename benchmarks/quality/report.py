@@ -97,8 +97,10 @@ def show(sheets: Sequence[Sheet]) -> None:
 
 TITLE = """# Rules on real text: tables
 
-Written by `python -m benchmarks.quality --data DIR --report --out docs/quality`. What the arms are
-is in `benchmarks/quality/arms.py`, what follows from them in [results.md](../results.md). Losses
+Written by `python -m benchmarks.quality --data DIR --published docs/quality --report --out
+docs/quality` from the runs of [runs.json](runs.json). What the arms are is in
+`benchmarks/quality/arms.py`, what follows from them in [results.md](../results.md), what was run
+before single runs were kept in [earlier.md](earlier.md). Losses
 are nats a token on held-out text, means over devices and seeds with their 95 % t-interval. "To the
 default" and so on: by how much the arm is above it over the seeds of both, with the interval of the
 paired difference and in how many of the seeds the arm is below.
