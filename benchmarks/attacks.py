@@ -2,7 +2,7 @@
 
     python -m benchmarks.attacks [--quick] [--data DIR] [--datasets NAME ...] [--seeds N ...]
 
-Eight honest devices and one more, which sends in every round, with the directions of one of them:
+Nine honest devices and one more, which sends in every round, with the directions of one of them:
 
     flipped    its change of both factors, the other way
     scaled     a hundred times its change
@@ -10,8 +10,9 @@ Eight honest devices and one more, which sends in every round, with the directio
     stale      what stood in those directions when the job began
 
 A rule's loss is the mean over the honest devices' held-out text, by that of the same rule and
-settings with the honest devices alone. `--data` is the folder of `benchmarks.quality`; without it
-the demo's six devices and base-tiny are taken. Writes runs/bench/attacks.json.
+settings with the honest devices alone. `--data` is the folder of `benchmarks.quality`, of which nine
+roles are taken, or three devices of each of three domains; without it the demo's six devices and
+base-tiny. Writes runs/bench/attacks.json.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from protocol.adapter import Adapter, Factors, select
 AT_MOST = 1.02
 """What a rule that withstands an attack comes to, by its loss among the honest alone."""
 ATTACKER = "attacker"
+RANKS = (2, 16, 4, 8, 8, 4, 16, 2, 8)
+PER_DOMAIN = 3
 SOURCE = 1
 """The honest device whose update the attacker spoils: of the largest rank, so the worst."""
 
@@ -170,7 +173,7 @@ def _fleet(data: Path | None, place: str, model: str, seed: int) -> Simulation:
         return demo_simulation(seed)
     schedule = Schedule()
     setting = Setting(schedule.max_tokens, schedule.tokens_per_step // schedule.max_tokens, ROWS)
-    devices = read_devices(data, place, seed=seed)
+    devices = read_devices(data, place, seed=seed, ranks=RANKS, per_domain=PER_DOMAIN)
     return Simulation(data / "models" / model, devices, seed=seed, setting=setting)
 
 

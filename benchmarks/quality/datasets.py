@@ -32,15 +32,23 @@ TRUST_SHARE = 0.15
 Domains = Mapping[str, Sequence[Example]]
 
 
-def read_devices(folder: Path, dataset: str, *, seed: int) -> list[SimulatedDevice]:
-    """Return eight devices with text of a dataset of the folder.
+def read_devices(
+    folder: Path,
+    dataset: str,
+    *,
+    seed: int,
+    ranks: Sequence[int] = RANKS,
+    per_domain: int = PER_DOMAIN,
+) -> list[SimulatedDevice]:
+    """Return devices of `ranks` with text of a dataset of the folder, some of each domain.
 
     Raises:
         DataError: a file is missing or has a bad row (it is named), or has too few domains.
     """
     train = read_domains(folder / "datasets" / dataset / "train.jsonl")
     test = read_domains(folder / "datasets" / dataset / "test.jsonl")
-    return cut_devices(train, test, DEVICES_PER_DOMAIN.get(dataset, PER_DOMAIN), seed=seed)
+    per_domain = DEVICES_PER_DOMAIN.get(dataset, per_domain)
+    return cut_devices(train, test, per_domain, seed=seed, ranks=ranks)
 
 
 def read_domains(path: Path) -> dict[str, list[Example]]:
@@ -77,14 +85,19 @@ def read_domains(path: Path) -> dict[str, list[Example]]:
 
 
 def cut_devices(
-    train: Domains, test: Domains, per_domain: int, *, seed: int
+    train: Domains,
+    test: Domains,
+    per_domain: int,
+    *,
+    seed: int,
+    ranks: Sequence[int] = RANKS,
 ) -> list[SimulatedDevice]:
-    """Share the text of the largest domains out among eight devices, `per_domain` to each.
+    """Share the text of the largest domains out among devices of `ranks`, `per_domain` to each.
 
     Raises:
         DataError: there are too few domains with text in both files.
     """
-    wanted = len(RANKS) // per_domain
+    wanted = len(ranks) // per_domain
     usable = sorted(set(train) & set(test), key=lambda name: (-_characters(train[name]), name))
     if len(usable) < wanted:
         raise DataError(
@@ -104,7 +117,7 @@ def cut_devices(
             splits = Splits(rows[trust:], rows[:trust], guarded)
             if not (splits.train and splits.trust and splits.held_out):
                 raise DataError(f"domain {domain!r} has too few rows for {per_domain} devices")
-            devices.append(SimulatedDevice(name, RANKS[len(devices)], HELD, splits))
+            devices.append(SimulatedDevice(name, ranks[len(devices)], HELD, splits))
     return devices
 
 
