@@ -10,9 +10,9 @@ Nine honest devices and one more, which sends in every round, with the direction
     stale      what stood in those directions when the job began
 
 A rule's loss is the mean over the honest devices' held-out text, by that of the same rule and
-settings with the honest devices alone. `--data` is the folder of `benchmarks.quality`, of which nine
-roles are taken, or three devices of each of three domains; without it the demo's six devices and
-base-tiny. Writes runs/bench/attacks.json.
+settings with the honest devices alone. `--data` is the folder of `benchmarks.quality`, of which
+nine roles are taken, or three devices of each of three domains; without it the demo's six devices
+and base-tiny. Writes runs/bench/attacks.json.
 """
 
 from __future__ import annotations
