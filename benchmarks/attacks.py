@@ -84,6 +84,7 @@ ATTACKS: Mapping[str, Attack] = {
     "stale": _stale,
 }
 CLIPPED = {**ROTATING, "rule_settings": {**BALANCED, "clip": "median"}}
+OPPOSED = {**ROTATING, "rule_settings": {**CLIPPED["rule_settings"], "opposed": 0.2}}
 ARMS: Mapping[str, Arm] = {
     "fedavg": Arm("common", {"rule": "fedavg"}, start=1.6e-2),
     "anchored": Arm("common", {"rule": "anchored", **ROTATING}, BY_RANK),
@@ -92,8 +93,10 @@ ARMS: Mapping[str, Arm] = {
     "geomed, clipped": Arm("common", {"rule": "geomed", **CLIPPED}, BY_RANK),
     "krum": Arm("common", {"rule": "krum", **ROTATING}, BY_RANK),
     "krum, clipped": Arm("common", {"rule": "krum", **CLIPPED}, BY_RANK),
+    "anchored, clipped, opposed": Arm("common", {"rule": "anchored", **OPPOSED}, BY_RANK),
+    "geomed, clipped, opposed": Arm("common", {"rule": "geomed", **OPPOSED}, BY_RANK),
 }
-ROBUST = ("anchored, clipped", "geomed", "geomed, clipped", "krum", "krum, clipped")
+ROBUST = tuple(name for name in ARMS if name not in ("fedavg", "anchored"))
 
 
 def main() -> None:

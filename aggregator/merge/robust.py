@@ -80,5 +80,30 @@ def krum(
     return kept / kept.sum(), warnings
 
 
+def without_opposed(
+    gram: Float64Array, shares: Float64Array, devices: Sequence[str], most: float
+) -> Float64Array:
+    """Return the shares with those of devices whose changes point against the others' at 0.
+
+    A device agrees with the others by the mean cosine of its change with each of theirs. While the
+    least of these is below zero its device is left out, and the rest are asked anew: for who
+    mirrors an honest device makes that one look opposed too. At most the part `most` of all is left
+    out; ties go by name. Lengths play no part, they are for `clip`. Compare the cosines to the mean
+    in Muñoz-González et al., arXiv 1909.05125.
+    """
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    lengths = np.where(norms > 0, norms, 1.0)
+    cosines = gram / lengths / lengths[:, None]
+    np.fill_diagonal(cosines, 0.0)
+    kept = shares > 0
+    for _ in range(int(most * len(shares) + 1e-9)):
+        agreement = np.where(kept, cosines @ kept, np.inf).round(9)  # (K,)
+        worst = min(range(len(shares)), key=lambda k: (agreement[k], devices[k]))
+        if agreement[worst] >= 0:
+            break
+        kept[worst] = False
+    return np.asarray(np.where(kept, shares, 0.0) / shares[kept].sum())
+
+
 GEOMED = Robust(geometric_median, GeomedSettings)
 KRUM = Robust(krum, KrumSettings)

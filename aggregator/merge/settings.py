@@ -55,6 +55,8 @@ class RuleSettings(BaseModel):
     """Largest share of one device."""
     clip: Annotated[float | Literal["median"] | None, BeforeValidator(_clip)] = None
     """Largest norm of a device's change, or the round's median of them."""
+    opposed: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Largest share of a round's devices left out as their changes point against the others'."""
     staleness: bool = False
     """Count (1+τ)^−½ of a change that starts from a version τ behind."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0

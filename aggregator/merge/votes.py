@@ -14,6 +14,7 @@ import numpy as np
 
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import gram
+from aggregator.merge.robust import without_opposed
 from aggregator.merge.round_view import RoundView, change_norms, changed
 from aggregator.merge.settings import RuleSettings
 from aggregator.merge.sums import Float64Array
@@ -31,7 +32,7 @@ class Votes:
 
 
 def cast_votes(view: RoundView, weighting: Weighting, settings: RuleSettings) -> Votes:
-    """Return what each device counts: share, then discount and clipping, robust shares, cap.
+    """Return what each device counts: share, discount and clipping, who is opposed, robust, cap.
 
     Raises:
         MergeError: the shares go by examples, and no device has one; or the rule's are no shares.
@@ -42,12 +43,15 @@ def cast_votes(view: RoundView, weighting: Weighting, settings: RuleSettings) ->
     if settings.clip is not None:
         norms = change_norms(view) * votes.counted
         votes = replace(votes, counted=votes.counted * clipping(norms, settings.clip))
-    if weighting.robust is not None:
+    if weighting.robust is not None or settings.opposed:
         products = gram([changed(u, view.previous) for u in view.updates])
         products *= np.outer(votes.counted, votes.counted)
-        shares, said = weighting.robust.reweigh(
-            products, votes.shares, [u.device for u in view.updates], settings
-        )
+        devices = [update.device for update in view.updates]
+        shares, said = votes.shares, list[str]()
+        if settings.opposed:
+            shares = without_opposed(products, shares, devices, settings.opposed)
+        if weighting.robust is not None:
+            shares, said = weighting.robust.reweigh(products, shares, devices, settings)
         votes = Votes(shares, votes.counted, (*votes.warnings, *said))
     if settings.cap is not None:
         shares, left = capped(votes.shares, settings.cap)

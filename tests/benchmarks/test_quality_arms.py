@@ -75,6 +75,7 @@ def test_a_result_is_read_back_only_for_the_same_run(tmp_path, monkeypatch, flee
     assert Case("made", "base-tiny", "base", 1, 1e-3, SCHEDULE).read() is None
 
 
+@pytest.mark.timeout(900)  # five arms of ten rounds of rank 64
 def test_each_arm_of_the_demo_gives_two_losses(fleet, monkeypatch):
     monkeypatch.setattr(demo, "DEMO_TRAINING", {"steps": 1, "tokens_per_step": 32})
     for arm in demo.arms(fleet).values():

@@ -133,6 +133,28 @@ def attacked(attack: Attack, devices: int, part: float, seed: int) -> tuple[Roun
     return with_attackers(view, old, attack, part), honest
 
 
+@pytest.mark.parametrize("rule", ["anchored", "geomed", "flexlora"])
+def test_who_points_against_the_others_is_left_out(rule: str) -> None:
+    view, honest = attacked(sign_flipped, 10, 0.1, 0)
+    plain = {"weights": "equal"} if rule != "geomed" else {}
+    left = merge(rule, view, settings={**plain, "opposed": 0.2})
+    assert left.weights["d09"] == 0 and sum(w > 0 for w in left.weights.values()) == 9
+    kept = merge(rule, honest, settings=plain)
+    np.testing.assert_allclose(
+        flat(left.adapter, view), flat(kept.adapter, view), rtol=1e-4, atol=1e-5
+    )
+    again = merge(rule, replace(view, updates=view.updates[::-1]), settings={"opposed": 0.2})
+    assert again.weights["d09"] == 0
+
+
+def test_nobody_is_left_out_where_all_agree_or_nobody_may_be() -> None:
+    view, honest = attacked(sign_flipped, 10, 0.1, 0)
+    assert merge("anchored", honest, settings={"opposed": 0.4}).weights == pytest.approx(
+        merge("anchored", honest).weights
+    )
+    assert merge("anchored", view, settings={"opposed": 0.05}).weights["d09"] > 0
+
+
 def distance(rule: str, to: str, rounds: tuple[RoundView, RoundView], **settings: object) -> float:
     """Return how far a rule under attack is from another of the honest alone."""
     view, honest = rounds
