@@ -95,6 +95,11 @@ ARMS: Mapping[str, Arm] = {
     "krum, clipped": Arm("common", {"rule": "krum", **CLIPPED}, BY_RANK),
     "anchored, clipped, opposed": Arm("common", {"rule": "anchored", **OPPOSED}, BY_RANK),
     "geomed, clipped, opposed": Arm("common", {"rule": "geomed", **OPPOSED}, BY_RANK),
+    "krum, opposed": Arm(
+        "common",
+        {"rule": "krum", **ROTATING, "rule_settings": {**BALANCED, "opposed": 0.2}},
+        BY_RANK,
+    ),
 }
 ROBUST = tuple(name for name in ARMS if name not in ("fedavg", "anchored"))
 
