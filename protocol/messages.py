@@ -138,7 +138,14 @@ class Job(Message, strict=True):
     job: Name
     base: BaseModelInfo
     scale: Positive
-    ladder: Annotated[list[Rank], Field(min_length=1, max_length=32)] = [2, 4, 8, 16, 32, 64]
+    ladder: Annotated[list[Rank], Field(min_length=1, max_length=32, strict=False)] = [
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+    ]
     rule: Text = "anchored"
     rule_settings: dict[Text, Any] = {}
     remainder: Literal["frozen", "dropped"] = "frozen"
