@@ -198,6 +198,7 @@ def test_a_whole_number_is_a_number(tmp_path: Path, description: Path) -> None:
     job, policy = read_job(written(tmp_path, toml(description, more)))
     assert (job.scale, job.training.learning_rate, policy.deadline_s) == (2.0, 1.0, 60.0)
     assert Job.model_validate_json(job.model_dump_json()) == job
+    assert Job.model_validate({**job.model_dump(), "ladder": tuple(job.ladder)}) == job
 
 
 @pytest.mark.parametrize(
