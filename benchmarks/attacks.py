@@ -29,13 +29,13 @@ import numpy as np
 from aggregator.errors import MergeError
 from aggregator.merge import RoundView, Update
 from benchmarks.claims import Claim, write_claims
-from benchmarks.quality.__main__ import DATASETS, ROWS
 from benchmarks.quality.arms import BALANCED, BY_RANK, ROTATING, Arm, Schedule
-from benchmarks.quality.datasets import read_devices
 from benchmarks.quality.demo import demo_simulation
-from benchmarks.simulation import Setting, Simulation
+from benchmarks.quality.fleets import DATASETS, open_fleet
+from benchmarks.simulation import Simulation
 from edge_client.errors import TrainingDiverged
 from protocol.adapter import Adapter, Factors, select
+from protocol.cli import run_command
 
 AT_MOST = 1.02
 """What a rule that withstands an attack comes to, by its loss among the honest alone."""
@@ -105,6 +105,11 @@ ROBUST = tuple(name for name in ARMS if name not in ("fedavg", "anchored"))
 
 
 def main() -> None:
+    """Run the benchmark; what went wrong ends in one line."""
+    run_command(run)
+
+
+def run() -> None:
     """Run every arm under every attack, print and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of text and models, see quality/")
@@ -119,7 +124,19 @@ def main() -> None:
     ratios: dict[str, dict[str, float]] = {}
     for place in places:
         for seed in options.seeds:
-            fleet = _fleet(options.data, place, options.model, seed)
+            fleet = (
+                open_fleet(
+                    options.data,
+                    place,
+                    options.model,
+                    schedule,
+                    seed=seed,
+                    ranks=RANKS,
+                    per_domain=PER_DOMAIN,
+                )
+                if options.data
+                else demo_simulation(seed)
+            )
             for arm in options.rules:
                 row = ratios.setdefault(f"{place}, seed {seed}, {arm}", {})
                 alone = loss(fleet, schedule, arm, None)
@@ -178,15 +195,6 @@ def claims(
             else:
                 made.append(Claim(said, worst, "reported", True))
     return made
-
-
-def _fleet(data: Path | None, place: str, model: str, seed: int) -> Simulation:
-    if data is None:
-        return demo_simulation(seed)
-    schedule = Schedule()
-    setting = Setting(schedule.max_tokens, schedule.tokens_per_step // schedule.max_tokens, ROWS)
-    devices = read_devices(data, place, seed=seed, ranks=RANKS, per_domain=PER_DOMAIN)
-    return Simulation(data / "models" / model, devices, seed=seed, setting=setting)
 
 
 if __name__ == "__main__":

@@ -99,9 +99,12 @@ class Foreign:
 
 
 def _named(where: str, call: Callable[[], T]) -> T:
-    """Call another's code; what it raises is said in its name, unless it is an error of ours."""
+    """Call another's code; what it raises is said in its name; other errors of ours say enough."""
     try:
         return call()
+    except MergeError as error:
+        why = f"{where}: {error.why}"
+        raise MergeError(why, device=error.device, module=error.module) from error
     except AggregatorError:
         raise
     except (Exception, SystemExit) as error:

@@ -8,20 +8,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import base_tiny
 from benchmarks.quality import demo
 from benchmarks.quality.arms import ARMS, GRID, Result, Schedule, unknown_arm
-from benchmarks.quality.datasets import read_devices
+from benchmarks.quality.fleets import DATASETS, open_fleet
 from benchmarks.quality.report import Sheet, lost_rows, show, write
 from benchmarks.quality.store import RUNS, Case, best_rate, read_published, write_published
-from benchmarks.simulation import Setting, Simulation
+from benchmarks.simulation import Simulation
 from device_profiles.report_figure import some_of
 from protocol.cli import run_command
-
-DATASETS = ("multilingual_ud", "dialogue_sgd", "shakespeare_roles")
-BUNDLED = "base-tiny"
-ROWS = {"trust": 8, "held_out": 40}
-"""Rows of 128 tokens on which each device's losses are measured."""
 
 
 def main() -> None:
@@ -169,14 +163,9 @@ class Bench:
 
     def _fleet(self, seed: int) -> Simulation:
         if seed not in self._fleets:
-            bundled = self._model == BUNDLED
-            folder = base_tiny.PATH if bundled else self._data / "models" / self._model
-            schedule = self._schedule
-            setting = Setting(
-                schedule.max_tokens, schedule.tokens_per_step // schedule.max_tokens, ROWS
+            self._fleets[seed] = open_fleet(
+                self._data, self._dataset, self._model, self._schedule, seed=seed
             )
-            devices = read_devices(self._data, self._dataset, seed=seed)
-            self._fleets[seed] = Simulation(folder, devices, seed=seed, setting=setting)
         return self._fleets[seed]
 
 

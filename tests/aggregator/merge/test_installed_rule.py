@@ -178,7 +178,7 @@ def test_built_from_halves_it_has_the_settings_of_every_rule() -> None:
         ("spoiled", "spoiled.* returned what is no result: .*module m: the shared adapter has"),
         ("leaves", "fleet_rules_example:leaves.* failed: SystemExit: 3"),
         ("class", "fleet_rules_example:Asked.* is not a function"),
-        ("twice", "shares .1.0, 1.0. are not 2 numbers of 0 or more whose sum is 1"),
+        ("twice", "rule 'twice' .*shares .1.0, 1.0. are not 2 numbers of 0 or more whose sum is 1"),
         ("untold", "fleet_rules_example:untold.* failed: KeyError: 'loss'"),
         ("no-factors", "fleet_rules_example:no_factors.* failed: TypeError"),
         ("missing", "no_such_name.* cannot be loaded: AttributeError"),
