@@ -20,7 +20,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from protocol.messages import UploadManifest, in_cohort
+from protocol.cohort import in_cohort
+from protocol.messages import UploadManifest
 
 Action = Literal["open", "merge", "extend", "finish"]
 

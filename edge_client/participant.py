@@ -31,10 +31,11 @@ from edge_client.standing import Standing
 from edge_client.trainer import checkpoint
 from edge_client.trust import open_trusted
 from protocol import topics
+from protocol.cohort import in_cohort
 from protocol.errors import ProtocolError
 from protocol.events import EventLog
 from protocol.link import DeviceLink, Incoming
-from protocol.messages import Control, Job, Round, in_cohort
+from protocol.messages import Control, Job, Round
 from protocol.patience import Waiting
 from protocol.signing import SigningKey
 

@@ -8,7 +8,7 @@ from aggregator.view.database import ReadOnly
 from aggregator.view.devices import STATE_SQL, Where
 from aggregator.view.models import Crowd
 from aggregator.view.words import Standing, device_waits_for
-from protocol.messages import in_cohort
+from protocol.cohort import in_cohort
 
 LETTERS = {
     "training": "t", "uploading": "u", "downloading": "d", "idle": "i", "planning": "p",

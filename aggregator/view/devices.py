@@ -14,9 +14,10 @@ from aggregator.view import rounds
 from aggregator.view.database import ReadOnly
 from aggregator.view.models import DeviceCounts, DeviceDetail, DeviceView, PlanView
 from aggregator.view.words import Standing, device_waits_for
+from protocol.cohort import in_cohort
 from protocol.errors import ProtocolError
 from protocol.layers import from_bitmap
-from protocol.messages import UploadManifest, in_cohort
+from protocol.messages import UploadManifest
 
 _ONLINE = "json_extract(status, '$.online')"
 STATE_SQL = f"CASE WHEN {_ONLINE} THEN json_extract(status, '$.state') ELSE 'offline' END"

@@ -28,8 +28,8 @@ from aggregator.view.models import (
     VersionView,
 )
 from aggregator.view.words import Cohort, job_waits_for
+from protocol.cohort import in_cohort
 from protocol.files import folder_holder
-from protocol.messages import in_cohort
 
 LAST = 2**62
 """Beyond every round's number."""

@@ -19,6 +19,7 @@ from edge_client.outbox import Outbox
 from edge_client.sender import Sender
 from edge_client.trust import open_trusted
 from protocol import topics
+from protocol.cohort import in_cohort
 from protocol.events import EventLog
 from protocol.messages import (
     Control,
@@ -27,7 +28,6 @@ from protocol.messages import (
     Status,
     UploadManifest,
     describe_file,
-    in_cohort,
     upload_id,
 )
 from protocol.signing import SigningKey

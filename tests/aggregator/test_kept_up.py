@@ -7,7 +7,8 @@ from pathlib import Path
 
 from aggregator.rounds import Policy, RoundState, next_action
 from aggregator.store import Store
-from protocol.messages import Status, UploadManifest, describe_file, in_cohort, upload_id
+from protocol.cohort import in_cohort
+from protocol.messages import Status, UploadManifest, describe_file, upload_id
 
 DATA = b"x" * 100
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aggregator.rounds import Policy, RoundState, next_action
-from protocol.messages import in_cohort
+from protocol.cohort import in_cohort
 
 DAY = 1_000.0
 WAITING = RoundState(0, "waiting", 0, None)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from protocol.chunks import CHUNK_BYTES, MAX_CHUNKS, chunk_hash
+from protocol.cohort import in_cohort
 from protocol.errors import BadSignature, MalformedMessage, ProtocolError, UnsupportedVersion
 from protocol.messages import (
     MODULES,
@@ -28,7 +29,6 @@ from protocol.messages import (
     Training,
     UploadManifest,
     describe_file,
-    in_cohort,
     upload_id,
 )
 from protocol.signing import MESSAGE_LIMIT_BYTES, SigningKey, open_message
