@@ -27,6 +27,8 @@ from protocol.subscriptions import Subscriptions
 
 KEEPALIVE_S = 0xFFFF
 """Nobody has to be told that the process lives on: a merge or a training may keep it for long."""
+ANSWERS_S = 5.0
+"""How long a link that is given up waits for a broker to answer what it has been sent."""
 WINDOW = 0xFFFF
 """Messages that the broker may have on their way to a link: how much that is, its owner decides."""
 
@@ -39,7 +41,7 @@ class Loop:
         self._writing: deque[LoopLink] = deque()
         """Links that have something to write and are not known to be unable to."""
         self.published = 0
-        """Messages that its links have handed to the broker."""
+        """Messages that its links have handed to the broker, and wills that it says for them."""
 
     def watch(self, file: Any, ready: Callable[[], object]) -> None:
         """Call `ready` whenever there is something to read from a file, say a process's output."""
@@ -133,15 +135,25 @@ class LoopLink:
             window=WINDOW,
         )
 
+    @property
+    def is_connecting(self) -> bool:
+        """Whether the broker has been asked to let this in, and has not answered."""
+        return bool(self.unanswered) and not self.connected
+
     def lose(self) -> None:
-        """Lose the connection without a word, as a device out of reach does: the will is said."""
+        """Lose the connection without a word, as a device out of reach does: the will is said.
+
+        The broker has what was handed over before: one that meets a closed socket while it answers
+        would not read the rest.
+        """
+        self._hear_out()
+        will_is_said = self.connected
         client, self._client, self.connected = self._client, None, False
         self.unanswered = 0
         if client is None:
             return
         client.on_disconnect = None
-        if self._sock is not None:
-            client.loop_write()  # what was handed over before has left
+        self.loop.published += will_is_said
         sock = self._sock
         self._closed()
         if isinstance(sock, socket.socket):
@@ -151,16 +163,31 @@ class LoopLink:
 
     def close(self) -> None:
         """Leave the broker in good order: it says no will, and on MQTT 5 keeps no session."""
-        client = self._client
-        if client is not None and self._sock is not None:
+        self._hear_out()
+        client, sock = self._client, self._sock
+        if client is not None and isinstance(sock, socket.socket):
             client.on_disconnect = None
             last = None
             if self._version == paho.MQTTv5:
                 last = Properties(PacketTypes.DISCONNECT)
                 last.SessionExpiryInterval = 0
-            client.disconnect(properties=last)
-            client.loop_write()
+            with sock.dup() as still_open:  # paho closes it behind its last word
+                client.disconnect(properties=last)
+                client.loop_write()
+                _read_to_end(still_open)
+            self.connected = False
         self.lose()
+
+    def _hear_out(self) -> None:
+        """Wait, on this link alone, for the broker's answers to what has been handed over."""
+        until = time.monotonic() + ANSWERS_S
+        while self.unanswered and self._client is not None and self._sock is not None:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return
+            self._client.loop_write()
+            if self._sock is not None and _may_be_read(self._sock, min(left_s, 0.02)):
+                self._client.loop_read()
 
     # -- what a device does --------------------------------------------------------------------
 
@@ -270,6 +297,7 @@ class LoopLink:
     def _on_disconnect(
         self, client: paho.Client, _: Any, __: Any, code: ReasonCode, ___: Any
     ) -> None:
+        self.loop.published += self.connected  # the will
         self.connected, self.unanswered = False, 0
         self.failure = f"the broker has ended the connection: {in_words(code)}"
 
@@ -295,3 +323,17 @@ class LoopLink:
         for code in codes:
             if code.is_failure:
                 self.failure = in_words(code)
+
+
+def _may_be_read(sock: Any, wait_s: float) -> bool:
+    """Say whether there is something to read, or an end, waiting so long for it."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(wait_s))
+
+
+def _read_to_end(sock: socket.socket) -> None:
+    """Read what comes until the other side closes, or nothing comes for long."""
+    with suppress(OSError):
+        while _may_be_read(sock, ANSWERS_S) and sock.recv(1 << 16):
+            pass

@@ -105,6 +105,25 @@ def test_who_leaves_in_good_order_leaves_no_will(loop: Loop, make: Make) -> None
     assert [m.topic for m in heard] == ["end"]
 
 
+@pytest.mark.parametrize("leave", [LoopLink.lose, LoopLink.close])
+def test_who_leaves_at_once_has_said_all_and_what_the_broker_says_is_counted(
+    loop: Loop, make: Make, leave: Callable[[LoopLink], None]
+) -> None:
+    (device, _), (other, heard) = make("device"), make("other")
+    device.subscribe(["part/#"])  # the broker answers each, and sends it back
+    other.subscribe(["will/device", "part/#"])
+    connect(loop, device, other)
+    before = loop.published
+    for number in range(100):
+        device.publish(f"part/{number}", b"x" * 20_000)
+    leave(device)
+    other.publish("part/end", b"")
+    assert loop.pump_until(lambda: heard[-1:] != [] and heard[-1].topic == "part/end", QUIET_S)
+    wills = [m for m in heard if m.topic == "will/device"]
+    assert len(heard) == 101 + len(wills) == loop.published - before
+    assert len(wills) == (leave is LoopLink.lose)
+
+
 def test_what_the_broker_refuses_is_known_afterwards(
     loop: Loop, mosquitto_read_only: BrokerAddress
 ) -> None:
