@@ -221,6 +221,11 @@ class VirtualDevice:
             return True
         return self.link.is_settled(self.participant.outstanding)
 
+    @property
+    def is_getting_in(self) -> bool:
+        """Say whether the broker has still to let this device in."""
+        return self.link.is_connecting
+
     def _look_at_link(self, time_s: float) -> None:
         """Connect or get out of reach as the trace says, and look again where it changes."""
         if self.is_over:

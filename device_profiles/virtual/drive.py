@@ -50,7 +50,7 @@ class Drive:
         self._by_name = {device.settings.name: device for device in devices}
         self._epoch_s, self._resolution_s, self._speed = epoch_s, resolution_s, speed
         self._began = time.monotonic()
-        self._active: set[int] = set()
+        self._active = {device.index for device in devices}
         """Devices that something real may be under way to or from."""
         self._told: Counter[int] = Counter()
         """How often the aggregator has told each device something."""
@@ -75,6 +75,7 @@ class Drive:
         self.now_s = max(ceil(due / step - 1e-9) * step, self.now_s)
         self._pace()
         reach_s = max(due, self.now_s)  # a sum of floats may lie just beyond the point it is for
+        self._settle()  # before the first instant devices have asked to be let in
         while self._act(reach_s):
             self._settle()
         self._decide()
@@ -96,13 +97,20 @@ class Drive:
             self._loop.pump(min(left, 0.5))
 
     def _act(self, until_s: float) -> bool:
-        """Have devices do what is due up to a time; say whether anything was."""
-        acted = False
+        """Have devices do what is due up to a time; say whether anything was.
+
+        A device that is getting in goes on when all have settled: what it does depends on whether
+        it is in, and a real broker takes its time to say so.
+        """
+        acted, kept = False, []
         while (event := self._schedule.take(until_s)) is not None:
-            device, time_s, action = event
-            action(time_s)
-            self._active.add(device)
+            if self._devices[event.device].is_getting_in:
+                kept.append(event)
+                continue
+            event.action(event.time_s)
+            self._active.add(event.device)
             acted = True
+        self._schedule.put_back(kept)
         return acted
 
     def _settle(self) -> None:

@@ -73,8 +73,6 @@ class VirtualLink:
 
     def lose(self) -> None:
         """Get out of reach; what is on its way is lost."""
-        if self._link.connected:
-            self._link.loop.published += 1  # the will, which the broker says
         self._link.lose()
         self._down_free = self._up_free = 0.0
         self._on_its_way, self._echo = 0, b""
@@ -88,6 +86,10 @@ class VirtualLink:
     @property
     def connected(self) -> bool:
         return self._link.connected
+
+    @property
+    def is_connecting(self) -> bool:
+        return self._link.is_connecting
 
     @property
     def connection(self) -> int:

@@ -77,7 +77,7 @@ class PacedAggregator:
         """Wait until it has dealt with so many messages; return how often it told whom something.
 
         Raises:
-            ReplayError: some of them do not come.
+            ReplayError: some of them do not come, or others do.
         """
         self._order(do="settle", taken_in=taken_in)
         answer = self._answer("settled")
@@ -85,6 +85,11 @@ class PacedAggregator:
             raise ReplayError(
                 f"the aggregator got {answer['taken_in']} of {taken_in} messages: the broker has "
                 "lost some; look at its limits"
+            )
+        if answer["taken_in"] > taken_in:
+            raise ReplayError(
+                f"the aggregator got {answer['taken_in']} messages, {taken_in} were sent: does "
+                "somebody else publish to this job at this broker?"
             )
         return dict(answer["told"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,26 +45,59 @@ def test_events_come_in_the_order_of_time_then_device_then_their_own() -> None:
     schedule.at(1.0, 3, note("three again"))
     assert schedule.next_s == 1.0
     while (event := schedule.take(1.5)) is not None:
-        _, time_s, action = event
-        action(time_s)
+        event.action(event.time_s)
     assert [name for _, name in seen] == ["three", "three again", "seven"]
     assert schedule.take(1.5) is None and schedule.next_s == 2.0
 
 
-def test_what_is_due_a_rounding_error_after_an_instant_is_done_in_it() -> None:
+@pytest.fixture
+def drive() -> Iterator[Drive]:
+    """Return a drive of one device that is always settled, whose aggregator asks for nothing."""
     where = {"deadline": None, "said": "", "action": None}
     aggregator = SimpleNamespace(stands=where, step=lambda time_s: where, settle=lambda n: {})
-    settings = SimpleNamespace(name="kitchen")
-    device = SimpleNamespace(settings=settings, index=0, is_settled=True, is_online=False)
-    schedule, loop = Schedule(), Loop()
-    drive = Drive(loop, schedule, aggregator, [device], epoch_s=0.0, resolution_s=1.0)  # type: ignore[arg-type, list-item]
+    device = SimpleNamespace(
+        settings=SimpleNamespace(name="kitchen"),
+        index=0,
+        is_settled=True,
+        is_online=False,
+        is_getting_in=False,
+    )
+    loop = Loop()
+    yield Drive(loop, Schedule(), aggregator, [device], epoch_s=0.0, resolution_s=1.0)  # type: ignore[arg-type, list-item]
+    loop.close()
+
+
+def test_what_is_due_a_rounding_error_after_an_instant_is_done_in_it(drive: Drive) -> None:
     seen: list[float] = []
     for due in (33.0, math.nextafter(33, 34), math.nextafter(66, 67), 66.5):
-        schedule.at(due, 0, seen.append)
+        drive._schedule.at(due, 0, seen.append)
     while drive.instant():
         assert drive.instants <= 4, "it goes on"
     assert len(seen) == 4 and drive.now_s == 67.0
-    loop.close()
+
+
+def test_a_device_that_is_getting_in_goes_on_when_it_is_in(drive: Drive) -> None:
+    device: Any = drive._devices[0]
+    seen: list[str] = []
+
+    def connect(_: float) -> None:
+        seen.append("connects")
+        device.is_getting_in, device.is_settled = True, False
+
+    def let_in() -> bool:
+        seen.append("is let in" if device.is_getting_in else "settles")
+        device.is_getting_in, device.is_settled = False, True
+        return True
+
+    drive._schedule.at(0.2, 0, connect)
+    drive._schedule.at(0.7, 0, lambda _: seen.append("does what is to be done"))
+    drive._devices_settled = let_in  # type: ignore[method-assign]
+    assert drive.instant() and not drive.instant()
+    assert [what for what in seen if what != "settles"] == [
+        "connects",
+        "is let in",
+        "does what is to be done",
+    ]
 
 
 class Inner:
