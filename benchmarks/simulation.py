@@ -114,9 +114,9 @@ class Simulation:
         fields = {"job": name, "base": base, "scale": 2.0, "seed": self.seed, **settings}
         return Job.model_validate(fields)
 
-    def with_rank(self, rank: int) -> list[SimulatedDevice]:
-        """Return the devices as if all could train `rank` directions."""
-        return [replace(device, rank=rank, held=rank) for device in self.devices]
+    def with_rank(self, rank: int, *, held: int = 0) -> list[SimulatedDevice]:
+        """Return the devices as if all could train `rank` directions, of so many that they hold."""
+        return [replace(device, rank=rank, held=max(rank, held)) for device in self.devices]
 
     # ---- losses, nats a token ---------------------------------------------------------------
 

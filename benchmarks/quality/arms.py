@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal
@@ -65,16 +66,18 @@ class Result:
 class Arm:
     """One thing to compare: how it merges, and how its devices train.
 
-    `rank` is that of every device; None leaves each its own. Personal arms have a `strategy`, or
-    the common adapter where it is None; with `private` each device then trains a private adapter of
-    its own rank beside it, with as many steps as it had, and mixes the two. `start` is the learning
-    rate at which the search for the arm's best begins.
+    `rank` is that of every device, and of the shared adapter; `trained` is how many of the
+    directions that there are each device trains. None leaves each its own. Personal arms have a
+    `strategy`, or the common adapter where it is None; with `private` each device then trains a
+    private adapter of its own rank beside it, with as many steps as it had, and mixes the two.
+    `start` is the learning rate at which the search for the arm's best begins.
     """
 
     kind: Kind
     job: Fields = field(default_factory=dict)
     training: Fields = field(default_factory=dict)
     rank: int | None = None
+    trained: int | None = None
     strategy: PersonalRule | None = None
     private: bool = False
     start: float = 8e-3
@@ -120,9 +123,12 @@ def _common(arm: Arm, fleet: Simulation, job: Job) -> Found:
 
 def _shared(arm: Arm, fleet: Simulation, job: Job) -> tuple[Adapter, list[float]]:
     curve: list[float] = []
+    devices = None if arm.rank is None else fleet.with_rank(arm.rank)
+    if arm.trained is not None:
+        devices = fleet.with_rank(arm.trained, held=job.rank)
     adapter = fleet.federated(
         job,
-        devices=None if arm.rank is None else fleet.with_rank(arm.rank),
+        devices=devices,
         on_round=lambda _, shared: curve.append(fmean(fleet.evaluate(shared, "trust").values())),
     )
     return adapter, curve
@@ -191,6 +197,8 @@ ROTATING: Fields = {"remainder": "frozen", "directions": "rotating", "rule_setti
 ROTATING_LEFT: Fields = {**ROTATING, "rule_settings": LEFT}
 BY_RANK = {"learning_rate_by_rank": True}
 A_FASTER = {"learning_rate_a": 4.0}
+EQUAL = ceil(fmean(RANKS))
+"""The rank at which devices that are all alike train about as many directions as the fleet."""
 TWICE = {"steps": 2 * Schedule().steps}
 """What devices train that have a private adapter too."""
 
@@ -226,6 +234,9 @@ def _arms() -> dict[str, Arm]:
         "anchored, frozen, by rank": _rule("anchored", FROZEN, training=BY_RANK),
         "anchored, rotating": _rule("anchored", ROTATING),
         "anchored, rotating, by rank": default,
+        f"all train {EQUAL} of {largest}": _rule(
+            "anchored", ROTATING, training=BY_RANK, trained=EQUAL
+        ),
         "full weights averaged": Arm("full weights", start=1e-3),
         "trust-weights": _personal_arm("trust-weights"),
         "trust-validation": _personal_arm("trust-validation"),
