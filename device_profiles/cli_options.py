@@ -78,14 +78,12 @@ Set = Annotated[
 ]
 
 
-VIRTUAL = "Replaying traces"
 Devices = Annotated[
     int | None,
     typer.Option(
         metavar="NUMBER",
         min=1,
         help="Virtual devices (default: one for each trace; a scenario needs it).",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 Scenario = Annotated[
@@ -94,7 +92,6 @@ Scenario = Annotated[
         metavar="NAME",
         help="A situation instead of traces: overnight-charging, flaky-3g, memory-pressure, "
         "thermal-throttle, flash-crowd, device-churn, stale-devices.",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 Fidelity = Annotated[
@@ -103,7 +100,6 @@ Fidelity = Annotated[
         metavar="train=N,recorded=N,headless=N",
         help="How many devices really train, replay real updates, or only take part in the "
         "protocol (default: all are recorded).",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 Speed = Annotated[
@@ -111,7 +107,6 @@ Speed = Annotated[
     typer.Option(
         metavar="X",
         help="Virtual seconds a second; max: to the next event as soon as all is settled.",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 Resolution = Annotated[
@@ -120,12 +115,11 @@ Resolution = Annotated[
         metavar="SECONDS",
         min=0.001,
         help="How often, in virtual time, the aggregator decides at most.",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 JobFile = Annotated[
     Path | None,
-    typer.Option("--job", metavar="JOB.toml", help="A job file.", rich_help_panel=VIRTUAL),
+    typer.Option("--job", metavar="JOB.toml", help="A job file."),
 ]
 PolicyFile = Annotated[
     Path | None,
@@ -133,7 +127,6 @@ PolicyFile = Annotated[
         "--policy",
         metavar="POLICY.toml",
         help="What every device's owner allows (default: the scenario's, or everything).",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 Data = Annotated[
@@ -142,7 +135,6 @@ Data = Annotated[
         metavar="PATH",
         help="Text of the devices that train, one each in turn; may be repeated (default: the "
         "demo's).",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 PoolFolder = Annotated[
@@ -151,7 +143,6 @@ PoolFolder = Annotated[
         "--pool",
         metavar="FOLDER",
         help="Recorded updates (default: made by training once at each rank, and kept).",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 Hours = Annotated[
@@ -161,7 +152,6 @@ Hours = Annotated[
         metavar="HOURS",
         min=0.0,
         help="Virtual time at which the replay ends (default: 30 days).",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 Kept = Annotated[
@@ -173,7 +163,6 @@ Kept = Annotated[
         help="Training processes that are kept at a time (default: 2; with ray, one a core). Each "
         "takes the memory of libraries and base; one for each device that trains saves reading "
         "text and base again.",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 
@@ -191,7 +180,6 @@ WithEngine = Annotated[
         "--engine",
         help="What trains and merges: plain (this computer; default), or ray (the cluster of "
         "RAY_ADDRESS, or one on this computer).",
-        rich_help_panel=VIRTUAL,
     ),
 ]
 OtherEngine = Annotated[
