@@ -105,6 +105,7 @@ class PacedDaemon(Daemon):
             "state": now.state,
             "version": now.version,
             "deadline": now.deadline,
+            "taken_in": self.taken_in,
         }
 
 

@@ -27,8 +27,8 @@ from protocol.subscriptions import Subscriptions
 
 KEEPALIVE_S = 0xFFFF
 """Nobody has to be told that the process lives on: a merge or a training may keep it for long."""
-ANSWERS_S = 5.0
-"""How long a link that is given up waits for a broker to answer what it has been sent."""
+PATIENCE_S = 20.0
+"""How long links that leave wait for a broker that says nothing."""
 WINDOW = 0xFFFF
 """Messages that the broker may have on their way to a link: how much that is, its owner decides."""
 
@@ -41,7 +41,11 @@ class Loop:
         self._writing: deque[LoopLink] = deque()
         """Links that have something to write and are not known to be unable to."""
         self.published = 0
-        """Messages that its links have handed to the broker, and wills that it says for them."""
+        """Messages that its links have handed to the broker, and wills: these from the moment at
+        which a connection ends."""
+        self.patience_s = PATIENCE_S
+        """How long a link that leaves waits for a broker that says nothing: not at all, once one
+        has waited in vain."""
 
     def watch(self, file: Any, ready: Callable[[], object]) -> None:
         """Call `ready` whenever there is something to read from a file, say a process's output."""
@@ -138,28 +142,17 @@ class LoopLink:
     @property
     def is_connecting(self) -> bool:
         """Whether the broker has been asked to let this in, and has not answered."""
-        return bool(self.unanswered) and not self.connected
+        return self.unanswered > 0 and not self.connected
 
     def lose(self) -> None:
         """Lose the connection without a word, as a device out of reach does: the will is said.
 
-        The broker has what was handed over before: one that meets a closed socket while it answers
-        would not read the rest.
+        What was handed over before has reached the broker, and what it was told is dealt with does
+        not come again, unless it is silent for long.
         """
         self._hear_out()
-        will_is_said = self.connected
-        client, self._client, self.connected = self._client, None, False
-        self.unanswered = 0
-        if client is None:
-            return
-        client.on_disconnect = None
-        self.loop.published += will_is_said
-        sock = self._sock
-        self._closed()
-        if isinstance(sock, socket.socket):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        self.loop.published += self.connected  # the will
+        self._give_up()
 
     def close(self) -> None:
         """Leave the broker in good order: it says no will, and on MQTT 5 keeps no session."""
@@ -174,20 +167,53 @@ class LoopLink:
             with sock.dup() as still_open:  # paho closes it behind its last word
                 client.disconnect(properties=last)
                 client.loop_write()
-                _read_to_end(still_open)
-            self.connected = False
-        self.lose()
+                self._end(still_open)
+        self._give_up()
 
     def _hear_out(self) -> None:
-        """Wait, on this link alone, for the broker's answers to what has been handed over."""
-        until = time.monotonic() + ANSWERS_S
-        while self.unanswered and self._client is not None and self._sock is not None:
-            left_s = until - time.monotonic()
-            if left_s <= 0:
-                return
+        """Wait, on this link alone, for the broker's answers to what has been handed over.
+
+        Messages that come meanwhile are dealt with. Where it says nothing for too long it is given
+        up, and `failure` says so.
+        """
+        last = time.monotonic()
+        while self.unanswered > 0 and self._sock is not None and self._client is not None:
             self._client.loop_write()
-            if self._sock is not None and _may_be_read(self._sock, min(left_s, 0.02)):
-                self._client.loop_read()
+            if self._sock is not None and _is_ready(self._sock, 0.02, self._client.want_write()):
+                last = time.monotonic()
+                self._read()
+            elif time.monotonic() - last > self.loop.patience_s:
+                self.failure = f"the broker has left {self.unanswered} messages unanswered"
+                self.loop.patience_s = 0.0
+                return
+        if self._client is not None:
+            self._client.loop_write()  # what has no answer
+        while self._sock is not None and _is_ready(self._sock, 0.0):  # an end, perhaps
+            self._read()
+
+    def _give_up(self) -> None:
+        """Let go of the connection, whatever stands."""
+        client, self._client, self.connected = self._client, None, False
+        self.unanswered = 0
+        if client is not None:
+            client.on_disconnect = None
+        sock = self._sock
+        self._closed()
+        if isinstance(sock, socket.socket):
+            self._end(sock)
+            sock.close()
+
+    def _end(self, sock: socket.socket) -> None:
+        """Say that nothing more comes, and wait until the broker has read all and closes.
+
+        One that meets a closed socket while it writes would leave unread what it has not read yet.
+        """
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+            while _is_ready(sock, self.loop.patience_s):
+                if not sock.recv(1 << 16):
+                    return
+            self.loop.patience_s = 0.0
 
     # -- what a device does --------------------------------------------------------------------
 
@@ -325,15 +351,9 @@ class LoopLink:
                 self.failure = in_words(code)
 
 
-def _may_be_read(sock: Any, wait_s: float) -> bool:
-    """Say whether there is something to read, or an end, waiting so long for it."""
+def _is_ready(sock: Any, wait_s: float, for_writing: bool = False) -> bool:
+    """Say whether there is something to read, or an end, or room to write, waiting for it."""
     with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
+        write = selectors.EVENT_WRITE if for_writing else 0
+        selector.register(sock, selectors.EVENT_READ | write)
         return bool(selector.select(wait_s))
-
-
-def _read_to_end(sock: socket.socket) -> None:
-    """Read what comes until the other side closes, or nothing comes for long."""
-    with suppress(OSError):
-        while _may_be_read(sock, ANSWERS_S) and sock.recv(1 << 16):
-            pass

@@ -222,8 +222,8 @@ class VirtualDevice:
         return self.link.is_settled(self.participant.outstanding)
 
     @property
-    def is_getting_in(self) -> bool:
-        """Say whether the broker has still to let this device in."""
+    def is_connecting(self) -> bool:
+        """Say whether the broker has still to let it in."""
         return self.link.is_connecting
 
     def _look_at_link(self, time_s: float) -> None:

@@ -99,12 +99,12 @@ class Drive:
     def _act(self, until_s: float) -> bool:
         """Have devices do what is due up to a time; say whether anything was.
 
-        A device that is getting in goes on when all have settled: what it does depends on whether
+        A device that is connecting goes on when all have settled: what it does depends on whether
         it is in, and a real broker takes its time to say so.
         """
         acted, kept = False, []
         while (event := self._schedule.take(until_s)) is not None:
-            if self._devices[event.device].is_getting_in:
+            if self._devices[event.device].is_connecting:
                 kept.append(event)
                 continue
             event.action(event.time_s)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from device_profiles.virtual.broker import running_broker
 from protocol.link import BrokerAddress, Incoming
 from protocol.loop_link import Loop, LoopLink
 from protocol.transport import MqttTransport
@@ -118,10 +122,48 @@ def test_who_leaves_at_once_has_said_all_and_what_the_broker_says_is_counted(
         device.publish(f"part/{number}", b"x" * 20_000)
     leave(device)
     other.publish("part/end", b"")
-    assert loop.pump_until(lambda: heard[-1:] != [] and heard[-1].topic == "part/end", QUIET_S)
+    assert loop.pump_until(lambda: len(heard) >= loop.published - before, QUIET_S)
+    loop.pump_until(lambda: False, 0.1)
     wills = [m for m in heard if m.topic == "will/device"]
     assert len(heard) == 101 + len(wills) == loop.published - before
     assert len(wills) == (leave is LoopLink.lose)
+
+
+def test_what_is_acknowledged_just_before_the_connection_is_lost_does_not_come_again(
+    loop: Loop, make: Make
+) -> None:
+    (device, got), (other, _) = make("device"), make("other")
+    device.subscribe(["orders"])
+    connect(loop, device, other)
+    for number in range(20):
+        other.publish("orders", str(number).encode())
+    assert loop.pump_until(lambda: len(got) == 20, QUIET_S)
+    for incoming in got:
+        device.ack(incoming)
+    device.lose()
+    connect(loop, device)
+    loop.pump_until(lambda: False, 0.3)
+    assert len(got) == 20
+
+
+def test_a_broker_that_hangs_is_waited_for_once(tmp_path: Path, loop: Loop) -> None:
+    with running_broker("", tmp_path, 20) as broker:
+        links = [
+            LoopLink(loop, broker.address, f"d{n}", will=("will", b""), on_message=lambda m: None)
+            for n in range(20)
+        ]
+        connect(loop, *links)
+        assert broker.pid is not None
+        os.kill(broker.pid, signal.SIGSTOP)
+        try:
+            loop.patience_s = 0.5
+            links[0].publish("part", b"x")
+            for link in links:
+                link.close()
+            assert loop.patience_s == 0, "nobody waits after the first"
+            assert "unanswered" in links[0].failure
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
 
 
 def test_what_the_broker_refuses_is_known_afterwards(

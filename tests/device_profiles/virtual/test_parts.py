@@ -60,7 +60,7 @@ def drive() -> Iterator[Drive]:
         index=0,
         is_settled=True,
         is_online=False,
-        is_getting_in=False,
+        is_connecting=False,
     )
     loop = Loop()
     yield Drive(loop, Schedule(), aggregator, [device], epoch_s=0.0, resolution_s=1.0)  # type: ignore[arg-type, list-item]
@@ -76,17 +76,17 @@ def test_what_is_due_a_rounding_error_after_an_instant_is_done_in_it(drive: Driv
     assert len(seen) == 4 and drive.now_s == 67.0
 
 
-def test_a_device_that_is_getting_in_goes_on_when_it_is_in(drive: Drive) -> None:
+def test_a_device_that_is_connecting_goes_on_when_it_is_in(drive: Drive) -> None:
     device: Any = drive._devices[0]
     seen: list[str] = []
 
     def connect(_: float) -> None:
         seen.append("connects")
-        device.is_getting_in, device.is_settled = True, False
+        device.is_connecting, device.is_settled = True, False
 
     def let_in() -> bool:
-        seen.append("is let in" if device.is_getting_in else "settles")
-        device.is_getting_in, device.is_settled = False, True
+        seen.append("is let in" if device.is_connecting else "settles")
+        device.is_connecting, device.is_settled = False, True
         return True
 
     drive._schedule.at(0.2, 0, connect)
