@@ -254,7 +254,9 @@ class Simulation:
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             factors = trained_factors(job.training.factors, number)
-            return self._train(job, received, frozen, stream, job.training, True, factors)
+            return self._train(
+                job, received, frozen, stream, job.training, True, factors, round_number=number
+            )
 
         learned = learn(job, device.name, held, rank, number, train, blocks=device.blocks)
         absolute = add(select(shared, learned.directions), rounded(learned.change, job))
@@ -271,12 +273,13 @@ class Simulation:
         prune: bool,
         factors: Trained = "both",
         on_step: Callable[[int, float], None] = lambda step, loss: None,
+        round_number: int = 1,
     ) -> tuple[Adapter, TrainReport]:
         self.trainer.load(trained, frozen, self._plan)
         report = self.trainer.train(
             stream,
             settings=settings,
-            learning_rate=learning_rate(job, trained.rank),
+            learning_rate=learning_rate(job, trained.rank, round_number),
             pruning=job.pruning if prune else None,
             on_step=on_step,
             factors=factors,

@@ -232,7 +232,8 @@ class Learner:
         place: Place | None = None,
     ) -> tuple[Adapter, TrainReport]:
         """Train for so many steps, of a round where that has a `place`."""
-        settings, rate = self._job.training, learning_rate(self._job, rank)
+        settings = self._job.training
+        rate = learning_rate(self._job, rank, place.round_number if place else 1)
 
         def progress(value: Any) -> bool:
             if isinstance(value, NotKept):

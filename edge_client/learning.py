@@ -133,10 +133,13 @@ def learn(
     return Learned(change, rank, kept, before, after, report, held.rank, directions, modules)
 
 
-def learning_rate(job: Job, rank: int) -> float:
-    """Return a device's learning rate: lr·√(R/r) if the job scales it by rank.
+def learning_rate(job: Job, rank: int, round_number: int = 1) -> float:
+    """Return a device's learning rate in a round: lr·√(R/r) if the job scales it by rank.
 
-    With one scale for the whole fleet a small rank otherwise moves the model less a step.
+    With one scale for the whole fleet a small rank otherwise moves the model less a step. Over the
+    rounds it falls evenly from the first to the part of it that the last one has.
     """
-    rate = job.training.learning_rate
-    return rate * math.sqrt(job.rank / rank) if job.training.learning_rate_by_rank else rate
+    training = job.training
+    fallen = min(1.0, (round_number - 1) / max(1, job.rounds - 1))
+    rate = training.learning_rate * (1 - (1 - training.learning_rate_last) * fallen)
+    return rate * math.sqrt(job.rank / rank) if training.learning_rate_by_rank else rate

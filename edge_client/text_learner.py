@@ -89,7 +89,7 @@ class TextLearner:
         report = self._trainer.train(
             stream,
             settings=job.training,
-            learning_rate=learning_rate(job, received.rank),
+            learning_rate=learning_rate(job, received.rank, round_number),
             pruning=job.pruning if job.pruning.enabled else None,
             on_step=lambda step, loss: None,
             factors=trained_factors(job.training.factors, round_number),

@@ -196,6 +196,7 @@ FROZEN: Fields = {"remainder": "frozen", "directions": "top", "rule_settings": B
 ROTATING: Fields = {"remainder": "frozen", "directions": "rotating", "rule_settings": BALANCED}
 ROTATING_LEFT: Fields = {**ROTATING, "rule_settings": LEFT}
 BY_RANK = {"learning_rate_by_rank": True}
+FALLING = {"learning_rate_last": 0.1}
 A_FASTER = {"learning_rate_a": 4.0}
 EQUAL = ceil(fmean(RANKS))
 """The rank at which devices that are all alike train about as many directions as the fleet."""
@@ -248,6 +249,10 @@ def _arms() -> dict[str, Arm]:
             "anchored", ROTATING, training={**BY_RANK, **TWICE}, start=4e-3
         ),
     }
+    arms["anchored, rotating, by rank, rate falls"] = _rule(
+        "anchored", ROTATING, training={**BY_RANK, **FALLING}, start=1.6e-2
+    )
+    arms[f"all at rank {largest}, rate falls"] = _rule("anchored", rank=largest, training=FALLING)
     arms[f"all at rank {largest}, balanced split"] = _rule(
         "anchored", {**PUBLISHED, "rule_settings": BALANCED}, rank=largest
     )
