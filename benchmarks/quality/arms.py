@@ -87,6 +87,15 @@ class Arm:
         """How much its devices train, next to the other arms."""
         return "twice as many" if self.private or "steps" in self.training else "as many"
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether its devices have the fleet's ranks, and one rate in all rounds, as personal ones.
+
+        The others say what ranks and rates do, not which rule is best.
+        """
+        falls = "learning_rate_last" in self.training
+        return self.rank is None and self.trained is None and not falls
+
     def run(self, fleet: Simulation, schedule: Schedule, rate: float) -> Result:
         """Run the arm on a fleet."""
         started = time.monotonic()

@@ -38,11 +38,11 @@ class Sheet:
         return compare(self.losses(arm), self.losses(other))
 
     def best(self, kind: str, steps: str) -> str | None:
-        """Return the arm of a kind, with so many steps, with the least loss on the trust splits.
+        """Return the usual arm of a kind and so many steps with the least loss on the trust splits.
 
         Over the seeds that all its arms have, so that none gains by an easier seed.
         """
-        arms = [a for a in self.found if ARMS[a].kind == kind and ARMS[a].rank is None]
+        arms = [a for a in self.found if ARMS[a].kind == kind and ARMS[a].is_usual]
         arms = [a for a in arms if ARMS[a].steps == steps]
         seeds = set.intersection(*(set(self.found[arm]) for arm in arms)) if arms else set()
         if not seeds:
