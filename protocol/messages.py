@@ -93,7 +93,7 @@ class Training(Message, strict=True):
     learning_rate: Positive = 4e-3
     learning_rate_by_rank: bool = True
     """Multiply the rate by √(R/r): with one fixed scale a small rank moves the model less."""
-    learning_rate_last: Share = 1.0
+    learning_rate_last: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The rate of the last round as a part of that of the first: in between it falls evenly."""
     learning_rate_a: Positive = 1.0
     """The rate of A as a multiple of that of B."""

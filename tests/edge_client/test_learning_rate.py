@@ -26,6 +26,12 @@ def test_the_rate_falls_evenly_to_that_of_the_last_round() -> None:
     assert learning_rate(falling, 2, 6) == rates[-1], "a job that was cut short goes on at it"
 
 
+@pytest.mark.parametrize("part", [0.0, 1.5, -0.1, "0.5"])
+def test_a_last_round_that_learns_nothing_or_more_than_the_first_is_refused(part: object) -> None:
+    with pytest.raises(ValueError, match="learning_rate_last"):
+        job(learning_rate_last=part)
+
+
 def test_the_rate_stays_by_default_and_where_there_is_one_round() -> None:
     assert {learning_rate(job(), 128, number) for number in (1, 3, 5)} == {8e-3}
     assert learning_rate(job(rounds=1, learning_rate_last=0.1), 128) == 8e-3
