@@ -21,6 +21,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.connecting import QOS, VERSIONS, knock, new_client
+from protocol.errors import TransportError
 from protocol.limits import BrokerLimits
 from protocol.link import BrokerAddress, Delivery, Incoming, in_words
 from protocol.subscriptions import Subscriptions
@@ -44,8 +45,14 @@ class Loop:
         """Messages that its links have handed to the broker, and wills: these from the moment at
         which a connection ends."""
         self.patience_s = PATIENCE_S
-        """How long a link that leaves waits for a broker that says nothing: not at all, once one
-        has waited in vain."""
+        """How long a link that leaves waits for a broker that says nothing."""
+        self.broken = ""
+        """Why the broker can't be relied on any more; empty while it can."""
+
+    def give_up(self, why: str) -> None:
+        """Rely on the broker no more: whoever leaves waits for nothing, and `pump` says why."""
+        self.broken = self.broken or why
+        self.patience_s = 0.0
 
     def watch(self, file: Any, ready: Callable[[], object]) -> None:
         """Call `ready` whenever there is something to read from a file, say a process's output."""
@@ -56,7 +63,11 @@ class Loop:
         self._selector.unregister(file)
 
     def pump(self, timeout_s: float = 0.0) -> int:
-        """Write what there is, wait for something to read, deal with it; return how much it was."""
+        """Write what there is, wait for something to read, deal with it; return how much it was.
+
+        Raises:
+            TransportError: the broker has ended a connection, or leaves one without an answer.
+        """
         writes = len(self._writing)
         for _ in range(writes):
             self._writing.popleft()._write()
@@ -69,6 +80,8 @@ class Loop:
                     key.data._read()
             else:
                 key.data()
+        if self.broken:
+            raise TransportError(self.broken)
         return writes + len(ready)
 
     def pump_until(self, happened: Callable[[], bool], quiet_s: float) -> bool:
@@ -184,7 +197,7 @@ class LoopLink:
                 self._read()
             elif time.monotonic() - last > self.loop.patience_s:
                 self.failure = f"the broker has left {self.unanswered} messages unanswered"
-                self.loop.patience_s = 0.0
+                self.loop.give_up(f"{self.client_id}: {self.failure}")
                 return
         if self._client is not None:
             self._client.loop_write()  # what has no answer
@@ -213,7 +226,7 @@ class LoopLink:
             while _is_ready(sock, self.loop.patience_s):
                 if not sock.recv(1 << 16):
                     return
-            self.loop.patience_s = 0.0
+            self.loop.give_up(f"{self.client_id}: the broker does not end the connection")
 
     # -- what a device does --------------------------------------------------------------------
 
@@ -326,6 +339,7 @@ class LoopLink:
         self.loop.published += self.connected  # the will
         self.connected, self.unanswered = False, 0
         self.failure = f"the broker has ended the connection: {in_words(code)}"
+        self.loop.give_up(f"{self.client_id}: {self.failure}")
 
     def _on_message(self, client: paho.Client, _: Any, message: paho.MQTTMessage) -> None:
         if self._subscriptions.unasked(message):

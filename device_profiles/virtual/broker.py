@@ -19,6 +19,7 @@ from pathlib import Path
 
 from device_profiles.errors import ReplayError
 from protocol.broker import free_port
+from protocol.errors import TunefleetError
 from protocol.lifeline import lifeline
 from protocol.link import BrokerAddress
 
@@ -106,6 +107,10 @@ def _mosquitto(program: str, folder: Path) -> Iterator[RunningBroker]:
     try:
         _wait(process, address, log)
         yield RunningBroker(address, process.pid, "mosquitto")
+    except TunefleetError:
+        if _has_ended(process):  # whatever else went wrong went wrong for that
+            raise ReplayError(f"Mosquitto has ended; its log is {log}") from None
+        raise
     finally:
         watch.kill()
         watch.wait()
@@ -115,6 +120,13 @@ def _mosquitto(program: str, folder: Path) -> Iterator[RunningBroker]:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Say whether it has, or is about to: its connections end a moment before it does."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1)
+    return process.poll() is not None
 
 
 def _wait(process: subprocess.Popen[bytes], address: BrokerAddress, log: Path) -> None:

@@ -179,6 +179,23 @@ def test_nothing_outlives_a_replay_that_is_ended(
         Kept(folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_broker_that_is_gone_ends_the_replay_and_is_named(
+    made: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    what = [*arguments(made, tmp_path), "--json"]
+    with Program("device_profiles.cli", what, tmp_path, "replay") as replay:
+        replay.wait_for("aggregator.merged")
+        children = psutil.Process(replay.process.pid).children(recursive=True)
+        (broker,) = (child for child in children if "mosquitto" in child.name())
+        broker.send_signal(number)
+        assert replay.wait(15) == 1
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+    (folder,) = (tmp_path / "runs").iterdir()
+    said = f"error: Mosquitto has ended; its log is {folder / 'broker' / 'mosquitto.log'}; "
+    assert replay.stderr == f"{said}`fleet-replay again {folder}` repeats it\n"
+
+
 GONE = """
 import sys
 print('{"event": "stepped"}', flush=True)
