@@ -8,6 +8,7 @@ would on the wire.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,7 @@ from edge_client.data import (
     tokenize,
 )
 from edge_client.learning import learn, learning_rate
+from edge_client.memory import Optimizer
 from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.model import load_tokenizer
 from edge_client.plan import Plan
@@ -54,6 +56,7 @@ class SimulatedDevice:
     splits: Splits
     blocks: int = 0
     """The last so many are trained; 0: all."""
+    optimizer: Optimizer = "adamw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,12 @@ class Simulation:
     def with_rank(self, rank: int, *, held: int = 0) -> list[SimulatedDevice]:
         """Return the devices as if all could train `rank` directions, of so many that they hold."""
         return [replace(device, rank=rank, held=max(rank, held)) for device in self.devices]
+
+    def of(self, devices: Sequence[SimulatedDevice]) -> Simulation:
+        """Return the same fleet with other ranks and the like."""
+        other = copy(self)
+        other.devices = devices
+        return other
 
     # ---- losses, nats a token ---------------------------------------------------------------
 
@@ -220,7 +229,9 @@ class Simulation:
                 on_stage(self.trainer.adapter())
 
         stream = self.stream(device)
-        return self._train(job, start, None, stream, settings, False, on_step=on_step)[0]
+        return self._train(
+            job, start, None, stream, settings, False, on_step=on_step, optimizer=device.optimizer
+        )[0]
 
     def pooled(self, job: Job) -> Adapter:
         """Train one adapter of full rank on all devices' text, as if it lay in one place.
@@ -238,7 +249,14 @@ class Simulation:
     def stream(self, device: SimulatedDevice) -> BatchStream:
         """Return a device's training text from its start."""
         rows = self._rows[device.name]["train"]
-        return BatchStream(rows, self.setting.micro_batch, seed=self.seed)
+        return BatchStream(rows, self._micro_batch(device), seed=self.seed)
+
+    def _micro_batch(self, device: SimulatedDevice) -> int:
+        """Return the rows that a device trains at a time.
+
+        Who has no memory for Adam's moments has none for several rows.
+        """
+        return self.setting.micro_batch if device.optimizer == "adamw" else 1
 
     def round(
         self,
@@ -255,7 +273,15 @@ class Simulation:
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             factors = trained_factors(job.training.factors, number)
             return self._train(
-                job, received, frozen, stream, job.training, True, factors, round_number=number
+                job,
+                received,
+                frozen,
+                stream,
+                job.training,
+                True,
+                factors,
+                round_number=number,
+                optimizer=device.optimizer,
             )
 
         learned = learn(job, device.name, held, rank, number, train, blocks=device.blocks)
@@ -274,8 +300,9 @@ class Simulation:
         factors: Trained = "both",
         on_step: Callable[[int, float], None] = lambda step, loss: None,
         round_number: int = 1,
+        optimizer: Optimizer = "adamw",
     ) -> tuple[Adapter, TrainReport]:
-        self.trainer.load(trained, frozen, self._plan)
+        self.trainer.load(trained, frozen, replace(self._plan, optimizer=optimizer))
         report = self.trainer.train(
             stream,
             settings=settings,

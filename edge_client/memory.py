@@ -1,10 +1,10 @@
 """How much memory training takes: measured where it can be, predicted from that.
 
 peak above the floor = base weights + the largest of
-    a step       LoRA·(weights, two Adam moments, gradients if they are there by then)
+    a step       LoRA·(weights, Adam's two moments if it has them, gradients if there are any yet)
                  + frozen remainder + fixed
                  + tokens·(activations of a token + rank·intermediates of a token)
-    its end      LoRA·(weights, gradients, two Adam moments) + frozen remainder
+    its end      LoRA·(weights, gradients, Adam's moments) + frozen remainder
     loading      the adapters, and what came over the pipe of them in float32
 
 The floor (interpreter, libraries, tokenizer and data), the weights, `fixed` and the activations are
@@ -23,9 +23,10 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -33,8 +34,11 @@ from protocol.adapter import Shapes, module_rank, parameter_count
 from protocol.layers import block_count, last_blocks
 
 MIB = float(1 << 20)
-WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES = 4, 4, 8
-"""Bytes of a trained number, all in float32; the moments are Adam's two."""
+WEIGHT_BYTES, GRADIENT_BYTES = 4, 4
+"""Bytes of a trained number, all in float32."""
+Optimizer = Literal["adamw", "adafactor"]
+STATE_BYTES: Mapping[Optimizer, int] = {"adamw": 8, "adafactor": 0}
+"""What an optimiser keeps for a trained number between steps: Adam two moments in float32."""
 FROZEN_BYTES = {"f32": 4, "bf16": 2, "mixed": 4}
 """Bytes of a number of the frozen remainder and of A·x: they lie in the dtype computed in."""
 INTERMEDIATE_BYTES = 4
@@ -94,9 +98,11 @@ class Activations:
         return max(tokens * self.token_mib + beyond, self.least_mib - self.fixed_mib)
 
 
-def lora_mib(shapes: Shapes, rank: int, *, gradients: bool = True) -> float:
-    """Return weights, Adam moments and gradients of an adapter of `rank`."""
-    each = WEIGHT_BYTES + MOMENT_BYTES + (GRADIENT_BYTES if gradients else 0)
+def lora_mib(
+    shapes: Shapes, rank: int, *, gradients: bool = True, optimizer: Optimizer = "adamw"
+) -> float:
+    """Return weights, optimiser state and gradients of an adapter of `rank`."""
+    each = WEIGHT_BYTES + STATE_BYTES[optimizer] + (GRADIENT_BYTES if gradients else 0)
     return parameter_count(shapes, rank) * each / MIB
 
 
@@ -175,22 +181,35 @@ def predict_mib(
     accumulates: bool,
     blocks: int = 0,
     keeps: bool = False,
+    optimizer: Optimizer = "adamw",
 ) -> float:
     """Return the predicted peak above the floor of training `tokens` positions at a time.
 
     `accumulates`: a step has several micro-batches, so gradients lie beside activations. `blocks`:
     the last so many are trained (0: all), as they were where `activations` was measured. `keeps`:
-    what a step took beside the adapters stays with the process, and is there while others load.
+    what a step took beside the adapters stays with the process, and is there while others load; and
+    all gradients come at once. Otherwise Adafactor uses each as it comes, and none is kept.
     """
+    frees = optimizer == "adafactor" and not keeps
     trained = _trained(shapes, blocks)
     beside = activations.fixed_mib + activations.beside_mib(tokens)
-    step = _step_mib(shapes, way, rank, held, tokens, accumulates=accumulates, trained=trained)
+    step = _step_mib(
+        shapes,
+        way,
+        rank,
+        held,
+        tokens,
+        accumulates=accumulates,
+        trained=trained,
+        optimizer=optimizer,
+        frees=frees,
+    )
     remainder = remainder_mib(shapes, rank, held, way.dtype, trained)
     sent = parameter_count(shapes, max(rank, held)) * WEIGHT_BYTES / MIB
     placed = parameter_count(trained, rank) * WEIGHT_BYTES / MIB + remainder
     return weights_mib + max(
         step + beside,
-        lora_mib(trained, rank) + remainder,
+        lora_mib(trained, rank, gradients=not frees, optimizer=optimizer) + remainder,
         sent + placed + (beside if keeps else 0.0),
     )
 
@@ -210,14 +229,17 @@ def _step_mib(
     *,
     accumulates: bool,
     trained: Shapes,
+    optimizer: Optimizer = "adamw",
+    frees: bool = False,
 ) -> float:
     """Return what can be counted of what lies beside the activations when they are largest.
 
     Without checkpointing that is where the backward pass begins: the last step's gradients are
     gone, and there are none yet unless micro-batches went before. With it, it is where it ends.
+    `frees`: each gradient is used, and gone, before the next one comes.
     """
-    gradients = way.checkpointing or accumulates
-    total = lora_mib(trained, rank, gradients=gradients)
+    gradients = (way.checkpointing or accumulates) and not frees
+    total = lora_mib(trained, rank, gradients=gradients, optimizer=optimizer)
     total += remainder_mib(shapes, rank, held, way.dtype, trained)
     if not way.checkpointing:
         total += tokens * intermediate_mib(trained, rank, way.dtype)

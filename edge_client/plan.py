@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from math import ceil, inf
 from typing import Literal
 
 from edge_client.errors import NoPlanFits
-from edge_client.memory import Activations, Way, predict_mib
+from edge_client.memory import Activations, Optimizer, Way, predict_mib
 from protocol.adapter import Shapes
 from protocol.layers import block_count
 from protocol.messages import Training
@@ -85,6 +86,8 @@ class Plan:
     """With checkpointing, the first so many blocks are made again; 0: all."""
     backend: Backend = "torch"
     """What trains: edge_client.trainer.backend."""
+    optimizer: Optimizer = "adamw"
+    """What moves the factors: Adafactor keeps nothing between steps, and leaves room for rank."""
     why_backend: str = field(default="", compare=False)
     floor_mib: float = field(default=0.0, compare=False)
     """What libraries and data take before the model is loaded: the whole process takes both."""
@@ -105,6 +108,8 @@ class Plan:
         rank = f"rank {self.rank} of {self.held} held"
         if self.blocks:
             rank += f" in the last {self.blocks} block{'s' if self.blocks > 1 else ''}"
+        if self.optimizer == "adafactor":
+            rank += " without Adam's moments"
         backend = "" if self.backend == "torch" else f", {self.backend}"
         return f"{rank}, {self.micro_batch}×{self.seq_len} tokens, {way}{backend}"
 
@@ -209,12 +214,13 @@ def preference(plan: Plan, shared_rank: int) -> tuple[object, ...]:
     """Order plans of one length, best last.
 
     A device that can hold the whole shared adapter does: training in its context is worth more than
-    rank. Then comes the largest rank, what is held beside it, and at equal ones the tokens that are
-    trained in a second, by measurement; where these are equal too, the larger micro-batch.
+    rank. Then comes the largest rank, what is held beside it, and at equal ones Adam's moments, and
+    the tokens that are trained in a second, by measurement; where these are equal too, the larger
+    micro-batch.
     """
-    whole = plan.held >= shared_rank
+    whole, adam = plan.held >= shared_rank, plan.optimizer == "adamw"
     speed = plan.predicted_tokens_s
-    return whole, plan.rank, plan.held, speed, plan.micro_batch, not plan.checkpointing
+    return whole, plan.rank, plan.held, adam, speed, plan.micro_batch, not plan.checkpointing
 
 
 def sequence_lengths(max_tokens: int) -> Iterator[int]:
@@ -249,10 +255,10 @@ def all_plans(
     for way, measured in calibration.activations.items():
         fixed_mib = max(0.0, measured.fixed_mib) + calibration.beside_weights_mib(way.dtype)
         above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
-        for rank, held in _adapters(wanted):
+        for (rank, held), optimizer in product(_adapters(wanted), _optimizers(wanted.training)):
             for micro_batch in micro_batches(wanted.training, seq_len):
                 tokens = micro_batch * seq_len
-                mib = _predicted_mib(wanted, calibration, way, rank, held, tokens)
+                mib = _predicted_mib(wanted, calibration, way, rank, held, tokens, optimizer)
                 found.append(
                     Plan(
                         rank=rank,
@@ -268,6 +274,7 @@ def all_plans(
                         predicted_tokens_s=calibration.tokens_s[way],
                         needs_mib=mib + headroom_mib(mib, measured.fixed_mib),
                         backend=calibration.backend,
+                        optimizer=optimizer,
                         floor_mib=calibration.floor_mib,
                     )
                 )
@@ -308,7 +315,11 @@ def _between(none: Plan, every: Plan, blocks: int, share: float) -> Plan:
 
 
 def _sizes(plan: Plan) -> tuple[object, ...]:
-    return plan.dtype, plan.rank, plan.held, plan.micro_batch
+    return plan.dtype, plan.rank, plan.held, plan.micro_batch, plan.optimizer
+
+
+def _optimizers(training: Training) -> Sequence[Optimizer]:
+    return ("adamw", "adafactor") if training.optimizer == "fit" else (training.optimizer,)
 
 
 def _adapters(wanted: Wanted) -> Iterator[tuple[int, int]]:
@@ -319,7 +330,13 @@ def _adapters(wanted: Wanted) -> Iterator[tuple[int, int]]:
 
 
 def _predicted_mib(
-    wanted: Wanted, calibration: Calibration, way: Way, rank: int, held: int, tokens: int
+    wanted: Wanted,
+    calibration: Calibration,
+    way: Way,
+    rank: int,
+    held: int,
+    tokens: int,
+    optimizer: Optimizer,
 ) -> float:
     """Return the peak above the floor: of the private adapter's training, if that is larger."""
     trained = [(rank, held)]
@@ -337,6 +354,7 @@ def _predicted_mib(
             accumulates=tokens < wanted.training.tokens_per_step,
             blocks=wanted.blocks,
             keeps=calibration.backend == "onnx",  # its arena
+            optimizer=optimizer,
         )
         for own, whole in trained
     )

@@ -7,16 +7,10 @@ when it was received, the device cuts its rank to m.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
 from protocol.adapter import Adapter
-
-if TYPE_CHECKING:
-    import torch
 
 
 def head_rank(rank: int, gamma: float, rank_min: int) -> int:
@@ -37,28 +31,13 @@ def tail_product(adapter: Adapter, head: int) -> float:
     )
 
 
-def penalty(
-    factors: Iterable[tuple[torch.Tensor, torch.Tensor]], head: int
-) -> torch.Tensor | float:
-    """Return the same sum over (A (r, d_in), B (d_out, r)) with a gradient into the tails.
-
-    A tail that is exactly zero (B before the first step) has no direction to shrink in, and the
-    norm no gradient there: it counts as zero.
-    """
-    total: torch.Tensor | float = 0.0
-    for a, b in factors:
-        tail_a, tail_b = a[head:], b[:, head:]
-        if tail_a.numel() and bool(tail_b.detach().any()) and bool(tail_a.detach().any()):
-            total = total + tail_b.norm() * tail_a.norm()
-    return total
-
-
 def penalty_gradient(
     a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], head: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
     """Return the penalty's gradient in one module's tails, A[m:] and B[:, m:]; None: there is none.
 
-    Of f = ‖T_B‖·‖T_A‖ it is T_A·‖T_B‖/‖T_A‖ and T_B·‖T_A‖/‖T_B‖.
+    Of f = ‖T_B‖·‖T_A‖ it is T_A·‖T_B‖/‖T_A‖ and T_B·‖T_A‖/‖T_B‖. A tail that is exactly zero (B
+    before the first step) has no direction to shrink in.
     """
     tail_a, tail_b = a[head:], b[:, head:]
     norm_a, norm_b = np.linalg.norm(tail_a), np.linalg.norm(tail_b)

@@ -100,6 +100,8 @@ class Training(Message, strict=True):
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_norm: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 2
+    optimizer: Literal["fit", "adamw", "adafactor"] = "fit"
+    """Adafactor keeps no state; "fit": it, where AdamW would cost a device rank."""
     factors: Factoring = "both"
     """Train A and B in every round, or in turn; see `protocol.factors`."""
 

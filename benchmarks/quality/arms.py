@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from statistics import fmean
 from types import MappingProxyType
@@ -18,7 +18,8 @@ from typing import Any, Literal
 from benchmarks.quality.datasets import RANKS
 from benchmarks.quality.full_weights import FullWeights
 from benchmarks.quality.personal import PersonalRun
-from benchmarks.simulation import Simulation
+from benchmarks.simulation import SimulatedDevice, Simulation
+from edge_client.memory import Activations, Optimizer, Way, predict_mib
 from protocol.adapter import Adapter
 from protocol.messages import Job, PersonalRule
 from protocol.mistakes import nearest
@@ -70,6 +71,7 @@ class Arm:
     directions that there are each device trains. None leaves each its own. Personal arms have a
     `strategy`, or the common adapter where it is None; with `private` each device then trains a
     private adapter of its own rank beside it, with as many steps as it had, and mixes the two.
+    With `fits` a device's rank says how much memory it has; see `fitting`.
     `start` is the learning rate at which the search for the arm's best begins.
     """
 
@@ -80,6 +82,7 @@ class Arm:
     trained: int | None = None
     strategy: PersonalRule | None = None
     private: bool = False
+    fits: bool = False
     start: float = 8e-3
 
     @property
@@ -99,7 +102,10 @@ class Arm:
     def run(self, fleet: Simulation, schedule: Schedule, rate: float) -> Result:
         """Run the arm on a fleet."""
         started = time.monotonic()
-        found = _RUNS[self.kind](self, fleet, self.whole_job(fleet, schedule, rate))
+        job = self.whole_job(fleet, schedule, rate)
+        if self.fits:
+            fleet = fleet.of([fitting(device, job) for device in fleet.devices])
+        found = _RUNS[self.kind](self, fleet, job)
         trust, devices, curve, details = found
         held_out = fmean(devices.values())
         seconds = time.monotonic() - started
@@ -116,6 +122,31 @@ class Arm:
             training={**training, "learning_rate": rate},
             **fields,
         )
+
+
+def fitting(device: SimulatedDevice, job: Job) -> SimulatedDevice:
+    """Return a device as `optimizer = "fit"` has it: with the largest rank that its memory holds.
+
+    Its memory is what AdamW takes to train its rank beside all that it holds, as the planner
+    reckons it where memory is short: with checkpointing, in micro-batches.
+    """
+
+    def mib(rank: int, optimizer: Optimizer) -> float:
+        return predict_mib(
+            job.base.modules,
+            weights_mib=0.0,
+            activations=Activations(0.0, 0.0),
+            way=Way("f32", checkpointing=True),
+            rank=rank,
+            held=device.held,
+            tokens=0,
+            accumulates=True,
+            optimizer=optimizer,
+        )
+
+    has_mib = mib(device.rank, "adamw")
+    rank = max(r for r in job.ladder if r <= device.rank or mib(r, "adafactor") <= has_mib)
+    return device if rank == device.rank else replace(device, rank=rank, optimizer="adafactor")
 
 
 Found = tuple[float, dict[str, float], list[float], dict[str, Any]]
@@ -244,6 +275,7 @@ def _arms() -> dict[str, Arm]:
         "anchored, frozen, by rank": _rule("anchored", FROZEN, training=BY_RANK),
         "anchored, rotating": _rule("anchored", ROTATING),
         "anchored, rotating, by rank": default,
+        DEFAULT: replace(default, fits=True),
         f"all train {EQUAL} of {largest}": _rule(
             "anchored", ROTATING, training=BY_RANK, trained=EQUAL
         ),
@@ -251,8 +283,10 @@ def _arms() -> dict[str, Arm]:
         "trust-weights": _personal_arm("trust-weights"),
         "trust-validation": _personal_arm("trust-validation"),
         "trust-predictions": _personal_arm("trust-predictions"),
+        "trust-validation, optimiser that fits": _personal_arm("trust-validation", fits=True),
         "shared and private": _personal_arm(None, private=True),
         "trust-validation and private": _personal_arm("trust-validation", private=True),
+        "local only, optimiser that fits": Arm("alone", training=BY_RANK, fits=True),
         "local only, twice the steps": Arm("alone", training={**BY_RANK, **TWICE}, start=2e-3),
         "anchored, rotating, by rank, twice the steps": _rule(
             "anchored", ROTATING, training={**BY_RANK, **TWICE}, start=4e-3
@@ -289,9 +323,9 @@ def _arms() -> dict[str, Arm]:
     return arms
 
 
-ARMS: Mapping[str, Arm] = MappingProxyType(_arms())
-DEFAULT = "anchored, rotating, by rank"
+DEFAULT = "anchored, rotating, by rank, optimiser that fits"
 """What a job does by default, without pruning."""
+ARMS: Mapping[str, Arm] = MappingProxyType(_arms())
 LARGEST = f"all at rank {max(RANKS)}"
 """The bound: what no fleet of these devices could run."""
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FILE = "training.safetensors"
 _TEMPORARY = FILE + ".tmp"
-_SIZES = ("rank", "held", "seq_len", "blocks")
+_SIZES = ("rank", "held", "seq_len", "blocks", "optimizer")
 """Of a plan, what is trained; how it is computed a start with other memory free may choose anew."""
 
 

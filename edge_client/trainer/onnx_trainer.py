@@ -1,4 +1,4 @@
-"""The ONNX Runtime trainer: a graph that returns loss and gradients, and AdamW in numpy.
+"""The ONNX Runtime trainer: a graph that returns loss and gradients, and optimisers in numpy.
 
 No torch, transformers or peft is loaded. The graph (edge_client/ort) takes the factors as inputs,
 so one graph serves every rank, and an adapter that was cut is just a smaller input. The scale s is
@@ -8,7 +8,7 @@ multiplied into B on the way in and into its gradient on the way out.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.data import Batch, block_causal_mask
+from edge_client.memory import Optimizer
 from edge_client.ort.artifact import (
     FACTORS,
     FROZEN,
@@ -28,6 +29,7 @@ from edge_client.ort.artifact import (
 from edge_client.ort.runtime import open_session, path_to_fetches
 from edge_client.plan import Plan
 from edge_client.prune import head_rank, penalty_gradient
+from edge_client.trainer.adafactor import Adafactor
 from edge_client.trainer.adamw import AdamW, clip
 from edge_client.trainer.base import Between, OnStep, TrainReport, step_batches
 from protocol.adapter import Adapter, Factors
@@ -41,6 +43,11 @@ Arrays = dict[str, FloatArray]
 UNSEEN = np.finfo(np.float32).min
 """What is added to the score of a position that may not be looked at."""
 LOGIT_ROWS = 64
+# The basis of A and B turns with every product merge: moments start anew each round.
+OPTIMISERS: Mapping[Optimizer, type[AdamW | Adafactor]] = {
+    "adamw": AdamW,
+    "adafactor": Adafactor,
+}
 
 
 class OnnxTrainer:
@@ -57,6 +64,7 @@ class OnnxTrainer:
         self.scale = 1.0
         self._head = read.head
         self._micro_batch = 1
+        self._optimizer: Optimizer = "adamw"
         self._ranks: dict[str, int] = {}
         self._factors: Arrays = {}
         self._session: Any = None
@@ -68,7 +76,7 @@ class OnnxTrainer:
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
         self.scale = trained.scale
-        self._micro_batch = plan.micro_batch
+        self._micro_batch, self._optimizer = plan.micro_batch, plan.optimizer
         self._factors = {}
         self._ranks = self._put(TRAINED, trained, 1.0)
         # The trained part is scaled when it has been moved, at each step.
@@ -87,8 +95,7 @@ class OnnxTrainer:
     ) -> TrainReport:
         started = time.monotonic()
         parameters = self._trained(factors)
-        # The basis of A and B turns with every product merge: moments start anew each round.
-        optimiser = AdamW(parameters, weight_decay=settings.weight_decay)
+        optimiser = OPTIMISERS[self._optimizer](parameters, weight_decay=settings.weight_decay)
         losses, tokens = between.begin(optimiser) if between else ([], 0)
         for step in range(len(losses) + 1, settings.steps + 1):
             warm = min(1.0, step / (settings.warmup_steps + 1))
@@ -98,10 +105,15 @@ class OnnxTrainer:
             }
             group = step_batches(batches, settings.tokens_per_step)
             counted = sum(batch.tokens for batch in group)
-            loss, gradients = self._accumulate(group, counted, list(parameters))
-            self._press_tail(pruning, gradients)
-            clip(gradients, settings.clip_norm)
-            optimiser.step(gradients, rates)
+            loss = 0.0
+            for part in self._parts(group):
+                own = sum(batch.tokens for batch in part)
+                share = own / counted
+                mean, gradients = self._accumulate(part, max(1, own), list(parameters))
+                self._press_tail(pruning, gradients)
+                clip(gradients, settings.clip_norm)
+                optimiser.step(gradients, {name: share * rate for name, rate in rates.items()})
+                loss += share * mean
             losses.append(loss)
             tokens += counted
             on_step(step, loss)
@@ -147,6 +159,10 @@ class OnnxTrainer:
         )
 
     # -- a step ----------------------------------------------------------------------------------
+
+    def _parts(self, group: Sequence[Batch]) -> Sequence[Sequence[Batch]]:
+        """Return a step's micro-batches as they move the factors: together, or each by itself."""
+        return [[batch] for batch in group] if self._optimizer == "adafactor" else [group]
 
     def _accumulate(
         self, batches: Sequence[Batch], counted: int, names: Sequence[str]

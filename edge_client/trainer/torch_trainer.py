@@ -8,7 +8,8 @@ the forward pass without gradient or optimiser state (docs/algorithms.md, frozen
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 
 from edge_client.data import Batch, block_causal_mask
+from edge_client.memory import Optimizer
 from edge_client.model import find_blocks, find_targets, load_model
 from edge_client.plan import Plan
-from edge_client.prune import head_rank, penalty
+from edge_client.prune import head_rank, penalty_gradient
 from edge_client.trainer.base import Between, OnStep, TrainReport, step_batches
 from edge_client.trainer.blocks import checkpoint_blocks, speed_up
 from edge_client.trainer.lora import LoraLinear
 from edge_client.trainer.loss import CHUNK_TOKENS, chunked_cross_entropy, full_cross_entropy
+from edge_client.trainer.torch_adafactor import TorchAdafactor
 from edge_client.trainer.torch_state import TorchState
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
@@ -59,6 +62,7 @@ class TorchTrainer:
             self._widen()
         speed_up(model, self.layers, self._dtype)
         self._plain_head: bool | None = None
+        self._optimizer: Optimizer = "adamw"
 
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
@@ -71,7 +75,7 @@ class TorchTrainer:
                 parameter.data = parameter.data.to(self._dtype)
 
     def load(self, trained: Adapter, frozen: Adapter | None, plan: Plan) -> None:
-        self.scale = trained.scale
+        self.scale, self._optimizer = trained.scale, plan.optimizer
         rest = frozen or Adapter({}, 1.0)
         for name, layer in self.layers.items():
             layer.train(trained.layers.get(name), trained.scale)
@@ -93,35 +97,31 @@ class TorchTrainer:
         between: Between | None = None,
     ) -> TrainReport:
         started = time.monotonic()
-        groups = self._train_only(factors, settings.learning_rate_a)
-        parameters = [p for group in groups for p in group["params"]]
-        # The basis of A and B turns with every product merge: moments start anew each round.
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=learning_rate,
-            betas=ADAM_BETAS,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        optimizer = self._open_optimizer(self._train_only(factors, settings.learning_rate_a))
+        press = self._presser(pruning)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = settings.weight_decay
         state = TorchState(optimizer)
         losses, tokens = between.begin(state) if between else ([], 0)
         self.model.train()
-        for step in range(len(losses) + 1, settings.steps + 1):
-            warm = min(1.0, step / (settings.warmup_steps + 1))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group["times"] * warm
-            group_of = step_batches(batches, settings.tokens_per_step)
-            counted = sum(batch.tokens for batch in group_of)
-            loss = self._accumulate(group_of, counted)
-            self._press_tail(pruning)
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=False)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
-            tokens += counted
-            on_step(step, loss)
-            if between and step < settings.steps:
-                between.after_step(state, losses, tokens)
+        at_once = optimizer.moving(press) if isinstance(optimizer, TorchAdafactor) else None
+        with at_once or nullcontext():
+            for step in range(len(losses) + 1, settings.steps + 1):
+                warm = min(1.0, step / (settings.warmup_steps + 1))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * group["times"] * warm
+                group_of = step_batches(batches, settings.tokens_per_step)
+                counted = sum(batch.tokens for batch in group_of)
+                if isinstance(optimizer, TorchAdafactor):
+                    loss = self._move_by_each(optimizer, group_of, counted)
+                else:
+                    loss = self._accumulate(group_of, counted)
+                    _move(optimizer, press, settings.clip_norm)
+                losses.append(loss)
+                tokens += counted
+                on_step(step, loss)
+                if between and step < settings.steps:
+                    between.after_step(state, losses, tokens)
         return TrainReport(
             settings.steps, tokens, float(np.mean(losses)), time.monotonic() - started
         )
@@ -160,6 +160,12 @@ class TorchTrainer:
             self.scale,
         )
 
+    def _open_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self._optimizer == "adafactor":
+            return TorchAdafactor(groups)
+        # The basis of A and B turns with every product merge: moments start anew each round.
+        return torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)
+
     def _train_only(self, factors: Trained, times_of_a: float) -> list[dict[str, Any]]:
         """Return what is trained in groups: A, at so many times the rate of B, and B."""
         groups: list[dict[str, Any]] = [
@@ -186,18 +192,39 @@ class TorchTrainer:
             total += float(loss.detach())
         return total
 
-    def _press_tail(self, pruning: Pruning | None) -> None:
-        if pruning is None or not pruning.enabled:
-            return
+    def _move_by_each(self, optimizer: TorchAdafactor, batches: list[Batch], counted: int) -> float:
+        """Move by the gradients of each micro-batch as they come; return a step's mean loss."""
+        total = 0.0
+        for batch in batches:
+            optimizer.share = batch.tokens / counted
+            loss = self._loss(batch)
+            (loss / max(1, batch.tokens)).backward()
+            total += float(loss.detach())
+        return total / counted
+
+    def _presser(self, pruning: Pruning | None) -> Callable[[torch.Tensor], None]:
+        """Return what adds the gradient of the pruning's penalty to that of a factor."""
         factors = [
             (layer.a, layer.b)
             for layer in self.layers.values()
             if layer.a is not None and layer.b is not None
         ]
-        rank = max(a.shape[0] for a, _ in factors)
-        total = penalty(factors, head_rank(rank, pruning.gamma, pruning.rank_min))
-        if isinstance(total, torch.Tensor):
-            (pruning.penalty * total).backward()
+        rank = max((a.shape[0] for a, _ in factors), default=0)
+        pairs = {id(factor): (a, b) for a, b in factors for factor in (a, b)}
+
+        @torch.no_grad()
+        def press(factor: torch.Tensor) -> None:
+            if pruning is None or not pruning.enabled or factor.grad is None:
+                return
+            a, b = pairs[id(factor)]
+            head = head_rank(rank, pruning.gamma, pruning.rank_min)
+            found = penalty_gradient(a.detach().numpy(), b.detach().numpy(), head)
+            if found is not None:
+                in_a, in_b = (torch.from_numpy(each) for each in found)
+                tail = factor.grad[head:] if factor is a else factor.grad[:, head:]
+                tail.add_(in_a if factor is a else in_b, alpha=pruning.penalty)
+
+        return press
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss of a packed batch, in nats."""
@@ -248,6 +275,18 @@ class TorchTrainer:
             return False
         ours = self.model.base_model(**few).last_hidden_state @ head.weight.T
         return torch.allclose(ours.float(), self.model(**few).logits.float(), atol=1e-2, rtol=1e-2)
+
+
+def _move(
+    optimizer: torch.optim.Optimizer, press: Callable[[torch.Tensor], None], clip_norm: float
+) -> None:
+    """Move by the gradients that a step's micro-batches have added up."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        press(parameter)
+    torch.nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=False)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype) -> torch.Tensor:

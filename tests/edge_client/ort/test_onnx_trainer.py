@@ -12,7 +12,7 @@ import pytest
 from edge_client.data import BatchStream, pack
 from edge_client.errors import TrainingPaused
 from edge_client.plan import Plan
-from edge_client.prune import head_rank, penalty, penalty_gradient, tail_product
+from edge_client.prune import head_rank, tail_product
 from edge_client.trainer.checkpoint import FILE, Checkpoints, Keeping, NotKept, read_kept
 from edge_client.trainer.onnx_trainer import OnnxTrainer
 from edge_client.trainer.torch_trainer import TorchTrainer
@@ -170,24 +170,6 @@ def test_a_base_is_left_without_an_adapter_after_one() -> None:
     onnx.load(Adapter({}, 1.0), None, PLAN)
     assert onnx.evaluate(rows) == before
     assert all(f.rank == 0 for f in onnx.adapter().layers.values())
-
-
-def test_the_penalty_has_the_gradient_that_torch_works_out() -> None:
-    import torch
-
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal(s).astype(np.float32) for s in ((6, 9), (7, 6)))
-    ta, tb = (torch.tensor(x, requires_grad=True) for x in (a, b))
-    total = penalty([(ta, tb)], 4)
-    assert isinstance(total, torch.Tensor)
-    total.backward()
-    assert ta.grad is not None and tb.grad is not None
-    found = penalty_gradient(a, b, 4)
-    assert found is not None
-    np.testing.assert_allclose(found[0], ta.grad[4:], rtol=1e-5)
-    np.testing.assert_allclose(found[1], tb.grad[:, 4:], rtol=1e-5)
-    assert penalty_gradient(a, np.zeros_like(b), 4) is None
-    assert penalty_gradient(a, b, 6) is None
 
 
 def test_a_paused_training_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
