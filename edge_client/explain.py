@@ -27,7 +27,7 @@ def alternatives(chosen: Plan | None, every: Sequence[Plan], shared_rank: int) -
     for rank in sorted({plan.rank for plan in every}):
         told += best(plan for plan in every if plan.rank == rank)
     if chosen is not None:
-        like = [p for p in every if (p.rank, p.held) == (chosen.rank, chosen.held)]
+        like = [p for p in every if _is_like(p, chosen)]
         for way in dict.fromkeys(plan.way for plan in like):
             told += best(plan for plan in like if plan.way == way)
         larger = [p for p in like if p.way == chosen.way and p.micro_batch > chosen.micro_batch]
@@ -51,7 +51,9 @@ def why(chosen: Plan, planning: Planning, every: Sequence[Plan]) -> str:
             f"are cut to {chosen.seq_len}"
         )
     parts.append(_why_rank(chosen, wanted))
-    like = [p for p in every if (p.rank, p.held) == (chosen.rank, chosen.held) and fits(p)]
+    if chosen.optimizer == "adafactor" and wanted.training.optimizer == "fit":
+        parts.append(_why_no_moments(every, wanted.shared_rank))
+    like = [p for p in every if _is_like(p, chosen) and fits(p)]
     if len(like) > 1:
         parts.append(
             f"{len(like)} plans of that rank fit (by rows at a time, number format and "
@@ -62,6 +64,19 @@ def why(chosen: Plan, planning: Planning, every: Sequence[Plan]) -> str:
         parts.append("no other plan of that rank fits")
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _is_like(plan: Plan, other: Plan) -> bool:
+    """Say whether two plans learn the same, however they compute it."""
+    return (plan.rank, plan.held, plan.optimizer) == (other.rank, other.held, other.optimizer)
+
+
+def _why_no_moments(every: Sequence[Plan], shared_rank: int) -> str:
+    fitting = [plan for plan in every if plan.optimizer == "adamw" and fits(plan)]
+    if not fitting:
+        return "with Adam's moments nothing would fit"
+    best = max(fitting, key=lambda plan: preference(plan, shared_rank))
+    return f"with Adam's moments it would be rank {best.rank} of {best.held} held"
 
 
 def _why_rank(chosen: Plan, wanted: Wanted) -> str:

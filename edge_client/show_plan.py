@@ -139,7 +139,7 @@ def _table(chosen: Plan | None, found: Planning, every: Sequence[Plan]) -> Table
     floor_mib = found.calibration.floor_mib
     rows = max(1, found.wanted.training.tokens_per_step // every[0].seq_len)
     table = Table(title="Plans", title_justify="left", padding=(0, 1))
-    for heading in ("", "rank", "held", "rows", "length", "way", "MiB", "tokens/s", "fits"):
+    for heading in ("", "rank", "held", "rows", "length", "way", "MiB", "tok/s", "fits"):
         right = heading not in ("", "way", "fits")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     told = alternatives(chosen, every, found.wanted.shared_rank)
@@ -151,20 +151,27 @@ def _table(chosen: Plan | None, found: Planning, every: Sequence[Plan]) -> Table
             str(plan.held),
             f"{plan.micro_batch}×{-(-rows // plan.micro_batch)}",
             str(plan.seq_len),
-            f"{plan.dtype}{' ckpt' if plan.checkpointing else ''}",
+            _way(plan),
             f"{floor_mib + plan.predicted_mib:.0f}",
             f"{plan.predicted_tokens_s:.0f}",
             "yes" if fits(plan) else f"{max(1.0, over_mib):.0f} over",
             style="bold" if plan == chosen else None,
         )
     caption = (
-        "rows: at a time × times a step; MiB: predicted, of the whole process; over: what is "
-        "missing, with a headroom"
+        "rows: at a time × times a step; lean: without Adam's moments; MiB: predicted, of the "
+        "whole process; over: what is missing, with a headroom"
     )
     if left := len(every) - len(told):
         caption += f"; {left} more plans of this length are left out (--json has them all)"
     table.caption = caption
     return table
+
+
+def _way(plan: Plan) -> str:
+    words = [plan.dtype]
+    words += ["ckpt"] if plan.checkpointing else []
+    words += ["lean"] if plan.optimizer == "adafactor" else []
+    return " ".join(words)
 
 
 def _threads(count: int) -> str:

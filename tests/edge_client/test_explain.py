@@ -40,7 +40,8 @@ def test_the_chosen_one_leads_what_is_shown_and_what_does_not_fit_ends_it(budget
     assert len(told) == len(set(told)) <= 12
     fitting = [fits(plan) for plan in told]
     assert fitting == sorted(fitting, reverse=True)
-    like = {plan.way for plan in told if (plan.rank, plan.held) == (best.rank, best.held)}
+    sizes = best.rank, best.held, best.optimizer
+    like = {plan.way for plan in told if (plan.rank, plan.held, plan.optimizer) == sizes}
     assert len(like) == 4
 
 
@@ -48,6 +49,7 @@ def test_the_chosen_one_leads_what_is_shown_and_what_does_not_fit_ends_it(budget
     ("budget", "said"),
     [
         (660, "so they are cut to"),
+        (720, "the largest rank of the job (64) fits; with Adam's moments it would be rank"),
         (676, "of the shared adapter's 64 directions can be held, and rank"),
         (10_000, "the largest rank of the job (64) fits; 30 plans of that rank fit (by"),
     ],

@@ -64,6 +64,7 @@ SLOW_BF16 = replace(
     },
 )
 TRAINING = Training(tokens_per_step=1024, max_tokens=256)
+WITH_ADAM = TRAINING.model_copy(update={"optimizer": "adamw"})
 budgets = st.floats(660, 4000)
 quick = settings(max_examples=40, deadline=None)
 
@@ -75,9 +76,10 @@ def choose(
     memory_scale: float = 1.0,
     calibration: Calibration = CALIBRATION,
     below_mib: float = math.inf,
+    training: Training = TRAINING,
 ) -> Plan:
     return choose_plan(
-        Wanted(SHAPES, LADDER, shared_rank, TRAINING),
+        Wanted(SHAPES, LADDER, shared_rank, training),
         calibration,
         budget_mib=budget_mib,
         memory_scale=memory_scale,
@@ -155,6 +157,7 @@ def test_the_prediction_is_within_the_budget_and_is_that_of_the_memory_model(
             held=plan.held,
             tokens=plan.micro_batch * plan.seq_len,
             accumulates=plan.micro_batch * plan.seq_len < TRAINING.tokens_per_step,
+            optimizer=plan.optimizer,
         )
     assert plan.rank in LADDER
     assert plan.rank <= plan.held <= max(shared, plan.rank)
@@ -162,10 +165,42 @@ def test_the_prediction_is_within_the_budget_and_is_that_of_the_memory_model(
 
 
 def test_different_budgets_give_different_ranks() -> None:
-    ranks = [choose(budget, shared_rank=0).rank for budget in (673, 678, 688, 710, 740, 820)]
+    sizes = (673, 678, 688, 710, 740, 820)
+    ranks = [choose(size, shared_rank=0, training=WITH_ADAM).rank for size in sizes]
     assert ranks == sorted(ranks)
     assert len(set(ranks)) == 6
     assert choose(4000).rank == 64
+
+
+@quick
+@given(budgets, st.sampled_from([0, 8, 64]))
+def test_adams_moments_are_given_up_for_rank_alone(budget: float, shared: int) -> None:
+    plan = choose(budget, shared_rank=shared)
+    try:
+        adam = choose(budget, shared_rank=shared, training=WITH_ADAM)
+    except NoPlanFits:
+        assert plan.optimizer == "adafactor"
+        return
+    assert worth(plan) >= worth(adam)
+    assert (plan.optimizer == "adamw") == (worth(plan) == worth(adam))
+
+
+def test_without_moments_and_gradients_what_is_held_takes_the_memory_not_what_is_trained() -> None:
+    def mib(training: Training) -> dict[int, float]:
+        every = all_plans(
+            Wanted(SHAPES, LADDER, 64, training), CALIBRATION, 256, budget_mib=4000, threads=4
+        )
+        like = (1, 64, Way("f32", checkpointing=True), 0)
+        return {
+            p.rank: p.predicted_mib
+            for p in every
+            if (p.micro_batch, p.held, p.way, p.checkpoint_blocks) == like
+        }
+
+    without = mib(TRAINING.model_copy(update={"optimizer": "adafactor"}))
+    assert set(without) == set(LADDER)
+    assert max(without.values()) == pytest.approx(min(without.values()))
+    assert max(without.values()) < min(mib(WITH_ADAM).values())
 
 
 def test_with_room_for_everything_the_way_that_was_measured_fastest_is_taken() -> None:
@@ -319,7 +354,8 @@ def test_no_plan_of_its_rank_that_fits_is_faster() -> None:
         plan = choose(budget)
         wanted = Wanted(SHAPES, LADDER, 64, TRAINING)
         every = all_plans(wanted, CALIBRATION, plan.seq_len, budget_mib=budget, threads=4)
-        like = [p for p in every if (p.rank, p.held) == (plan.rank, plan.held) and fits(p)]
+        sizes = plan.rank, plan.held, plan.optimizer
+        like = [p for p in every if (p.rank, p.held, p.optimizer) == sizes and fits(p)]
         assert plan.predicted_tokens_s == max(p.predicted_tokens_s for p in like)
 
 
@@ -361,7 +397,7 @@ def test_memory_that_is_left_spares_some_blocks_being_made_again() -> None:
     largest = [p for p in every_plan(2000) if (p.dtype, p.rank, p.micro_batch) == ("bf16", 64, 1)]
     least, most = (ends(p.needs_mib for p in largest) for ends in (min, max))
     steps = [least + (most - least) * part / 20 + 0.01 for part in range(21)]
-    of_largest = [choose(FLOOR + mib, shared_rank=0) for mib in steps]
+    of_largest = [choose(FLOOR + mib, shared_rank=0, training=WITH_ADAM) for mib in steps]
     assert {plan.rank for plan in of_largest} == {64}
     assert {plan.checkpoint_blocks for plan in of_largest if plan.checkpointing} == {0, 2, 5, 8}
     assert not of_largest[-1].checkpointing
@@ -389,7 +425,7 @@ def test_blocks_made_again_in_part_lie_between_none_and_all() -> None:
 
 
 def every_plan(budget_mib: float) -> list[Plan]:
-    wanted = Wanted(SHAPES, LADDER, 0, TRAINING)
+    wanted = Wanted(SHAPES, LADDER, 0, WITH_ADAM)
     return all_plans(wanted, CALIBRATION, 256, budget_mib=budget_mib, threads=4)
 
 
