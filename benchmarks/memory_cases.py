@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from device_profiles.demo_text import write_demo_text
 from edge_client.data.split import SHARES
-from edge_client.memory import Way, predict_mib
+from edge_client.memory import Optimizer, Way, predict_mib
 from edge_client.plan import Calibration, Plan
 from edge_client.trainer.process import TrainingProcess
 from edge_client.trainer.worker import Text
@@ -33,6 +33,7 @@ class Case:
     steps_of: int = 1
     blocks: int = 0
     """The last so many are trained; 0: all."""
+    optimizer: Optimizer = "adamw"
 
     @property
     def way(self) -> Way:
@@ -45,6 +46,7 @@ class Case:
     def __str__(self) -> str:
         """Return one line that no other case has."""
         way = f"{self.dtype}{' ckpt' if self.checkpointing else ''}"
+        way += " lean" if self.optimizer == "adafactor" else ""
         blocks = f" last {self.blocks}" if self.blocks else ""
         return (
             f"{self.model} {way} r{self.rank}/{self.held} {self.micro_batch}×{self.length}"
@@ -52,7 +54,12 @@ class Case:
         )
 
 
+SMALLEST = Case("135M", "f32", True, 2, 64, 1, 256, steps_of=2)
+LEAN = replace(SMALLEST, rank=64, optimizer="adafactor")
+"""The smallest rank with Adam's moments, and all that is held without: see `fit` in docs/job.md."""
 QUICK = (
+    SMALLEST,
+    LEAN,
     Case("base-tiny", "f32", True, 4, 64, 1, 256),
     Case("base-tiny", "bf16", False, 16, 64, 2, 256, steps_of=2),
     Case("base-tiny", "f32", False, 4, 64, 1, 256, blocks=3),
@@ -88,6 +95,9 @@ CASES = (
     Case("15M", "f32", False, 4, 64, 1, 256, blocks=2),
     Case("135M", "bf16", False, 64, 64, 4, 512),
     Case("135M", "f32", False, 16, 64, 4, 512),
+    Case("135M", "bf16", True, 64, 64, 1, 256, steps_of=2, optimizer="adafactor"),
+    Case("15M", "f32", False, 16, 64, 2, 256, optimizer="adafactor"),
+    Case("base-tiny", "f32", True, 64, 64, 1, 256, steps_of=4, optimizer="adafactor"),
 )
 
 
@@ -103,6 +113,7 @@ def predicted(case: Case, base: BaseModelInfo, calibration: Calibration, threads
         tokens=case.tokens,
         accumulates=case.steps_of > 1,
         blocks=case.blocks,
+        optimizer=case.optimizer,
     )
     return Plan(
         rank=case.rank,
@@ -115,6 +126,7 @@ def predicted(case: Case, base: BaseModelInfo, calibration: Calibration, threads
         predicted_mib=mib,
         budget_mib=mib,
         blocks=case.blocks,
+        optimizer=case.optimizer,
     )
 
 
