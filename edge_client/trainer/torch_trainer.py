@@ -212,17 +212,24 @@ class TorchTrainer:
         rank = max((a.shape[0] for a, _ in factors), default=0)
         pairs = {id(factor): (a, b) for a, b in factors for factor in (a, b)}
 
+        beside: dict[int, torch.Tensor] = {}
+        """What the other factor of a pair is to get, of the time before the first has moved."""
+
         @torch.no_grad()
         def press(factor: torch.Tensor) -> None:
             if pruning is None or not pruning.enabled or factor.grad is None:
                 return
-            a, b = pairs[id(factor)]
             head = head_rank(rank, pruning.gamma, pruning.rank_min)
-            found = penalty_gradient(a.detach().numpy(), b.detach().numpy(), head)
-            if found is not None:
-                in_a, in_b = (torch.from_numpy(each) for each in found)
-                tail = factor.grad[head:] if factor is a else factor.grad[:, head:]
-                tail.add_(in_a if factor is a else in_b, alpha=pruning.penalty)
+            if (mine := beside.pop(id(factor), None)) is None:
+                a, b = pairs[id(factor)]
+                found = penalty_gradient(a.detach().numpy(), b.detach().numpy(), head)
+                if found is None:
+                    return
+                for each, gradient in zip((a, b), found, strict=True):
+                    beside[id(each)] = torch.from_numpy(gradient)
+                mine = beside.pop(id(factor))
+            tail = factor.grad[head:] if factor is pairs[id(factor)][0] else factor.grad[:, head:]
+            tail.add_(mine, alpha=pruning.penalty)
 
         return press
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, set_seed
 
 import base_tiny
 from edge_client.data import Batch, TokenSequence, evaluation_batches, pack, text_batches
+from edge_client.memory import Optimizer
 from edge_client.model import describe_model, find_targets, load_model
 from edge_client.plan import Plan
 from edge_client.trainer.torch_trainer import TorchTrainer
@@ -224,7 +226,10 @@ def test_the_frozen_remainder_takes_part_and_does_not_change(make: Make, tmp_pat
     assert abs(bare - together) > 1e-3
 
 
-def test_self_pruning_makes_the_tail_smaller_than_training_without_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_self_pruning_makes_the_tail_smaller_than_training_without_it(
+    tmp_path: Path, optimizer: Optimizer
+) -> None:
     from edge_client.prune import tail_product
 
     trainer = opened(llama(tmp_path))
@@ -232,7 +237,7 @@ def test_self_pruning_makes_the_tail_smaller_than_training_without_it(tmp_path: 
     start = random_adapter(trainer.shapes, 8)
     tails = []
     for pruning in (NO_PRUNING, Pruning(gamma=0.5, penalty=1.0, rank_min=2)):
-        trainer.load(start, None, PLAN)
+        trainer.load(start, None, replace(PLAN, optimizer=optimizer))
         train(trainer, batch, pruning=pruning)
         tails.append(tail_product(trainer.adapter(), 4))
     assert tails[1] < tail_product(start, 4)
@@ -307,6 +312,44 @@ def test_a_can_learn_at_a_multiple_of_the_rate_of_b(tmp_path: Path) -> None:
         far, near = moved[4.0][name].a - before.a, moved[1.0][name].a - before.a
         np.testing.assert_allclose(far, 4 * near, rtol=1e-3, atol=1e-6)  # Adam's first step
         assert np.abs(near).max() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_moments_no_gradient_is_kept_and_each_micro_batch_moves_by_its_share(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    trainer = opened(llama(tmp_path))
+    start = random_adapter(trainer.shapes, 4)
+    plan = replace(PLAN, optimizer="adafactor", checkpointing=checkpointing)
+    rows = batches(sequences(), rows=1)
+    assert len({batch.tokens for batch in rows}) > 1
+    settings = Training(
+        steps=1, tokens_per_step=len(rows) * LENGTH, max_tokens=LENGTH, warmup_steps=0
+    )
+
+    def moved(data: list[Batch], settings: Training, rates: list[float]) -> Adapter:
+        trainer.load(start, None, plan)
+        for rate, batch in zip(rates, data, strict=True):
+            trainer.train(
+                iter([batch] if len(rates) > 1 else rows),
+                settings=settings,
+                learning_rate=rate,
+                pruning=NO_PRUNING,
+                on_step=lambda step, loss: None,
+            )
+        for layer in trainer.layers.values():
+            assert layer.a is not None and layer.a.grad is None
+            assert layer.b is not None and layer.b.grad is None
+        return trainer.adapter()
+
+    together = moved(rows[:1], settings, [1e-2])
+    counted = sum(batch.tokens for batch in rows)
+    one = settings.model_copy(update={"tokens_per_step": LENGTH})
+    apart = moved(rows, one, [1e-2 * batch.tokens / counted for batch in rows])
+    for name, found in together.layers.items():
+        np.testing.assert_allclose(found.a, apart.layers[name].a, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found.b, apart.layers[name].b, rtol=1e-5, atol=1e-7)
+        assert np.abs(found.b - start.layers[name].b).max() > 1e-3
 
 
 @pytest.mark.parametrize("factors", ["A", "B"])
