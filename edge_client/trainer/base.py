@@ -93,6 +93,8 @@ class Trainer(Protocol):
     ) -> TrainReport:
         """Run `settings.steps` optimiser steps of `settings.tokens_per_step` tokens each.
 
+        With AdamW a step moves by the gradients of all its micro-batches together; with Adafactor
+        by those of each, by its share of the step's tokens. The plan that was loaded says which.
         The factor that is not among `factors` stays as it was loaded. `between` is asked after each
         step but the last, and may have it begin in the middle.
         """
