@@ -31,7 +31,7 @@ tokens_per_step = 256
 
 [[device]]
 name = "small"
-profile = "raspberry-pi-4b-2gb"
+profile = "raspberry-pi-3b-plus-1gb"
 data = "text/markup"
 
 [[device]]
@@ -154,7 +154,7 @@ def test_a_mixed_replay_ends_with_the_same_kind_of_table(
     tmp_path: Path, mosquitto: BrokerAddress
 ) -> None:
     write_demo_text(tmp_path / "text", seed=0)
-    fleet = FLEET.replace("raspberry-pi-4b-2gb", "raspberry-pi-4b-4gb")
+    fleet = FLEET.replace("raspberry-pi-3b-plus-1gb", "raspberry-pi-4b-4gb")
     (tmp_path / "fleet.toml").write_text(fleet)
     out, broker = tmp_path / "runs", f"mqtt://{mosquitto.host}:{mosquitto.port}"
     command = ["run", tmp_path / "fleet.toml", "--broker", broker, "--out", out]
