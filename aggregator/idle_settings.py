@@ -19,6 +19,9 @@ def idle_settings(job: Job, policy: Policy) -> Iterator[str]:
     Raises:
         BadRuleSettings: the rule has no such setting, or cannot use its value.
     """
+    training = job.training
+    if training.optimizer == "adafactor" and "clip_norm" in training.model_fields_set:
+        yield 'training.clip_norm does nothing with optimizer = "adafactor"'
     rule = RULES.get(job.rule)
     if rule is None:
         return

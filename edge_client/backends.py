@@ -147,7 +147,8 @@ def better(
 ) -> Plan:
     """Return the best plan of all backends, with why it is that backend's.
 
-    More blocks come first, then whole sequences, then `preference`: at equal rank the faster one.
+    More blocks come first, then whole sequences, then `preference`: at equal rank that with Adam's
+    moments, and then the faster one.
     `missing` are the backends that can't be used, and why.
 
     Raises:
@@ -170,7 +171,9 @@ def _why(
             reasons.append(f"{name} does not fit: {plan}")
         elif name == best.backend:
             continue
-        elif (_size(plan)) == _size(best):
+        elif _size(plan) == _size(best) and plan.optimizer != best.optimizer:
+            reasons.append(f"{name} has that rank without Adam's moments only")
+        elif _size(plan) == _size(best):
             reasons.append(
                 f"at the same rank {name} trains {plan.predicted_tokens_s:.0f} tokens/s, "
                 f"{best.backend} {best.predicted_tokens_s:.0f}"

@@ -74,7 +74,7 @@ def _is_like(plan: Plan, other: Plan) -> bool:
 def _why_no_moments(every: Sequence[Plan], shared_rank: int) -> str:
     fitting = [plan for plan in every if plan.optimizer == "adamw" and fits(plan)]
     if not fitting:
-        return "with Adam's moments nothing would fit"
+        return "with Adam's moments nothing of this length would fit"
     best = max(fitting, key=lambda plan: preference(plan, shared_rank))
     return f"with Adam's moments it would be rank {best.rank} of {best.held} held"
 

@@ -318,6 +318,11 @@ def _sizes(plan: Plan) -> tuple[object, ...]:
     return plan.dtype, plan.rank, plan.held, plan.micro_batch, plan.optimizer
 
 
+def optimizer_of(training: Training) -> Optimizer:
+    """Return what trains where nobody plans for memory: AdamW, unless the job has Adafactor."""
+    return "adafactor" if training.optimizer == "adafactor" else "adamw"
+
+
 def _optimizers(training: Training) -> Sequence[Optimizer]:
     return ("adamw", "adafactor") if training.optimizer == "fit" else (training.optimizer,)
 

@@ -24,6 +24,7 @@ from edge_client.plan import (
     all_plans,
     choose_plan,
     memory_budget,
+    optimizer_of,
 )
 from edge_client.profile import native_bf16
 from edge_client.trainer import checkpoint
@@ -175,7 +176,8 @@ class Planning:
     def is_unbeaten(self, plan: Plan) -> bool:
         """Say whether no plan with less memory or more of it could be better: only a faster dtype.
 
-        That is one of whole sequences, of the largest rank, by the fastest way that was measured.
+        That is one of whole sequences, of the largest rank and with Adam's moments, unless the job
+        wants none, by the fastest way that was measured.
         Training without making blocks again must have been measured, for it is faster.
         """
         wanted = self.wanted
@@ -183,6 +185,7 @@ class Planning:
             plan.seq_len == wanted.training.max_tokens
             and plan.rank == max(wanted.ladder)
             and plan.held >= wanted.shared_rank
+            and plan.optimizer == optimizer_of(wanted.training)
             and Way(plan.dtype, checkpointing=False) in self.calibration.activations
             and plan.predicted_tokens_s >= max(self.calibration.tokens_s.values())
         )

@@ -27,7 +27,7 @@ from protocol.messages import Job, Round
 
 KEPT = "private-kept"
 PART_STEPS = 50
-"""A part has as many steps as a round, and this many at least: with each Adam begins anew."""
+"""A part has as many steps as a round, and this many at least: with each the optimiser begins."""
 
 
 @dataclass(frozen=True, slots=True)

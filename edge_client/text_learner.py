@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_client.learning import learning_rate
-from edge_client.plan import Backend, Plan
+from edge_client.plan import Backend, Plan, optimizer_of
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport
 from protocol.adapter import Adapter
@@ -85,7 +85,8 @@ class TextLearner:
 
         rows, size = self._rows["train"], self._plan.micro_batch
         stream = BatchStream(rows, size, seed=self._seed, drawn_rows=drawn_rows)
-        self._trainer.load(received, frozen, self._plan)
+        plan = replace(self._plan, optimizer=optimizer_of(job.training))
+        self._trainer.load(received, frozen, plan)
         report = self._trainer.train(
             stream,
             settings=job.training,

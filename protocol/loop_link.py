@@ -142,7 +142,7 @@ class LoopLink:
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
         client.on_message = self._on_message
         client.on_publish, client.on_subscribe = self._on_publish, self._on_subscribe
-        self._client, self.unanswered = client, 1
+        self._client, self.unanswered, self.failure = client, 1, ""
         knock(
             client,
             self.address,
@@ -336,10 +336,11 @@ class LoopLink:
     def _on_disconnect(
         self, client: paho.Client, _: Any, __: Any, code: ReasonCode, ___: Any
     ) -> None:
+        refused = "" if self.connected else self.failure
         self.loop.published += self.connected  # the will
         self.connected, self.unanswered = False, 0
-        self.failure = f"the broker has ended the connection: {in_words(code)}"
-        self.loop.give_up(f"{self.client_id}: {self.failure}")
+        self.failure = f"the broker has ended the connection: {refused or in_words(code)}"
+        self.loop.give_up(f"{self.client_id}: {self.failure}; look at the broker's log and limits")
 
     def _on_message(self, client: paho.Client, _: Any, message: paho.MQTTMessage) -> None:
         if self._subscriptions.unasked(message):

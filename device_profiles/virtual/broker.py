@@ -26,7 +26,7 @@ from protocol.link import BrokerAddress
 PLACES = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
 """Where Debian and Homebrew put it, which a user's PATH does not always have."""
 SPARE_FILES = 200
-START_S = 20.0
+START_S, END_S = 20.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +106,18 @@ def _mosquitto(program: str, folder: Path) -> Iterator[RunningBroker]:
     watch = subprocess.Popen(["sh", "-c", f"read -r _; kill {process.pid}"], stdin=lifeline())
     try:
         _wait(process, address, log)
-        yield RunningBroker(address, process.pid, "mosquitto")
-    except TunefleetError:
-        if _has_ended(process):  # whatever else went wrong went wrong for that
-            raise ReplayError(f"Mosquitto has ended; its log is {log}") from None
-        raise
+        try:
+            yield RunningBroker(address, process.pid, "mosquitto")
+        except TunefleetError:
+            if _has_ended(process):  # whatever else went wrong went wrong for that
+                raise ReplayError(f"Mosquitto has ended; its log is {log}") from None
+            raise
     finally:
         watch.kill()
         watch.wait()
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+            process.wait(END_S)
         if process.poll() is None:
             process.kill()
             process.wait()

@@ -182,6 +182,8 @@ class Drive:
     def _wait(self, happened: object, what: object) -> None:
         assert callable(happened) and callable(what)
         if not self._loop.pump_until(happened, QUIET_S):
-            missing = f"{what()} did not arrive within {QUIET_S:g} s at virtual time"
+            missing = (
+                f"{what()} did not arrive within {QUIET_S:g} s at virtual time {self.now_s:g} s"
+            )
             self._loop.give_up(missing)
-            raise ReplayError(f"{missing} {self.now_s:g} s; look at the broker's log and limits")
+            raise ReplayError(f"{missing}; look at the broker's log and limits")

@@ -28,7 +28,7 @@ from edge_client.errors import EdgeError
 from edge_client.learner import Learner
 from edge_client.learning import Learned, Place
 from edge_client.memory import Activations, Way
-from edge_client.plan import Calibration, Plan
+from edge_client.plan import Calibration, Plan, optimizer_of
 from edge_client.trainer.worker import Text, TextReport
 from protocol.adapter import Adapter, initial_adapter, module_rank
 from protocol.bands import read_adapter, to_tensors
@@ -299,7 +299,18 @@ def _keep(folder: Path, rank: int, learned: Learned, first: Adapter) -> UpdateRe
 def plain_plan(job: Job, rank: int) -> Plan:
     """Return the plan that a pool is trained by: one thread, so that it comes out alike."""
     rows = max(1, job.training.tokens_per_step // job.training.max_tokens)
-    return Plan(rank, rank, min(rows, 4), job.training.max_tokens, False, "f32", 1, 1.0, 1e9)
+    return Plan(
+        rank,
+        rank,
+        min(rows, 4),
+        job.training.max_tokens,
+        False,
+        "f32",
+        1,
+        1.0,
+        1e9,
+        optimizer=optimizer_of(job.training),
+    )
 
 
 def _measure(job: Job, model: Path, cache: Path) -> Calibration:

@@ -115,8 +115,10 @@ class PacedAggregator:
             )
 
     def stop(self) -> None:
-        """End it."""
-        if self._process.poll() is None:
+        """End it: by a kill where the broker is gone, for it would wait for that."""
+        if self._loop.broken:
+            self._process.kill()
+        elif self._process.poll() is None:
             try:
                 self._order(do="stop")
                 self._process.wait(30)

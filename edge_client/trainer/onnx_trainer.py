@@ -111,9 +111,11 @@ class OnnxTrainer:
                 share = own / counted
                 mean, gradients = self._accumulate(part, max(1, own), list(parameters))
                 self._press_tail(pruning, gradients)
-                clip(gradients, settings.clip_norm)
+                if self._optimizer == "adamw":
+                    clip(gradients, settings.clip_norm)
                 optimiser.step(gradients, {name: share * rate for name, rate in rates.items()})
                 loss += share * mean
+                del gradients  # before the next come
             losses.append(loss)
             tokens += counted
             on_step(step, loss)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -32,17 +31,16 @@ class TorchState:
         mine = {f"factor.{i}": tuple(p.shape) for i, p in enumerate(self._parameters)}
         if {n: a.shape for n, a in arrays.items() if n.startswith("factor.")} != mine:
             return False
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-        torch.set_rng_state(tensors["random"])
+        torch.set_rng_state(torch.tensor(arrays["random"]))
         state: dict[int, dict[str, Any]] = {}
-        with torch.no_grad():
-            for index, parameter in enumerate(self._parameters):
-                parameter.copy_(tensors[f"factor.{index}"])
-        for name, tensor in tensors.items():
+        for name, array in arrays.items():
             kind, _, rest = name.partition(".")
-            if kind == "state":
-                index_text, _, key = rest.partition(".")
-                state.setdefault(int(index_text), {})[key] = tensor
+            if kind == "factor":
+                with torch.no_grad():
+                    self._parameters[int(rest)].copy_(torch.tensor(array))
+            elif kind == "state":
+                index, _, key = rest.partition(".")
+                state.setdefault(int(index), {})[key] = torch.tensor(array)
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         return True

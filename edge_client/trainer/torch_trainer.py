@@ -8,7 +8,7 @@ the forward pass without gradient or optimiser state (docs/algorithms.md, frozen
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from edge_client.data import Batch, block_causal_mask
 from edge_client.memory import Optimizer
 from edge_client.model import find_blocks, find_targets, load_model
 from edge_client.plan import Plan
-from edge_client.prune import head_rank, penalty_gradient
 from edge_client.trainer.base import Between, OnStep, TrainReport, step_batches
 from edge_client.trainer.blocks import checkpoint_blocks, speed_up
 from edge_client.trainer.lora import LoraLinear
 from edge_client.trainer.loss import CHUNK_TOKENS, chunked_cross_entropy, full_cross_entropy
 from edge_client.trainer.torch_adafactor import TorchAdafactor
+from edge_client.trainer.torch_press import Press
 from edge_client.trainer.torch_state import TorchState
 from protocol.adapter import Adapter, Factors
 from protocol.factors import Trained
@@ -98,7 +98,7 @@ class TorchTrainer:
     ) -> TrainReport:
         started = time.monotonic()
         optimizer = self._open_optimizer(self._train_only(factors, settings.learning_rate_a))
-        press = self._presser(pruning)
+        press = self._press(pruning)
         for group in optimizer.param_groups:
             group["weight_decay"] = settings.weight_decay
         state = TorchState(optimizer)
@@ -113,7 +113,7 @@ class TorchTrainer:
                 group_of = step_batches(batches, settings.tokens_per_step)
                 counted = sum(batch.tokens for batch in group_of)
                 if isinstance(optimizer, TorchAdafactor):
-                    loss = self._move_by_each(optimizer, group_of, counted)
+                    loss = self._move_by_each(optimizer, press, group_of, counted)
                 else:
                     loss = self._accumulate(group_of, counted)
                     _move(optimizer, press, settings.clip_norm)
@@ -192,46 +192,26 @@ class TorchTrainer:
             total += float(loss.detach())
         return total
 
-    def _move_by_each(self, optimizer: TorchAdafactor, batches: list[Batch], counted: int) -> float:
+    def _move_by_each(
+        self, optimizer: TorchAdafactor, press: Press, batches: list[Batch], counted: int
+    ) -> float:
         """Move by the gradients of each micro-batch as they come; return a step's mean loss."""
         total = 0.0
         for batch in batches:
             optimizer.share = batch.tokens / counted
+            press.begin()
             loss = self._loss(batch)
             (loss / max(1, batch.tokens)).backward()
             total += float(loss.detach())
         return total / counted
 
-    def _presser(self, pruning: Pruning | None) -> Callable[[torch.Tensor], None]:
-        """Return what adds the gradient of the pruning's penalty to that of a factor."""
+    def _press(self, pruning: Pruning | None) -> Press:
         factors = [
             (layer.a, layer.b)
             for layer in self.layers.values()
             if layer.a is not None and layer.b is not None
         ]
-        rank = max((a.shape[0] for a, _ in factors), default=0)
-        pairs = {id(factor): (a, b) for a, b in factors for factor in (a, b)}
-
-        beside: dict[int, torch.Tensor] = {}
-        """What the other factor of a pair is to get, of the time before the first has moved."""
-
-        @torch.no_grad()
-        def press(factor: torch.Tensor) -> None:
-            if pruning is None or not pruning.enabled or factor.grad is None:
-                return
-            head = head_rank(rank, pruning.gamma, pruning.rank_min)
-            if (mine := beside.pop(id(factor), None)) is None:
-                a, b = pairs[id(factor)]
-                found = penalty_gradient(a.detach().numpy(), b.detach().numpy(), head)
-                if found is None:
-                    return
-                for each, gradient in zip((a, b), found, strict=True):
-                    beside[id(each)] = torch.from_numpy(gradient)
-                mine = beside.pop(id(factor))
-            tail = factor.grad[head:] if factor is pairs[id(factor)][0] else factor.grad[:, head:]
-            tail.add_(mine, alpha=pruning.penalty)
-
-        return press
+        return Press(factors, pruning)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss of a packed batch, in nats."""
@@ -284,13 +264,10 @@ class TorchTrainer:
         return torch.allclose(ours.float(), self.model(**few).logits.float(), atol=1e-2, rtol=1e-2)
 
 
-def _move(
-    optimizer: torch.optim.Optimizer, press: Callable[[torch.Tensor], None], clip_norm: float
-) -> None:
+def _move(optimizer: torch.optim.Optimizer, press: Press, clip_norm: float) -> None:
     """Move by the gradients that a step's micro-batches have added up."""
+    press.all()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        press(parameter)
     torch.nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=False)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -39,6 +39,7 @@ def said(**fields: Any) -> list[str]:
         ({"rule_settings": {"memory_rank": 2}}, "without momentum or error_feedback"),
         ({**FEDAVG, "rule_settings": {"split": "left"}}, SPLIT),
         ({**FEDAVG, "rule": "hetlora", "rule_settings": {"split": "balanced"}}, SPLIT),
+        ({"training": {"optimizer": "adafactor", "clip_norm": 0.1}}, 'optimizer = "adafactor"'),
         ({**FEDAVG, "layers": "fit"}, "down to nothing; rules that do not: anchored, segment, ge"),
     ],
 )

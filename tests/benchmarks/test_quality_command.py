@@ -53,7 +53,7 @@ def test_a_folder_a_data_set_or_a_model_that_is_not_there_is_one_line(
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("anchored", "; did you mean 'anchored, rotating, by rank'?"),
+        ("anchored", f"; did you mean {DEFAULT!r}?"),
         ("fedvag", "; did you mean 'fedavg'?"),
         ("trust-validation left split", "did you mean 'trust-validation, left split'?"),
         ("xyz", "there is no arm 'xyz'. There are"),

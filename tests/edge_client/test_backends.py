@@ -50,6 +50,14 @@ def test_the_faster_backend_is_taken_at_equal_rank() -> None:
     )
 
 
+def test_adams_moments_come_before_speed_and_after_rank() -> None:
+    lean = replace(ONNX, optimizer="adafactor", predicted_tokens_s=300.0)
+    plan = better({"torch": TORCH, "onnx": lean}, 16, {})
+    assert plan.backend == "torch"
+    assert plan.why_backend == "onnx has that rank without Adam's moments only"
+    assert better({"torch": TORCH, "onnx": replace(lean, rank=16)}, 16, {}).backend == "onnx"
+
+
 def test_the_larger_rank_and_all_blocks_come_before_speed() -> None:
     larger = replace(TORCH, rank=16)
     assert better({"torch": larger, "onnx": ONNX}, 16, {}).backend == "torch"

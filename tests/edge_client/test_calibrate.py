@@ -40,11 +40,20 @@ def test_a_plan_is_unbeaten_where_more_memory_would_give_the_same() -> None:
     assert ample.is_unbeaten(best)
     for budget in range(1250, 3000, 50):
         found, plan = found_with(budget)
-        same = (plan.rank, plan.held, plan.way) == (best.rank, best.held, best.way)
+        same = (plan.rank, plan.held, plan.way, plan.optimizer) == (
+            best.rank,
+            best.held,
+            best.way,
+            best.optimizer,
+        )
         assert found.is_unbeaten(plan) == same
     assert not ample.is_unbeaten(replace(best, rank=32))
     assert not ample.is_unbeaten(replace(best, held=32))
     assert not ample.is_unbeaten(replace(best, seq_len=128))
+    lean = replace(best, optimizer="adafactor")
+    assert not ample.is_unbeaten(lean), "another dtype may have room for Adam's moments"
+    asked = Training(tokens_per_step=1024, max_tokens=256, optimizer="adafactor")
+    assert replace(ample, wanted=replace(ample.wanted, training=asked)).is_unbeaten(lean)
     alone = {Way("f32", True): F32.activations[Way("f32", True)]}
     speed = {Way("f32", True): 35.0}
     only, plan = found_with(100_000, replace(F32, activations=alone, tokens_s=speed))

@@ -50,9 +50,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Adapter, Adapter
 
 
 @contextmanager
-def opened(text: Path) -> Iterator[TrainingProcess]:
+def opened(text: Path, plan: Plan = PLAN) -> Iterator[TrainingProcess]:
     with TrainingProcess() as process:
-        process.call("open", model=base_tiny.PATH, text=Text((text,), 0), plan=PLAN)
+        process.call("open", model=base_tiny.PATH, text=Text((text,), 0), plan=plan)
         yield process
 
 
@@ -96,17 +96,18 @@ def same(one: Outcome, other: Outcome) -> None:
     assert replace(one[2], seconds=0) == replace(other[2], seconds=0)
 
 
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, optimizer="adafactor")], ids=str)
 def test_paused_and_killed_training_comes_to_the_same(
-    tmp_path: Path, text: Path, adapters: tuple[Adapter, Adapter]
+    tmp_path: Path, text: Path, adapters: tuple[Adapter, Adapter], plan: Plan
 ) -> None:
     keeping = Keeping(tmp_path / FILE, "mine", every_s=0.0)
-    with opened(text) as process:
+    with opened(text, plan) as process:
         whole = train(process, adapters, None, {})
         assert not keeping.path.exists()
     assert whole[0].keys() == set(range(1, STEPS + 1))
 
     paused: dict[int, float] = {}
-    with opened(text) as process:
+    with opened(text, plan) as process:
         for pause in (2, 4):
             with pytest.raises(TrainingPaused) as stopped:
                 train(process, adapters, keeping, paused, lambda step, at=pause: step == at)
@@ -118,7 +119,7 @@ def test_paused_and_killed_training_comes_to_the_same(
 
     keeping.path.unlink()
     killed: dict[int, float] = {}
-    with opened(text) as process:
+    with opened(text, plan) as process:
 
         def kill(step: int) -> bool:
             if step == 4:  # its loss is heard, and what it did is not kept
@@ -131,7 +132,7 @@ def test_paused_and_killed_training_comes_to_the_same(
         assert "mine" in file.metadata()["training"]
     assert keeping.path.stat().st_mode & 0o777 <= 0o644
     del killed[4]
-    with opened(text) as process:
+    with opened(text, plan) as process:
         same(train(process, adapters, keeping, killed), whole)
 
 

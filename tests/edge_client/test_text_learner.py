@@ -48,3 +48,14 @@ def test_it_learns_its_directions_and_goes_on_in_its_text(tmp_path: Path) -> Non
     assert drawn[1] > drawn[0] > 0
     assert learner.evaluate(shared) < before - 0.1
     assert learner.text.train_tokens > learner.text.held_out_tokens > 0
+
+    whole = shared.truncated(2)
+    came = {}
+    for optimizer in ("fit", "adamw", "adafactor"):
+        training = job.training.model_copy(update={"optimizer": optimizer})
+        asked = job.model_copy(update={"training": training})
+        came[optimizer], _ = learner.train(asked, whole, None, round_number=1, drawn_rows=0)
+    (fit, adam, lean) = (
+        next(iter(came[o].layers.values())).b for o in ("fit", "adamw", "adafactor")
+    )
+    assert np.array_equal(fit, adam) and not np.array_equal(fit, lean)

@@ -20,6 +20,7 @@ from device_profiles.errors import ReplayError
 from device_profiles.traces.format import Trace, write_trace
 from device_profiles.traces.sample import Sample
 from device_profiles.traces.scenarios import Scenario
+from device_profiles.virtual.broker import _mosquitto
 from device_profiles.virtual.command import run_again
 from device_profiles.virtual.compare import Run as Kept
 from device_profiles.virtual.fleet import cast
@@ -179,9 +180,16 @@ def test_nothing_outlives_a_replay_that_is_ended(
         Kept(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_broker_that_is_gone_ends_the_replay_and_is_named(
-    made: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "Mosquitto has ended; its log is "),
+        (signal.SIGTERM, "Mosquitto has ended; its log is "),
+        (signal.SIGSTOP, " did not arrive within 20 s at virtual time "),
+    ],
+)
+def test_a_broker_that_is_gone_or_hangs_ends_the_replay_and_is_named(
+    made: tuple[Path, Path], tmp_path: Path, number: signal.Signals, said: str
 ) -> None:
     what = [*arguments(made, tmp_path), "--json"]
     with Program("device_profiles.cli", what, tmp_path, "replay") as replay:
@@ -189,11 +197,23 @@ def test_a_broker_that_is_gone_ends_the_replay_and_is_named(
         children = psutil.Process(replay.process.pid).children(recursive=True)
         (broker,) = (child for child in children if "mosquitto" in child.name())
         broker.send_signal(number)
-        assert replay.wait(15) == 1
+        assert replay.wait(60 if number == signal.SIGSTOP else 15) == 1
         assert psutil.wait_procs(children, timeout=10)[1] == []
     (folder,) = (tmp_path / "runs").iterdir()
-    said = f"error: Mosquitto has ended; its log is {folder / 'broker' / 'mosquitto.log'}; "
-    assert replay.stderr == f"{said}`fleet-replay again {folder}` repeats it\n"
+    assert replay.stderr.startswith("error: ") and said in replay.stderr
+    assert replay.stderr.endswith(f"; `fleet-replay again {folder}` repeats it\n")
+    assert replay.stderr.count("\n") == 1
+
+
+def test_a_broker_that_does_not_start_is_named_with_what_it_says(tmp_path: Path) -> None:
+    program = tmp_path / "mosquitto"
+    program.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    program.chmod(0o755)
+    with (
+        pytest.raises(ReplayError, match=r"(?s)Mosquitto did not start; .*no room"),
+        _mosquitto(str(program), tmp_path / "broker"),
+    ):
+        pytest.fail("it has not started")
 
 
 GONE = """
