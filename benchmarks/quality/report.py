@@ -164,7 +164,8 @@ def _claim(claim: str, found: Comparison, target: str, met: bool) -> Claim:
     return Claim(claim, str(found), target, met)
 
 
-CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, "trust-validation")
+PERSONAL = "trust-validation, optimiser that fits"
+CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, PERSONAL)
 
 
 def write(sheets: Sequence[Sheet], folder: Path) -> None:
