@@ -85,6 +85,7 @@ ATTACKS: Mapping[str, Attack] = {
 }
 CLIPPED = {**ROTATING, "rule_settings": {**BALANCED, "clip": "median"}}
 OPPOSED = {**ROTATING, "rule_settings": {**CLIPPED["rule_settings"], "opposed": 0.2}}
+KRUM_OPPOSED = {**ROTATING, "rule_settings": {**BALANCED, "opposed": 0.2}}
 ARMS: Mapping[str, Arm] = {
     "fedavg": Arm("common", {"rule": "fedavg"}, start=1.6e-2),
     "anchored": Arm("common", {"rule": "anchored", **ROTATING}, BY_RANK),
@@ -95,10 +96,9 @@ ARMS: Mapping[str, Arm] = {
     "krum, clipped": Arm("common", {"rule": "krum", **CLIPPED}, BY_RANK),
     "anchored, clipped, opposed": Arm("common", {"rule": "anchored", **OPPOSED}, BY_RANK),
     "geomed, clipped, opposed": Arm("common", {"rule": "geomed", **OPPOSED}, BY_RANK),
-    "krum, opposed": Arm(
-        "common",
-        {"rule": "krum", **ROTATING, "rule_settings": {**BALANCED, "opposed": 0.2}},
-        BY_RANK,
+    "krum, opposed": Arm("common", {"rule": "krum", **KRUM_OPPOSED}, BY_RANK),
+    "krum, opposed, optimiser that fits": Arm(
+        "common", {"rule": "krum", **KRUM_OPPOSED}, BY_RANK, fits=True
     ),
 }
 ROBUST = tuple(name for name in ARMS if name not in ("fedavg", "anchored"))
@@ -152,6 +152,7 @@ def loss(fleet: Simulation, schedule: Schedule, arm: str, attack: str | None) ->
     """Return the mean held-out loss of the honest devices; infinite where training broke down."""
     chosen = ARMS[arm]
     job = chosen.whole_job(fleet, schedule, chosen.start)
+    fleet = chosen.of_fleet(fleet, job)
     rng, begun = np.random.default_rng(fleet.seed), list[Adapter]()
 
     def spoiled(view: RoundView) -> RoundView:

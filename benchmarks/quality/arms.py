@@ -103,13 +103,15 @@ class Arm:
         """Run the arm on a fleet."""
         started = time.monotonic()
         job = self.whole_job(fleet, schedule, rate)
-        if self.fits:
-            fleet = fleet.of([fitting(device, job) for device in fleet.devices])
-        found = _RUNS[self.kind](self, fleet, job)
+        found = _RUNS[self.kind](self, self.of_fleet(fleet, job), job)
         trust, devices, curve, details = found
         held_out = fmean(devices.values())
         seconds = time.monotonic() - started
         return Result(trust, held_out, devices, curve, seconds, details)
+
+    def of_fleet(self, fleet: Simulation, job: Job) -> Simulation:
+        """Return the fleet as the arm has it."""
+        return fleet.of([fitting(d, job) for d in fleet.devices]) if self.fits else fleet
 
     def whole_job(self, fleet: Simulation, schedule: Schedule, rate: float) -> Job:
         """Return the job that the arm runs."""
