@@ -32,6 +32,7 @@ import numpy as np
 
 from protocol.adapter import Shapes, module_rank, parameter_count
 from protocol.layers import block_count, last_blocks
+from protocol.messages import Training
 
 MIB = float(1 << 20)
 WEIGHT_BYTES, GRADIENT_BYTES = 4, 4
@@ -96,6 +97,16 @@ class Activations:
             return float(np.interp(tokens, at, mib)) - self.fixed_mib
         beyond = max(0, tokens - self.probed_tokens) * max(0.0, self.kept_mib - self.token_mib)
         return max(tokens * self.token_mib + beyond, self.least_mib - self.fixed_mib)
+
+
+def optimizer_of(training: Training) -> Optimizer:
+    """Return what trains where nobody plans for memory: AdamW, unless the job has Adafactor."""
+    return "adafactor" if training.optimizer == "adafactor" else "adamw"
+
+
+def optimizers_of(training: Training) -> Sequence[Optimizer]:
+    """Return what a plan may have: either, where the job asks for what fits."""
+    return ("adamw", "adafactor") if training.optimizer == "fit" else (training.optimizer,)
 
 
 def lora_mib(

@@ -12,7 +12,7 @@ from math import ceil, inf
 from typing import Literal
 
 from edge_client.errors import NoPlanFits
-from edge_client.memory import Activations, Optimizer, Way, predict_mib
+from edge_client.memory import Activations, Optimizer, Way, optimizers_of, predict_mib
 from protocol.adapter import Shapes
 from protocol.layers import block_count
 from protocol.messages import Training
@@ -255,7 +255,7 @@ def all_plans(
     for way, measured in calibration.activations.items():
         fixed_mib = max(0.0, measured.fixed_mib) + calibration.beside_weights_mib(way.dtype)
         above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
-        for (rank, held), optimizer in product(_adapters(wanted), _optimizers(wanted.training)):
+        for (rank, held), optimizer in product(_adapters(wanted), optimizers_of(wanted.training)):
             for micro_batch in micro_batches(wanted.training, seq_len):
                 tokens = micro_batch * seq_len
                 mib = _predicted_mib(wanted, calibration, way, rank, held, tokens, optimizer)
@@ -316,15 +316,6 @@ def _between(none: Plan, every: Plan, blocks: int, share: float) -> Plan:
 
 def _sizes(plan: Plan) -> tuple[object, ...]:
     return plan.dtype, plan.rank, plan.held, plan.micro_batch, plan.optimizer
-
-
-def optimizer_of(training: Training) -> Optimizer:
-    """Return what trains where nobody plans for memory: AdamW, unless the job has Adafactor."""
-    return "adafactor" if training.optimizer == "adafactor" else "adamw"
-
-
-def _optimizers(training: Training) -> Sequence[Optimizer]:
-    return ("adamw", "adafactor") if training.optimizer == "fit" else (training.optimizer,)
 
 
 def _adapters(wanted: Wanted) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from edge_client.config import Settings, most_threads
 from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.learner import Learner, Pauses, StepDown
 from edge_client.learning import Learning
-from edge_client.memory import Way, resident_mib
+from edge_client.memory import Way, optimizer_of, resident_mib
 from edge_client.plan import (
     Backend,
     Calibration,
@@ -24,7 +24,6 @@ from edge_client.plan import (
     all_plans,
     choose_plan,
     memory_budget,
-    optimizer_of,
 )
 from edge_client.profile import native_bf16
 from edge_client.trainer import checkpoint

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_client.learning import learning_rate
-from edge_client.plan import Backend, Plan, optimizer_of
+from edge_client.memory import optimizer_of
+from edge_client.plan import Backend, Plan
 from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport
 from protocol.adapter import Adapter

@@ -27,8 +27,8 @@ from edge_client.calibrate import ProbingProcess, calibrate
 from edge_client.errors import EdgeError
 from edge_client.learner import Learner
 from edge_client.learning import Learned, Place
-from edge_client.memory import Activations, Way
-from edge_client.plan import Calibration, Plan, optimizer_of
+from edge_client.memory import Activations, Way, optimizer_of
+from edge_client.plan import Calibration, Plan
 from edge_client.trainer.worker import Text, TextReport
 from protocol.adapter import Adapter, initial_adapter, module_rank
 from protocol.bands import read_adapter, to_tensors
