@@ -1,4 +1,4 @@
-"""Adafactor of the step alone on the factors of an adapter, in numpy: it keeps no state.
+"""Adafactor of the moment on the factors of an adapter, in numpy: it keeps no state.
 
 Adam divides a gradient by what each number's gradients have been like; Adafactor (Shazeer and
 Stern, arXiv 1804.04235) by what those of its row and its column are like, which takes as many
