@@ -150,17 +150,23 @@ def test_a_body_without_end_is_refused_before_it_is_in_memory(guarded: Site) -> 
 def test_connections_that_say_nothing_are_counted(states: Path) -> None:
     """Each has a file descriptor, of which the aggregator has need itself."""
     with running_page(states) as site, ExitStack() as stack:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_sockets()
         for _ in range(CONNECTIONS + 50):
             link = socket.create_connection(("127.0.0.1", site.port), timeout=20)
             stack.enter_context(link)
             link.sendall(b"GET /")
-        taken = len(os.listdir("/proc/self/fd")) - before - (CONNECTIONS + 50)
-        assert taken <= CONNECTIONS
+        taken = open_sockets() - before - (CONNECTIONS + 50)
+        assert taken <= CONNECTIONS + 1  # one may just be on its way out
         with pytest.raises((ConnectionError, http.client.HTTPException)):
             site.ask("/health/live")
         stack.close()
         assert until_answered(site).status == 200
+
+
+def open_sockets() -> int:
+    """Return how many sockets this process has open; its page opens and closes files meanwhile."""
+    links = Path("/proc/self/fd").iterdir()
+    return sum(os.path.realpath(link).split("/")[-1].startswith("socket:") for link in links)
 
 
 def until_answered(site: Site) -> Said:
