@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregator.merge.subspace import block_width, leading
-from aggregator.merge.sums import PART, Array, Dense, Float64Array, Stack, Term, half, hold, size
+from aggregator.merge.sums import PART, Array, Dense, Float64Array, Stack, Term, half, hold
 from protocol.adapter import Adapter, Factors
 
 Split = Literal["left", "balanced"]
@@ -252,8 +252,7 @@ def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: i
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # then nothing is found
         held = hold(terms, shape, np.float32)
     found = leading(held, rank, seed)
-    whole = size(terms)
-    if found is not None and ROUNDING * whole > 1e-5 * found.norm:
+    if found is not None and ROUNDING * held.size > 1e-5 * found.norm:
         held = hold(terms, shape, np.float64)
         found = leading(held, rank, seed)
     if found is None:
@@ -262,7 +261,7 @@ def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: i
     if held.wide:
         v = _orthonormal(found.forth)  # (d_in, r)
         factors = Factors(v.T, found.v @ (found.forth.T @ v))
-    return Best(factors, np.ones(factors.rank), found.norm, float(np.sqrt(found.lost)), whole)
+    return Best(factors, np.ones(factors.rank), found.norm, float(np.sqrt(found.lost)), held.size)
 
 
 def _by_gram(
@@ -274,7 +273,8 @@ def _by_gram(
         found = basis.leading(np.ones(len(basis.lengths)), rank)
         del basis
         return made(found, terms, dtype)
-    total = Dense(terms, shape, np.float64).total
+    held = Dense(terms, shape, np.float64)
+    total = held.total
     if shape[1] <= shape[0]:
         values, vectors = _eigh_descending(total.T @ total)
         v: Array = vectors[:, :rank]  # (d_in, r)
@@ -282,7 +282,7 @@ def _by_gram(
         values, vectors = _eigh_descending(total @ total.T)
         v = _orthonormal(total.T @ vectors[:, :rank])  # (d_in, r)
     norm, residual = _norm_and_residual(values, rank)
-    return Best(Factors(v.T, total @ v), np.ones(v.shape[1]), norm, residual, size(terms))
+    return Best(Factors(v.T, total @ v), np.ones(v.shape[1]), norm, residual, held.size)
 
 
 def split_factors(best: Best, rank: int, scale: float, split: Split, seed: int) -> Combined:

@@ -6,6 +6,7 @@ Either is multiplied with a few vectors at a time, and never copied whole.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,15 @@ class Term:
 
 
 class Held(ABC):
-    """Hold a sum, seen as G (m, n) with n ≤ m: the sum, or its transpose where it is wide."""
+    """Hold a sum, seen as G (m, n) with n ≤ m: the sum, or its transpose where it is wide.
+
+    `size` is Σ_k max|w_k|·‖A_k‖_F·‖B_k‖_F of its terms, which bounds every sum on the way to the
+    whole one. It is taken in their type, which is enough for a bound, while they are read; infinite
+    or NaN where the type's range is not enough.
+    """
 
     def __init__(self, shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
+        self.size = 0.0
         self.wide = shape[0] < shape[1]
         self.m, self.n = (shape[1], shape[0]) if self.wide else shape
         self.dtype = np.dtype(dtype)
@@ -82,6 +89,7 @@ class Stack(Held):
             mine, factors = slice(at, at := at + term.rank), term.read()
             self.a[mine] = factors.a
             np.multiply(factors.b.T, term.weights[:, None].astype(dtype), out=self.b[mine])
+            self.size += _size(factors, term.weights)
         self._left, self._right = (self.a, self.b) if self.wide else (self.b, self.a)
 
     def passed(self, v: Array) -> tuple[Array, Array]:
@@ -127,7 +135,8 @@ class Dense(Held):
         # More rows at a time are faster; of many terms they are little beside what those take.
         stacked = sum(term.rank for term in terms) * sum(shape)
         rows = PART * min(4, max(1, stacked // (4 * total.size)))
-        for a, b in _gathered(terms, shape, self.dtype):
+        for a, b, size in _gathered(terms, shape, self.dtype):
+            self.size += size
             for part in _parts(len(total), rows):
                 total[part] += b[part] @ a
         self.total = total
@@ -185,41 +194,32 @@ def norm_of(terms: Sequence[Term], shape: tuple[int, int]) -> float:
     return float(np.sqrt(held.lost(np.zeros((held.n, 0)))))
 
 
-def size(terms: Sequence[Term]) -> float:
-    """Return Σ_k max|w_k|·‖A_k‖_F·‖B_k‖_F, which bounds every sum on the way to the whole one.
-
-    In float32, which is enough for a bound; infinite or NaN where its range is not.
-    """
+def _size(factors: Factors, weights: Float64Array) -> float:
+    """Return max|w|·‖A‖_F·‖B‖_F of a term: see `Held`."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return float(
-            sum(
-                np.abs(term.weights).max(initial=0.0)
-                * np.sqrt(float(np.vdot(f.a, f.a)))
-                * np.sqrt(float(np.vdot(f.b, f.b)))
-                for term in terms
-                if (f := term.read())
-            )
-        )
+        a, b = (float(np.vdot(x, x)) for x in (factors.a, factors.b))
+    return float(np.abs(weights).max(initial=0.0)) * math.sqrt(a) * math.sqrt(b)
 
 
 def _gathered(
     terms: Sequence[Term], shape: tuple[int, int], dtype: np.dtype[Any]
-) -> Iterator[tuple[Array, Array]]:
-    """Yield stacks A (N, d_in), B·diag(weights) (d_out, N) of a few terms at a time.
+) -> Iterator[tuple[Array, Array, float]]:
+    """Yield stacks A (N, d_in), B·diag(weights) (d_out, N) of a few terms, and the size of these.
 
     They lie in the same memory each time, a sixth of what all of them would take at most.
     """
     ranks = [term.rank for term in terms]
     width = max(min(GATHERED, sum(ranks) // 6), *ranks, 1)
     a, b = np.empty((width, shape[1]), dtype), np.empty((shape[0], width), dtype)
-    filled = 0
+    filled, size = 0, 0.0
     for i, term in enumerate(terms):
         mine, factors = slice(filled, filled := filled + term.rank), term.read()
         a[mine] = factors.a
         np.multiply(factors.b, term.weights.astype(dtype), out=b[:, mine])
+        size += _size(factors, term.weights)
         if i == len(terms) - 1 or filled + ranks[i + 1] > width:
-            yield a[:filled], b[:, :filled]
-            filled = 0
+            yield a[:filled], b[:, :filled], size
+            filled, size = 0, 0.0
 
 
 def _parts(size: int, length: int = PART) -> Iterator[slice]:
