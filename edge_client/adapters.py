@@ -10,6 +10,7 @@ from edge_client.fetch import Fetch
 from edge_client.holding import Holding
 from edge_client.learning import Learning
 from edge_client.outbox import Outbox
+from edge_client.traffic import traffic_of
 from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, can_be_told, to_try
 from protocol.adapter import Adapter
 from protocol.bands import Band
@@ -116,7 +117,7 @@ class Adapters:
         assert held.heading is not None and held.source is not None
         self.trying = Trying(
             now.version,
-            to_try(held.heading, held.device, held.bands, self._download_bytes()),
+            to_try(held.heading, held.device, held.bands, self._byte_budget()),
             received=self._learner.evaluate(held.adapter, SPLIT),
             own=self._outbox.own_loss(now.job, now.version - 1),
         )
@@ -144,8 +145,14 @@ class Adapters:
 
     def _bands(self) -> tuple[Band, ...]:
         rank, held = self._reach()
-        budget = self._download_bytes()
+        budget = self._byte_budget()
         return tuple(wanted_bands(self._job, rank=rank, held=held, byte_budget=budget))
+
+    def _byte_budget(self) -> float:
+        """Return what a version may take, by the link and the owner."""
+        rank, _ = self._reach()
+        left = traffic_of(self._settings, self._job).left_to_download(rank)
+        return min(self._download_bytes(), left)
 
     def _use(self, fetch: Fetch, now: Round) -> None:
         """Go on with what has been fetched, or see how it does."""

@@ -92,6 +92,7 @@ def plan(
     onnx: Annotated[
         Path | None, typer.Option(help="Folder that `edge-client export-onnx` made.")
     ] = None,
+    policy: Annotated[Path | None, typer.Option(help="As for run.")] = None,
     explain: Annotated[bool, typer.Option(help="Show other plans, and why this one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every plan.")] = False,
 ) -> None:
@@ -100,7 +101,9 @@ def plan(
     from edge_client.backends import check_backend
     from edge_client.calibrate import cache_folder
     from edge_client.config import Settings, check_cache
+    from edge_client.membership import state_folder
     from edge_client.planned_job import planned_job
+    from edge_client.policy.owner import find_policy
     from edge_client.profile import measure_profile
     from edge_client.show_plan import show_plan
     from protocol.transport import BrokerAddress
@@ -124,6 +127,7 @@ def plan(
         train_blocks=train_blocks,
         backend=backend.value,
         onnx=onnx,
+        policy=find_policy(state_folder("", host_name()), policy),
     )
     show_plan(settings, wanted, explain=explain, as_json=as_json)
 

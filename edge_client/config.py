@@ -41,7 +41,7 @@ class Settings:
     threads: int = 0
     """Training threads; 0: as many as are measured to be worth it."""
     download_s: float = 60.0
-    """Time that one version may take on the link, for bands beyond the device's own rank."""
+    """Time that one version, or an update, may take on the link: it limits rank and bands."""
     seed: int = 0
     exit_when_done: bool = False
     compare_alone: bool = False
@@ -85,9 +85,16 @@ class Settings:
     def download_bytes(self) -> float:
         """Return the bytes that one version may take on this device's link."""
         link = self.profile.link
-        if link is None or link.down_mbit is None:
-            return float("inf")
-        return link.down_mbit * 1e6 / 8 * self.download_s
+        return self._carries(link.down_mbit if link else None)
+
+    @property
+    def upload_bytes(self) -> float:
+        """Return the bytes that one update may take on it."""
+        link = self.profile.link
+        return self._carries(link.up_mbit if link else None)
+
+    def _carries(self, mbit: float | None) -> float:
+        return float("inf") if mbit is None else mbit * 1e6 / 8 * self.download_s
 
 
 def check_name(name: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from device_profiles.schema import Accelerator
-from edge_client.plan import Plan, Wanted, fits, preference, sequence_lengths
+from edge_client.plan import Plan, fits, preference, sequence_lengths
 from edge_client.prepare import Planning
+from edge_client.wanted import Wanted
 
 
 def alternatives(chosen: Plan | None, every: Sequence[Plan], shared_rank: int) -> list[Plan]:
@@ -86,10 +87,23 @@ def _why_rank(chosen: Plan, wanted: Wanted) -> str:
     elif chosen.held >= wanted.shared_rank:
         held = f"all {chosen.held} directions of the shared adapter can be held"
     else:
-        held = f"{chosen.held} of the shared adapter's {wanted.shared_rank} directions can be held"
+        limit = _limit(wanted, chosen.rank, _above(wanted, chosen.held))
+        verb = f"are held, all that {limit}" if limit else "can be held"
+        held = f"{chosen.held} of the shared adapter's {wanted.shared_rank} directions {verb}"
     if chosen.rank == top:
         return f"{held}, and the largest rank of the job ({top}) fits"
-    return f"{held}, and rank {chosen.rank} is the largest that fits"
+    above = _above(wanted, chosen.rank)
+    limit = _limit(wanted, above, max(above, chosen.held))
+    return f"{held}, and rank {chosen.rank} is the largest that {limit or 'fits'}"
+
+
+def _above(wanted: Wanted, rank: int) -> int:
+    return next(r for r in wanted.ladder if r > rank)
+
+
+def _limit(wanted: Wanted, rank: int, held: int) -> str:
+    """Return in words what but memory is against `rank` of `held` directions; "" if nothing."""
+    return wanted.traffic.why_not(rank, held) if wanted.traffic else ""
 
 
 def on_accelerators(accelerators: Sequence[Accelerator]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from edge_client.errors import NoPlanFits
 from edge_client.memory import Activations, Optimizer, Way, optimizers_of, predict_mib
-from protocol.adapter import Shapes
+from edge_client.wanted import Wanted
 from protocol.layers import block_count
 from protocol.messages import Training
 
@@ -148,21 +148,6 @@ def headroom_mib(predicted_mib: float, fixed_mib: float) -> float:
     return HEAP_MIB + HEADROOM_SHARE * (predicted_mib - fixed_mib)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a job asks of a device, and what its owner does: all that plans are made for."""
-
-    shapes: Shapes
-    ladder: Sequence[int]
-    shared_rank: int
-    """Directions of the shared adapter; 0 where the job drops the remainder."""
-    training: Training
-    private_rank: int = 0
-    """Rank of an adapter that the device trains for itself, beside all that it holds."""
-    blocks: int = 0
-    """The last so many are trained (0: all), as they were where the constants were measured."""
-
-
 def choose_plan(
     wanted: Wanted,
     calibration: Calibration,
@@ -183,7 +168,8 @@ def choose_plan(
     can just hold the whole shared adapter trains less of it than it could have without holding it.
 
     Raises:
-        NoPlanFits: nothing fits; says what the smallest would take.
+        NoPlanFits: nothing fits, in memory or in what may be transferred; says what the smallest
+            would take.
     """
     least = (inf, 0.0)
     for seq_len in sequence_lengths(wanted.training.max_tokens):
@@ -255,7 +241,7 @@ def all_plans(
     for way, measured in calibration.activations.items():
         fixed_mib = max(0.0, measured.fixed_mib) + calibration.beside_weights_mib(way.dtype)
         above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
-        for (rank, held), optimizer in product(_adapters(wanted), optimizers_of(wanted.training)):
+        for (rank, held), optimizer in product(wanted.adapters, optimizers_of(wanted.training)):
             for micro_batch in micro_batches(wanted.training, seq_len):
                 tokens = micro_batch * seq_len
                 mib = _predicted_mib(wanted, calibration, way, rank, held, tokens, optimizer)
@@ -316,13 +302,6 @@ def _between(none: Plan, every: Plan, blocks: int, share: float) -> Plan:
 
 def _sizes(plan: Plan) -> tuple[object, ...]:
     return plan.dtype, plan.rank, plan.held, plan.micro_batch, plan.optimizer
-
-
-def _adapters(wanted: Wanted) -> Iterator[tuple[int, int]]:
-    """Yield every rank with every number of directions held beside it."""
-    for rank in wanted.ladder:
-        for held in [h for h in wanted.ladder if rank <= h <= wanted.shared_rank] or [rank]:
-            yield rank, held
 
 
 def _predicted_mib(

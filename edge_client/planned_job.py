@@ -14,7 +14,10 @@ from protocol.messages import BaseModelInfo, Job, job_tables
 from protocol.mistakes import first_mistake, unknown_setting
 from protocol.settings_file import read_settings
 
-PLANNED = ("job", "scale", "ladder", "remainder", "directions", "layers", "training", "seed")
+PLANNED = (
+    "job", "scale", "ladder", "remainder", "directions", "layers", "training", "seed",
+    "encoding_up", "encoding_down",
+)  # fmt: skip
 """Settings of a job file that a plan depends on; the aggregator checks the others."""
 STAND_IN = {"name": "any", "sha256": "0" * 64, "parameters": 1, "modules": {"any": (1, 1)}}
 

@@ -20,7 +20,6 @@ from edge_client.plan import (
     Backend,
     Calibration,
     Plan,
-    Wanted,
     all_plans,
     choose_plan,
     memory_budget,
@@ -28,6 +27,7 @@ from edge_client.plan import (
 from edge_client.profile import native_bf16
 from edge_client.trainer import checkpoint
 from edge_client.trainer.worker import Text
+from edge_client.wanted import Wanted, wanted_of
 from protocol.layers import block_count
 from protocol.messages import Job
 
@@ -175,15 +175,16 @@ class Planning:
     def is_unbeaten(self, plan: Plan) -> bool:
         """Say whether no plan with less memory or more of it could be better: only a faster dtype.
 
-        That is one of whole sequences, of the largest rank and with Adam's moments, unless the job
-        wants none, by the fastest way that was measured.
+        That is one of whole sequences, of the largest rank that may be and with Adam's moments,
+        unless the job wants none, by the fastest way that was measured.
         Training without making blocks again must have been measured, for it is faster.
         """
         wanted = self.wanted
+        ranks, held = zip(*wanted.adapters, strict=True)
         return (
             plan.seq_len == wanted.training.max_tokens
-            and plan.rank == max(wanted.ladder)
-            and plan.held >= wanted.shared_rank
+            and plan.rank == max(ranks)
+            and plan.held == max(held)
             and plan.optimizer == optimizer_of(wanted.training)
             and Way(plan.dtype, checkpointing=False) in self.calibration.activations
             and plan.predicted_tokens_s >= max(self.calibration.tokens_s.values())
@@ -219,13 +220,15 @@ def planning(
 
     Raises:
         ConfigError: the device's memory is unknown.
+        NoPlanFits: what the owner lets a round transfer is too little.
         WorkerError: a probe failed.
     """
     budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
+    wanted = wanted_of(settings, job, blocks)
+    assert wanted.adapters, "or it has said so, before anything is measured"
 
     def with_dtypes(dtypes: tuple[str, ...]) -> Planning:
         threads, constants = measured(settings, job, model, blocks, budget_mib, backend, dtypes)
-        wanted = wanted_of(settings, job, blocks)
         return Planning(wanted, constants, budget_mib, threads, settings.memory_scale)
 
     if backend == "onnx":
@@ -284,18 +287,6 @@ def measured(
             process=process,
         )
     return threads, calibration
-
-
-def wanted_of(settings: Settings, job: Job, blocks: int) -> Wanted:
-    """Return what plans are made for."""
-    return Wanted(
-        shapes=job.base.modules,
-        ladder=job.ladder,
-        shared_rank=job.rank if job.remainder == "frozen" else 0,
-        training=job.training,
-        private_rank=settings.private_rank,
-        blocks=blocks,
-    )
 
 
 def total_budget_mib(

@@ -15,8 +15,9 @@ from edge_client.config import Settings
 from edge_client.errors import NoPlanFits
 from edge_client.explain import alternatives, on_accelerators, why
 from edge_client.plan import Backend, Plan, fits, sequence_lengths
-from edge_client.prepare import Planning, block_choices, planning, wanted_of
+from edge_client.prepare import Planning, block_choices, planning
 from edge_client.saying import saying
+from edge_client.wanted import wanted_of
 from protocol.messages import Job
 
 SILENT_S = 1.0

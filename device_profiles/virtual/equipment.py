@@ -12,8 +12,8 @@ from device_profiles.virtual.learning import ReplayLearning, Timed
 from edge_client.config import Settings
 from edge_client.learner import Pauses, StepDown
 from edge_client.plan import HEAP_MIB, Calibration, Plan, choose_plan, memory_budget
-from edge_client.prepare import wanted_of
 from edge_client.pressure import LOW_MIB, LOW_SHARE
+from edge_client.wanted import wanted_of
 from protocol.messages import Job
 
 FLOPS_A_CYCLE = 2.0

@@ -43,6 +43,8 @@ class Policy(BaseModel):
     """Whether to transfer anything over a network that counts what goes through it."""
     mib_a_day: float | None = Field(None, gt=0, le=1e9)
     """What may go through the network in a day, both ways together, in MiB."""
+    mib_a_round: float | None = Field(None, gt=0, le=1e9)
+    """What a round may transfer, both ways together, in MiB: it limits rank and bands."""
     minutes_a_day: float | None = Field(None, gt=0, le=24 * 60)
     """How long to train in a day."""
     nice: int | None = Field(None, ge=0, le=19)

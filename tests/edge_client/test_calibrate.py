@@ -14,10 +14,11 @@ from edge_client import calibrate as calibrating
 from edge_client.calibrate import Calibration
 from edge_client.config import Settings
 from edge_client.memory import Way
-from edge_client.plan import Plan, Wanted
+from edge_client.plan import Plan
 from edge_client.planned_job import planned_job
 from edge_client.prepare import Planning, planning
 from edge_client.trainer.process import TrainingProcess
+from edge_client.wanted import Wanted
 from protocol.messages import Training
 from protocol.transport import BrokerAddress
 from tests.edge_client.test_plan import CALIBRATION, LADDER, SHAPES

@@ -14,11 +14,12 @@ from device_profiles.schema import Accelerator, load_profile
 from edge_client import show_plan
 from edge_client.errors import ConfigError, NoPlanFits
 from edge_client.explain import alternatives, on_accelerators, why
-from edge_client.plan import Wanted, fits
+from edge_client.plan import fits
 from edge_client.planned_job import planned_job
 from edge_client.prepare import Planning
 from edge_client.show import show_profile
 from edge_client.show_plan import _as_dict, _print
+from edge_client.wanted import Wanted
 from tests.edge_client.test_plan import CALIBRATION, LADDER, SHAPES, TRAINING
 
 NPU = Accelerator(kind="npu", name="Rockchip NPU", shares_system_memory=True)

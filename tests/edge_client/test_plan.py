@@ -17,7 +17,6 @@ from edge_client.plan import (
     HEAP_MIB,
     Calibration,
     Plan,
-    Wanted,
     all_plans,
     budget_above_floor,
     choose_plan,
@@ -27,6 +26,7 @@ from edge_client.plan import (
     micro_batches,
 )
 from edge_client.prepare import total_budget_mib
+from edge_client.wanted import Wanted
 from protocol.messages import Training
 
 SHAPES = {
