@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from aggregator.merge.combine import factor_average
+from aggregator.merge.robust import krum_needs, opposed_needs
 from aggregator.merge.rule import Rule
 from aggregator.merge.rules import RULES
-from aggregator.merge.settings import RuleSettings
+from aggregator.merge.settings import KrumSettings, RuleSettings
 from aggregator.merge.weighting import evenly
 from aggregator.rounds import Policy
 from protocol.messages import Job
@@ -19,10 +20,13 @@ def idle_settings(job: Job, policy: Policy) -> Iterator[str]:
     Raises:
         BadRuleSettings: the rule has no such setting, or cannot use its value.
     """
-    training = job.training
+    training, rule = job.training, RULES.get(job.rule)
     if training.optimizer == "adafactor" and "clip_norm" in training.model_fields_set:
         yield 'training.clip_norm does nothing with optimizer = "adafactor"'
-    rule = RULES.get(job.rule)
+    if job.probe is not None and job.rule != "trust-predictions":
+        yield '[probe] does nothing without rule = "trust-predictions"'
+    if "candidates" in job.rule_settings and job.rule in ("trust-weights", "trust-predictions"):
+        yield 'rule_settings.candidates does nothing without rule = "trust-validation"'
     if rule is None:
         return
     settings = rule.read(job.rule_settings)
@@ -35,6 +39,27 @@ def idle_settings(job: Job, policy: Policy) -> Iterator[str]:
             f'layers = "fit" with rule = "{job.rule}" averages a block that few devices train down '
             f"to nothing; rules that do not: {kept}"
         )
+    if policy.late_updates and not policy.buffer and not settings.staleness:
+        yield (
+            "policy.late_updates without rule_settings.staleness = true counts a late update as if "
+            "it were of today"
+        )
+    yield from _too_few(settings, policy)
+
+
+def _too_few(settings: RuleSettings, policy: Policy) -> Iterator[str]:
+    """Yield what leaves nobody out of the smallest round that is merged."""
+    least = policy.buffer or policy.quorum
+    needed = {"opposed": opposed_needs(settings.opposed)}
+    if isinstance(settings, KrumSettings):
+        needed["byzantine"] = krum_needs(settings.byzantine)
+    lever = "buffer" if policy.buffer else "quorum"
+    for name, updates in needed.items():
+        if least < updates:
+            yield (
+                f"rule_settings.{name} = {getattr(settings, name)} leaves nobody out of a round of "
+                f"fewer than {updates} updates: raise policy.{lever} to that; it is {least}"
+            )
 
 
 def _needed(name: str, settings: RuleSettings, rule: Rule, policy: Policy) -> str:
@@ -46,6 +71,13 @@ def _needed(name: str, settings: RuleSettings, rule: Rule, policy: Policy) -> st
         return 'weights = "discrepancy"'
     if name == "memory_rank" and not carries:
         return "momentum or error_feedback"
+    if name == "staleness" and settings.staleness and not policy.behind:
+        return "late updates (policy.late_updates, or buffered rounds)"
+    if name in ("clip", "opposed") and rule.combination is factor_average:
+        return (
+            "a rule of products: it goes by the change of a device's product, and factors that are "
+            "averaged can be large where that is small"
+        )
     if name == "split" and rule.combination is factor_average and not is_product:
         return "momentum or error_feedback: the rule averages the factors as they are"
     return ""

@@ -117,9 +117,9 @@ def product(layer: LayerUpdates) -> Combined:
 
 
 def stack(layer: LayerUpdates) -> Combined:
-    """Stack the factors, exact at rank Σr_k (`lowrank.stacked`), and compress the stack to R.
+    """Stack the factors, [B₁ … B_K][A₁; …; A_K], exact at rank Σr_k, and compress that to rank R.
 
-    That is the best rank-R approximation of what `product` averages. Source: FLoRA, arXiv
-    2409.05976.
+    The stack is the sum that `product` averages, so that their best forms of rank R are one; what
+    `product` does decides which of the two is held. Source: FLoRA, arXiv 2409.05976.
     """
     return product(layer)

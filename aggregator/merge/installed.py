@@ -120,28 +120,35 @@ def checked(where: str, view: RoundView, merged: object) -> Merged:
     if not isinstance(merged, Merged):
         raise MergeError(f"{where} returned {type(merged).__name__}, not Merged")
     try:
-        if not isinstance(memory := merged.memory, Memory):
-            raise MergeError(f"its memory is of type {type(memory).__name__}, not Memory")
-        result = replace(
-            merged,
-            adapter=_adapter(merged.adapter, view),
-            weights=_weights(merged.weights, view),
-            residual=_number(merged.residual, "residual"),
-            warnings=_warnings(merged.warnings),
-            memory=Memory(
-                *(a and _adapter(a, view) for a in (memory.momentum, memory.residue)),
-            ),
-        )
-        check(replace(view, previous=result.adapter, memory=result.memory))
+        return _result(view, merged)
     except MergeError as error:
-        raise MergeError(f"{where} returned what is no result: {error}") from error
+        why = str(error).removeprefix("cannot merge: ")
+        raise MergeError(f"{where} returned what is no result: {why}") from error
+    except Exception as error:  # to look at it is to run another's code
+        raise MergeError(f"{where} returned what can't be read: {told(error)}") from error
+
+
+def _result(view: RoundView, merged: Merged) -> Merged:
+    if not isinstance(memory := merged.memory, Memory):
+        raise MergeError(f"its memory is of type {type(memory).__name__}, not Memory")
+    result = replace(
+        merged,
+        adapter=_adapter(merged.adapter, view),
+        weights=_weights(merged.weights, view),
+        residual=_number(merged.residual, "residual"),
+        warnings=_warnings(merged.warnings),
+        memory=Memory(*(a and _adapter(a, view) for a in (memory.momentum, memory.residue))),
+    )
+    check(replace(view, previous=result.adapter, memory=result.memory))
     return result
 
 
 def _adapter(adapter: object, view: RoundView) -> Adapter:
     """Return an adapter in float32; names, shapes and ranks are for `check` to look at."""
-    if not isinstance(adapter, Adapter) or not isinstance(adapter.layers, Mapping):
-        raise MergeError(f"it is of type {type(adapter).__name__}, not an Adapter with layers")
+    if not isinstance(adapter, Adapter):
+        raise MergeError(f"it is of type {type(adapter).__name__}, not an Adapter")
+    if not isinstance(adapter.layers, Mapping):
+        raise MergeError(f"its layers are of type {type(adapter.layers).__name__}, not by module")
     scale = _number(adapter.scale, "scale")
     if scale != view.previous.scale:
         raise MergeError(
@@ -179,7 +186,7 @@ def _number(value: object, what: str) -> float:
 def _warnings(warnings: object) -> tuple[str, ...]:
     if isinstance(warnings, str) or not isinstance(warnings, (tuple, list)):
         raise MergeError(f"its warnings are of type {type(warnings).__name__}, not texts")
-    return tuple(map(str, warnings))
+    return tuple(" ".join(str(warning).split()) for warning in warnings)
 
 
 def told(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregator.merge.subspace import block_width, leading
-from aggregator.merge.sums import PART, Array, Dense, Float64Array, Stack, Term, half, hold
+from aggregator.merge.sums import PART, Array, Dense, Float64Array, Term, half, hold
 from protocol.adapter import Adapter, Factors
 
 Split = Literal["left", "balanced"]
@@ -88,16 +88,6 @@ def gram(adapters: Sequence[Adapter]) -> Float64Array:
 
 
 # ---- stacks -------------------------------------------------------------------------------
-
-
-def stacked(terms: Sequence[Term], scale: float) -> Factors:
-    """Return the weighted sum of `terms` exactly, as one pair of factors of rank Σr_k in `scale`.
-
-    B = [w₁B₁ … w_KB_K] / s (d_out, Σr), A = [A₁; …; A_K] (Σr, d_in). Source: FLoRA, arXiv
-    2409.05976.
-    """
-    stack = Stack(terms, (len(terms[0].read().b), terms[0].read().a.shape[1]), np.float64)
-    return Factors(stack.a, stack.b.T / scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +242,8 @@ def _by_passes(terms: Sequence[Term], shape: tuple[int, int], rank: int, seed: i
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # then nothing is found
         held = hold(terms, shape, np.float32)
     found = leading(held, rank, seed)
-    if found is not None and ROUNDING * held.size > 1e-5 * found.norm:
+    if found is not None and not ROUNDING * held.size <= 1e-5 * found.norm:
+        del held
         held = hold(terms, shape, np.float64)
         found = leading(held, rank, seed)
     if found is None:

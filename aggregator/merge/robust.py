@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,14 @@ def krum(
     round f is what K allows, and that is warned of. Source: Blanchard et al., NeurIPS 2017.
     """
     count = len(shares)
-    assumed = settings.byzantine
+    assumed, warnings = settings.byzantine, list[str]()
     if isinstance(assumed, float):
-        assumed = int(assumed * count + 1e-9)  # 0.1 of 30 is 3
+        assumed = part_of(count, assumed)
+        if count < (least := krum_needs(settings.byzantine)):
+            why = f"krum leaves nobody out of {count} updates; that takes {least}"
+            warnings.append(f"{why}: raise policy.quorum")
     f = min(assumed, max((count - 3) // 2, 0))
-    warnings = []
-    if f < assumed:
+    if f < assumed and not warnings:
         why = f"krum against {assumed} dishonest devices needs {2 * assumed + 3} updates"
         warnings.append(f"{why}, the round has {count}: it withstands {f}; raise policy.quorum")
     norms = np.diag(gram)
@@ -75,9 +78,27 @@ def krum(
     order = sorted(range(count), key=lambda k: (round(float(scores[k]) / unit, 9), devices[k]))
     kept = np.zeros(count)
     kept[order[: count - f]] = shares[order[: count - f]]
-    if not kept.any():  # those that stay counted nothing
+    if not kept.any():
         kept[order[: count - f]] = 1.0
+        warnings.append("those that krum keeps had no share; they count alike")
     return kept / kept.sum(), warnings
+
+
+def part_of(count: int, share: float) -> int:
+    """Return how many of some devices a share is, rounded down: 0.1 of 30 is 3."""
+    return int(share * count + 1e-9)
+
+
+def opposed_needs(most: float) -> int:
+    """Return of how many devices a share is one."""
+    return ceil(1 / most - 1e-9) if most else 0
+
+
+def krum_needs(byzantine: float) -> int:
+    """Return the updates that Krum takes against f devices, or to leave out one by a share."""
+    if isinstance(byzantine, int):
+        return 2 * byzantine + 3 if byzantine else 0
+    return max(2 + 3, opposed_needs(byzantine)) if byzantine else 0
 
 
 def without_opposed(
@@ -96,7 +117,7 @@ def without_opposed(
     cosines = gram / lengths / lengths[:, None]
     np.fill_diagonal(cosines, 0.0)
     kept = shares > 0
-    for _ in range(int(most * len(shares) + 1e-9)):
+    for _ in range(part_of(len(shares), most)):
         agreement = np.where(kept, cosines @ kept, np.inf).round(9)  # (K,)
         worst = min(range(len(shares)), key=lambda k: (agreement[k], devices[k]))
         if agreement[worst] >= 0:

@@ -218,7 +218,9 @@ def _check_adapter(view: RoundView, adapter: Adapter, device: str | None) -> dic
     if not (np.isfinite(adapter.scale) and adapter.scale > 0):
         raise MergeError(f"the scale {adapter.scale} is not a positive number", device=device)
     if strange := set(adapter.layers) ^ set(view.shapes):
-        raise MergeError("the job and the adapter differ in it", device=device, module=min(strange))
+        raise MergeError(
+            "the job and the adapter differ in it", device=device, module=min(strange, key=str)
+        )
     ranks = {}
     for module, (d_out, d_in) in view.shapes.items():
         factors = adapter.layers[module]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from aggregator.engine import IN_PROCESS, Engine
@@ -45,6 +46,9 @@ def merge(
 ) -> Merged:
     """Merge a round by a named rule; `engine` works the modules of a built-in one out.
 
+    The rule sees the updates in the order of their devices' names, so that no rounding tells in
+    which order they came.
+
     Raises:
         EngineError: the engine can't do it.
         UnknownRule: the name is neither in `RULES` nor an installed entry point.
@@ -53,6 +57,8 @@ def merge(
     """
     found = find_rule(rule)
     check(view)
+    by_name = sorted(view.updates, key=lambda update: (update.device, update.staleness))
+    view = replace(view, updates=by_name)
     return found(view, settings, engine) if isinstance(found, Rule) else found(view, settings)
 
 

@@ -29,9 +29,9 @@ def _clip(value: object) -> object:
 
 def _byzantine(value: object) -> object:
     count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000
-    if not count and not (isinstance(value, float) and 0 < value < 0.5):
+    if not count and not (isinstance(value, float) and 0 <= value < 0.5):
         raise ValueError(
-            f"must be a whole number of devices, or a share between 0 and 0.5, not {value!r}"
+            f"must be a whole number of devices, or a share from 0 to below 0.5, not {value!r}"
         )
     return value
 
@@ -84,6 +84,7 @@ class KrumSettings(RuleSettings):
     """How many devices, or what share of a round's, may be dishonest at most."""
 
 
+_OWN: Mapping[str, type[RuleSettings]] = {"geomed": GeomedSettings, "krum": KrumSettings}
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -95,7 +96,8 @@ def read_settings(kind: type[Kind], given: Settings) -> Kind:
     """
     known = [*kind.model_fields]
     for name in sorted(set(given) - set(known)):
-        hint = did_you_mean(nearest(name, known), known)
+        owner = next((rule for rule, its in _OWN.items() if name in its.model_fields), None)
+        hint = f"it is one of {owner}" if owner else did_you_mean(nearest(name, known), known)
         raise BadRuleSettings(f"the rule has no setting {name!r}; {hint}")
     try:
         return kind.model_validate(dict(given))

@@ -58,8 +58,7 @@ class Held(ABC):
     """Hold a sum, seen as G (m, n) with n ≤ m: the sum, or its transpose where it is wide.
 
     `size` is Σ_k max|w_k|·‖A_k‖_F·‖B_k‖_F of its terms, which bounds every sum on the way to the
-    whole one. It is taken in their type, which is enough for a bound, while they are read; infinite
-    or NaN where the type's range is not enough.
+    whole one. It is taken while they are read; infinite where float64's range is not enough.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
@@ -196,9 +195,18 @@ def norm_of(terms: Sequence[Term], shape: tuple[int, int]) -> float:
 
 def _size(factors: Factors, weights: Float64Array) -> float:
     """Return max|w|·‖A‖_F·‖B‖_F of a term: see `Held`."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        a, b = (float(np.vdot(x, x)) for x in (factors.a, factors.b))
-    return float(np.abs(weights).max(initial=0.0)) * math.sqrt(a) * math.sqrt(b)
+    lengths = [float(np.abs(weights).max(initial=0.0)), _length(factors.a), _length(factors.b)]
+    return math.prod(lengths) if all(lengths) else 0.0
+
+
+def _length(values: Array) -> float:
+    """Return ‖values‖_F, in their type if its range is enough for the squares."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        squared = float(np.vdot(values, values))
+        if not 1e-30 < squared < math.inf:
+            exact = values.astype(np.float64).ravel()
+            squared = float(exact @ exact)
+    return math.sqrt(squared)
 
 
 def _gathered(

@@ -41,7 +41,7 @@ def softmax_rows(scores: Float64Array, temperature: float = 1.0) -> Float64Array
 
 def cosine_scores(gram: Float64Array) -> Float64Array:
     """Return cos(ΔW_i, ΔW_j) (K, K) from a round's Gram; a zero delta is like itself alone."""
-    norms = np.sqrt(np.diag(gram))
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     scale = np.outer(norms, norms)
     cosines = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
     np.fill_diagonal(cosines, 1.0)

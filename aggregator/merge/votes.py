@@ -14,7 +14,7 @@ import numpy as np
 
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import gram
-from aggregator.merge.robust import without_opposed
+from aggregator.merge.robust import opposed_needs, part_of, without_opposed
 from aggregator.merge.round_view import RoundView, change_norms, changed
 from aggregator.merge.settings import RuleSettings
 from aggregator.merge.sums import Float64Array
@@ -50,8 +50,12 @@ def cast_votes(view: RoundView, weighting: Weighting, settings: RuleSettings) ->
         shares, said = votes.shares, list[str]()
         if settings.opposed:
             shares = without_opposed(products, shares, devices, settings.opposed)
+            if not part_of(len(devices), settings.opposed):
+                why = f"opposed = {settings.opposed:g} leaves nobody out of {len(devices)} updates"
+                said.append(f"{why}; that takes {opposed_needs(settings.opposed)}")
         if weighting.robust is not None:
-            shares, said = weighting.robust.reweigh(products, shares, devices, settings)
+            shares, more = weighting.robust.reweigh(products, shares, devices, settings)
+            said += more
         votes = Votes(shares, votes.counted, (*votes.warnings, *said))
     if settings.cap is not None:
         shares, left = capped(votes.shares, settings.cap)

@@ -40,6 +40,23 @@ def said(**fields: Any) -> list[str]:
         ({**FEDAVG, "rule_settings": {"split": "left"}}, SPLIT),
         ({**FEDAVG, "rule": "hetlora", "rule_settings": {"split": "balanced"}}, SPLIT),
         ({"training": {"optimizer": "adafactor", "clip_norm": 0.1}}, 'optimizer = "adafactor"'),
+        ({"rule_settings": {"staleness": True}}, "without late updates (policy.late_updates"),
+        ({"policy": {"late_updates": 1}}, "counts a late update as if it were of today"),
+        (
+            {**FEDAVG, "rule_settings": {"clip": 1.0}},
+            "does nothing without a rule of products",
+        ),
+        ({"rule": "trust-weights", "rule_settings": {"candidates": 3}}, '"trust-validation"'),
+        ({"probe": {"text": "one two three"}}, '[probe] does nothing without rule = "trust-pred'),
+        ({"rule": "krum"}, "byzantine = 0.2 leaves nobody out of a round of fewer than 5 updates"),
+        (
+            {"rule": "krum", "rule_settings": {"byzantine": 3}, "policy": {"quorum": 8}},
+            "fewer than 9 updates: raise policy.quorum to that; it is 8",
+        ),
+        (
+            {"rule_settings": {"opposed": 0.1}, "policy": BUFFERED},
+            "fewer than 10 updates: raise policy.buffer to that; it is 2",
+        ),
         ({**FEDAVG, "layers": "fit"}, "down to nothing; rules that do not: anchored, segment, ge"),
     ],
 )
@@ -59,7 +76,13 @@ def test_a_setting_that_does_nothing_is_said(fields: dict[str, Any], why: str) -
         {"rule_settings": {"split": "left"}, "layers": "fit"},
         {**FEDAVG, "rule_settings": {"split": "left", "momentum": 0.3}},
         {**FEDAVG, "rule_settings": {"split": "left"}, "policy": BUFFERED},
-        {**FEDAVG, "rule_settings": {"split": "left"}, "policy": {"late_updates": 1}},
+        {
+            **FEDAVG,
+            "rule_settings": {"split": "left", "staleness": True},
+            "policy": {"late_updates": 1},
+        },
+        {"rule": "krum", "rule_settings": {"opposed": 0.2}, "policy": {"quorum": 5}},
+        {"rule": "trust-validation", "rule_settings": {"candidates": 3}},
         {"rule": "trust-weights", "layers": "fit", "rule_settings": {"split": "left"}},
     ],
 )

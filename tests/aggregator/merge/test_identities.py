@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aggregator.merge import RULES, RoundView, Update, merge
 from aggregator.merge.combine import Contribution, LayerUpdates, factor_average
-from aggregator.merge.lowrank import gram, inner, norm, stacked, truncate
+from aggregator.merge.lowrank import gram, inner, norm, truncate
 from aggregator.merge.sums import Term
 from aggregator.merge.trust import (
     cosine_scores,
@@ -304,8 +304,10 @@ def test_identity_9_stack_before_compression_is_exact(seed: int, device_ranks: l
     view = random_view(seed, device_ranks, 7, 9)
     share = np.array([u.examples for u in view.updates]) / sum(u.examples for u in view.updates)
     layers = [u.adapter.layers["m"] for u in view.updates]
-    terms = [Term(f, np.full(f.rank, SCALE * p)) for f, p in zip(layers, share, strict=True)]
-    exact = stacked(terms, SCALE)
+    exact = Factors(
+        np.concatenate([f.a.astype(np.float64) for f in layers]),
+        np.concatenate([p * f.b for f, p in zip(layers, share, strict=True)], axis=1),
+    )
     assert exact.rank == sum(f.rank for f in layers)
     wanted = sum(p * delta(u.adapter) for p, u in zip(share, view.updates, strict=True))
     np.testing.assert_allclose(SCALE * exact.b @ exact.a, wanted, rtol=1e-12, atol=1e-12)

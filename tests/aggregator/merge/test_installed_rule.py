@@ -23,7 +23,7 @@ from aggregator.merge import Merged, RULES
 from aggregator.merge.combine import product
 from aggregator.merge.rule import Rule
 from aggregator.merge.weighting import Weighting, anchored_by_previous, norm_share
-from protocol.adapter import Adapter, Factors
+from protocol.adapter import Adapter, Factors, LazyLayers
 
 
 def longest(view, settings):
@@ -78,6 +78,15 @@ class Asked:
 asked = Asked()
 
 
+def broken(module):
+    raise ZeroDivisionError("a mistake in it")
+
+
+class Unreadable(dict):
+    def items(self):
+        raise ValueError("a mistake in it")
+
+
 def odd(view, settings):
     """Return a result of which one part is replaced by what the settings name."""
     good = Merged(view.previous, {"d0": 1.0}, 0.0)
@@ -98,6 +107,12 @@ def odd(view, settings):
         "residual that is no number": {"residual": float("nan")},
         "one warning": {"warnings": "careful"},
         "no memory": {"memory": None},
+        "a number for a module": {"adapter": Adapter({3: Factors(a, b)}, scale)},
+        "no module's name": {"adapter": Adapter({None: Factors(a, b)}, scale)},
+        "listed layers": {"adapter": Adapter([a, b], scale)},
+        "lazy": {"adapter": Adapter(LazyLayers(("m",), broken), scale)},
+        "unreadable": {"adapter": Adapter(Unreadable(m=1), scale)},
+        "two lines": {"warnings": ["one\\nand two"]},
         "wide": {"adapter": Adapter({"m": Factors(a.astype("f8"), b.astype("f2"))}, scale)},
     }[settings["what"]])
 '''
@@ -217,11 +232,27 @@ def test_an_unknown_name_lists_it_or_is_taken_for_it() -> None:
         ("residual that is no number", "its residual is nan, not a number"),
         ("one warning", "its warnings are of type str, not texts"),
         ("no memory", "its memory is of type NoneType, not Memory"),
+        ("a number for a module", "module 3: the job and the adapter differ"),
+        ("no module's name", "the job and the adapter differ"),
+        ("listed layers", "its layers are of type list, not by module"),
     ],
 )
 def test_what_is_no_result_is_said_in_the_name_of_the_rule(what: str, said: str) -> None:
     with pytest.raises(MergeError, match=rf"rule 'odd' .*returned what is no result: .*{said}"):
         merge("odd", a_round(), settings={"what": what})
+
+
+@pytest.mark.parametrize(
+    ("what", "error"), [("lazy", "ZeroDivisionError"), ("unreadable", "ValueError")]
+)
+def test_what_fails_when_its_result_is_read_is_said_in_its_name(what: str, error: str) -> None:
+    said = rf"rule 'odd' .*returned what can't be read: {error}: a mistake in it"
+    with pytest.raises(MergeError, match=said):
+        merge("odd", a_round(), settings={"what": what})
+
+
+def test_its_warnings_are_a_line_each() -> None:
+    assert merge("odd", a_round(), settings={"what": "two lines"}).warnings == ("one and two",)
 
 
 def test_a_result_of_any_float_type_is_taken_in_the_one_that_travels() -> None:

@@ -66,7 +66,8 @@ def test_krum_equals_the_oracle(view: RoundView, byzantine: float) -> None:
     points = np.array([flat_change(u, view) for u in view.updates])
     k = len(points)
     f = byzantine if isinstance(byzantine, int) else int(byzantine * k)
-    assert bool(merged.warnings) == (k < 2 * f + 3 and f > 0)
+    too_small = isinstance(byzantine, float) and k < max(5, round(1 / byzantine))
+    assert bool(merged.warnings) == (too_small or (k < 2 * f + 3 and f > 0))
     f = min(f, max((k - 3) // 2, 0))
     scores = []
     for i in range(k):
@@ -190,6 +191,38 @@ def test_krum_in_a_small_round_says_what_it_withstands() -> None:
         "krum against 1 dishonest devices needs 5 updates, the round has 4: it withstands 0; "
         "raise policy.quorum"
     ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_share_of_a_round_that_is_nobody_is_said(count: int) -> None:
+    points, shares = by_points([[float(k)] for k in range(count)]), third(count)
+    weights, warnings = krum(points, shares, names(count), KrumSettings())
+    np.testing.assert_allclose(weights, shares)
+    assert warnings == [
+        f"krum leaves nobody out of {count} updates; that takes 5: raise policy.quorum"
+    ]
+    assert krum(points, shares, names(count), KrumSettings(byzantine=0))[1] == []
+
+
+def test_opposed_says_too_that_a_round_is_too_small() -> None:
+    def warnings(devices: int) -> tuple[str, ...]:
+        rng, shape = np.random.default_rng(0), (5, 4)
+        updates = [
+            Update(f"d{k}", Adapter({"m": draw(rng, shape, 2)}, 1.0), {"m": np.arange(2)}, 1, {})
+            for k in range(devices)
+        ]
+        view = RoundView(updates[0].adapter, updates, {"m": shape}, 2, 0)
+        return merge("anchored", view, settings={"opposed": 0.2}).warnings
+
+    assert warnings(4) == ("opposed = 0.2 leaves nobody out of 4 updates; that takes 5",)
+    assert warnings(5) == ()
+
+
+def test_krum_says_where_those_it_keeps_had_no_share() -> None:
+    far = by_points([[9.0], [0.0], [0.0], [0.0], [0.0]])
+    only_far = np.array([1.0, 0, 0, 0, 0])
+    _, warnings = krum(far, only_far, names(5), KrumSettings(byzantine=1))
+    assert warnings == ["those that krum keeps had no share; they count alike"]
 
 
 def test_a_negative_age_is_refused() -> None:

@@ -231,6 +231,21 @@ def test_order_does_not_matter_and_a_merge_repeats_itself(rule: str, more: dict[
         assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(dense(f, 1.0))
 
 
+@pytest.mark.parametrize("cancels", [False, True])
+def test_order_does_not_matter_where_a_sum_is_large_and_flat(cancels: bool) -> None:
+    rng, shape = np.random.default_rng(0), (900, 530)
+    factors = [draw(rng, shape, 16) for _ in range(60)]
+    if cancels:
+        factors = [f for g in factors[:30] for f in (g, replace(g, b=-0.99 * g.b))]
+    updates = []
+    for k, f in enumerate(factors):
+        updates.append(Update(f"d{k:02}", Adapter({"m": f}, 2.0), {"m": np.arange(16)}, 1, {}))
+    view = RoundView(Adapter({"m": draw(rng, shape, 16)}, 2.0), updates, {"m": shape}, 16, 0)
+    one, other = (merge("flexlora", replace(view, updates=us)) for us in (updates, updates[::-1]))
+    f, g = one.adapter.layers["m"], other.adapter.layers["m"]
+    assert (f.a == g.a).all() and (f.b == g.b).all()
+
+
 @pytest.mark.parametrize("rule", ["flexlora", "fedavg"])
 def test_momentum_is_off_the_first_round_and_goes_on_in_the_next(rule: str) -> None:
     view = plain_round(0, [6, 6])

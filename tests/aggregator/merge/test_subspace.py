@@ -106,6 +106,28 @@ def test_what_nearly_cancels_is_summed_in_float64() -> None:
 
 
 @pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("strange", ["huge A beside a B of zero", "tiny A and huge B"])
+def test_what_nearly_cancels_is_seen_beside_factors_at_the_edge_of_float32(strange: str) -> None:
+    shape = SHAPES[0]
+    factor = 1e-24 if strange == "tiny A and huge B" else 1.0
+
+    def unlike(term: Term, sign: float) -> Term:
+        f = term.read()
+        a, b = (f.a * factor).astype(np.float32), (f.b / factor).astype(np.float32)
+        return Term(Factors(a, b), sign * term.weights)
+
+    big, small = terms_of(SPECTRA["apart"], shape), terms_of(SPECTRA["apart"], shape, 1)
+    terms = [unlike(t, sign) for t in big for sign in (1.0, -1.0)]
+    terms += [Term(t.source, 1e-6 * t.weights) for t in small]
+    if factor == 1.0:
+        a, b = np.full((2, shape[1]), 1e20, np.float32), np.zeros((shape[0], 2), np.float32)
+        terms.append(Term(Factors(a, b), np.ones(2)))
+    wanted = best(whole(small), RANK) * 1e-6
+    ours = dense(truncate(terms, shape, RANK, scale=1.0).factors, 1.0)
+    assert np.linalg.norm(ours - wanted) <= 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.usefixtures("passes")
 def test_order_does_not_matter_and_results_repeat() -> None:
     shape = SHAPES[0]
     terms = terms_of(SPECTRA["apart"], shape)
