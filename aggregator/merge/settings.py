@@ -84,7 +84,12 @@ class KrumSettings(RuleSettings):
     """How many devices, or what share of a round's, may be dishonest at most."""
 
 
-_OWN: Mapping[str, type[RuleSettings]] = {"geomed": GeomedSettings, "krum": KrumSettings}
+_OWNERS: Mapping[str, str] = {
+    name: rule
+    for rule, its in (("geomed", GeomedSettings), ("krum", KrumSettings))
+    for name in set(its.model_fields) - set(RuleSettings.model_fields)
+}
+"""Rules that have a setting of their own, by its name."""
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -96,7 +101,7 @@ def read_settings(kind: type[Kind], given: Settings) -> Kind:
     """
     known = [*kind.model_fields]
     for name in sorted(set(given) - set(known)):
-        owner = next((rule for rule, its in _OWN.items() if name in its.model_fields), None)
+        owner = _OWNERS.get(name)
         hint = f"it is one of {owner}" if owner else did_you_mean(nearest(name, known), known)
         raise BadRuleSettings(f"the rule has no setting {name!r}; {hint}")
     try:

@@ -329,6 +329,8 @@ def test_a_device_that_tells_what_cannot_be_leaves_shares_by_examples(
         ("flexlora", {"momentum": 1.0}, "momentum: must be less than 1.0, not 1.0"),
         ("flexlora", {"memory_rank": 0}, "memory_rank: must be at least 1"),
         ("flexlora", {"weights": "size"}, "weights: must be 'samples', 'equal'"),
+        ("anchored", {"byzantine": 1}, "no setting 'byzantine'; it is one of krum"),
+        ("krum", {"smoothing": 0.1}, "no setting 'smoothing'; it is one of geomed"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(rule: str, given_: dict[str, Any], said: str) -> None:
