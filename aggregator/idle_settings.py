@@ -33,6 +33,11 @@ def idle_settings(job: Job, policy: Policy) -> Iterator[str]:
     for name in sorted(settings.model_fields_set):
         if needed := _needed(name, settings, rule, policy):
             yield f"rule_settings.{name} does nothing without {needed}"
+        if name in ("clip", "opposed") and rule.combination is factor_average:
+            yield (
+                f'rule_settings.{name} bounds nothing with rule = "{job.rule}": it goes by the '
+                "change of a device's product, and factors can be large where that is small"
+            )
     if job.layers == "fit" and rule.weighting.spread is evenly:
         kept = ", ".join(name for name, one in RULES.items() if one.weighting.spread is not evenly)
         yield (
@@ -73,11 +78,6 @@ def _needed(name: str, settings: RuleSettings, rule: Rule, policy: Policy) -> st
         return "momentum or error_feedback"
     if name == "staleness" and settings.staleness and not policy.behind:
         return "late updates (policy.late_updates, or buffered rounds)"
-    if name in ("clip", "opposed") and rule.combination is factor_average:
-        return (
-            "a rule of products: it goes by the change of a device's product, and factors that are "
-            "averaged can be large where that is small"
-        )
     if name == "split" and rule.combination is factor_average and not is_product:
         return "momentum or error_feedback: the rule averages the factors as they are"
     return ""

@@ -43,6 +43,7 @@ class Adapters:
         self.held = Holding(job, settings.name)
         self.trying: Trying | None = None
         self._settings, self._job = settings, job
+        self._traffic = traffic_of(settings, job)
         self._link, self._outbox, self._learner = link, outbox, learner
         self._events = events
         self._reach = reach
@@ -151,8 +152,7 @@ class Adapters:
     def _byte_budget(self) -> float:
         """Return what a version may take, by the link and the owner."""
         rank, _ = self._reach()
-        left = traffic_of(self._settings, self._job).left_to_download(rank)
-        return min(self._download_bytes(), left)
+        return min(self._download_bytes(), self._traffic.left_to_download(rank))
 
     def _use(self, fetch: Fetch, now: Round) -> None:
         """Go on with what has been fetched, or see how it does."""

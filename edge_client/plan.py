@@ -238,10 +238,11 @@ def all_plans(
 ) -> list[Plan]:
     """Return every plan of one sequence length, with its predictions, whether it fits or not."""
     found: list[Plan] = []
+    adapters = wanted.adapters
     for way, measured in calibration.activations.items():
         fixed_mib = max(0.0, measured.fixed_mib) + calibration.beside_weights_mib(way.dtype)
         above_mib = budget_above_floor(budget_mib, calibration.floor_mib, fixed_mib, memory_scale)
-        for (rank, held), optimizer in product(wanted.adapters, optimizers_of(wanted.training)):
+        for (rank, held), optimizer in product(adapters, optimizers_of(wanted.training)):
             for micro_batch in micro_batches(wanted.training, seq_len):
                 tokens = micro_batch * seq_len
                 mib = _predicted_mib(wanted, calibration, way, rank, held, tokens, optimizer)

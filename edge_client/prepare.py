@@ -225,7 +225,7 @@ def planning(
     """
     budget_mib = total_budget_mib(settings.profile, settings.memory_cap_mib, own_mib=resident_mib())
     wanted = wanted_of(settings, job, blocks)
-    assert wanted.adapters, "or it has said so, before anything is measured"
+    _ = wanted.adapters  # raises before anything is measured
 
     def with_dtypes(dtypes: tuple[str, ...]) -> Planning:
         threads, constants = measured(settings, job, model, blocks, budget_mib, backend, dtypes)

@@ -44,7 +44,7 @@ def said(**fields: Any) -> list[str]:
         ({"policy": {"late_updates": 1}}, "counts a late update as if it were of today"),
         (
             {**FEDAVG, "rule_settings": {"clip": 1.0}},
-            "does nothing without a rule of products",
+            "bounds nothing with rule = ",
         ),
         ({"rule": "trust-weights", "rule_settings": {"candidates": 3}}, '"trust-validation"'),
         ({"probe": {"text": "one two three"}}, '[probe] does nothing without rule = "trust-pred'),
