@@ -20,7 +20,9 @@ from edge_client.data import (
     BatchStream,
     Splits,
     evaluation_batches,
+    label_histogram,
     pack,
+    step_sample,
     tokenize,
 )
 from edge_client.learning import learn, learning_rate
@@ -29,6 +31,7 @@ from edge_client.mixing import WEIGHTS, first_private, stacked
 from edge_client.model import load_tokenizer
 from edge_client.plan import Plan
 from edge_client.trainer.base import TrainReport
+from edge_client.update import asked_metrics
 from protocol.adapter import (
     Adapter,
     Factors,
@@ -38,6 +41,7 @@ from protocol.adapter import (
 )
 from protocol.factors import Trained, trained_factors
 from protocol.messages import BaseModelInfo, Job, Training
+from protocol.metrics import LOSS_BEFORE, asked_for
 from protocol.tensors import round_trip
 
 NOTHING = Adapter({}, 1.0)
@@ -148,6 +152,10 @@ class Simulation:
         """Return the batches on which a loss is measured."""
         rows = self._rows[device.name][split][: self.setting.most_rows.get(split)]
         return list(evaluation_batches(rows, max(4, self.setting.micro_batch)))
+
+    def _loss_of(self, batches: Sequence[Any], trained: Adapter, frozen: Adapter | None) -> float:
+        self.trainer.load(trained, frozen, self._plan)
+        return self.trainer.evaluate(batches)
 
     def _loss(self, device: SimulatedDevice, split: str) -> float:
         return self.trainer.evaluate(self.batches(device, split))
@@ -270,9 +278,14 @@ class Simulation:
         """Train one device for a round; return its update and the rank it goes on with."""
         held = shared.truncated(max(device.held, rank) if job.remainder == "frozen" else rank)
 
+        rows = self._rows[device.name]["train"]
+        sampling = LOSS_BEFORE in asked_for(job.rule_settings)
+        sample = list(evaluation_batches(step_sample(rows, job.training.tokens_per_step), 4))
+
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
             factors = trained_factors(job.training.factors, number)
-            return self._train(
+            before = self._loss_of(sample, received, frozen) if sampling else 0.0
+            trained, report = self._train(
                 job,
                 received,
                 frozen,
@@ -283,11 +296,16 @@ class Simulation:
                 round_number=number,
                 optimizer=device.optimizer,
             )
+            if sampling:
+                losses = (before, self.trainer.evaluate(sample))
+                report = replace(report, sample_losses=losses)
+            return trained, report
 
         learned = learn(job, device.name, held, rank, number, train, blocks=device.blocks)
         absolute = add(select(shared, learned.directions), rounded(learned.change, job))
+        metrics = asked_metrics(job, learned.report, label_histogram(rows))
         examples = learned.report.tokens
-        return Update(device.name, absolute, learned.directions, examples, {}), learned.rank
+        return Update(device.name, absolute, learned.directions, examples, metrics), learned.rank
 
     def _train(
         self,

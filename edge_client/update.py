@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from edge_client.errors import TrainingDiverged
 from edge_client.learning import Learned
+from edge_client.trainer.base import TrainReport
 from edge_client.trainer.worker import TextReport
 from protocol.bands import to_tensors
 from protocol.factors import trained_factors
@@ -50,18 +52,17 @@ def make_update(
         metrics={
             "held_out_loss": held_out_loss,
             "train_loss": learned.report.loss,
-            **_asked_for(job, learned, text),
+            **asked_metrics(job, learned.report, text.histogram),
         },
     )
     return manifest, data
 
 
-def _asked_for(job: Job, learned: Learned, text: TextReport) -> dict[str, float]:
+def asked_metrics(job: Job, report: TrainReport, histogram: Sequence[int]) -> dict[str, float]:
     """Return what the job wants to be told besides, and nothing that it does not want."""
-    known = dict(zip((LOSS_BEFORE, LOSS_AFTER), learned.report.sample_losses or (), strict=False))
-    total = max(sum(text.histogram), 1)
+    known = dict(zip((LOSS_BEFORE, LOSS_AFTER), report.sample_losses or (), strict=False))
+    total = max(sum(histogram), 1)
     known |= {
-        name: round(count / total, 4)
-        for name, count in zip(TOKEN_BUCKETS, text.histogram, strict=False)
+        name: round(count / total, 4) for name, count in zip(TOKEN_BUCKETS, histogram, strict=False)
     }
     return {name: known[name] for name in asked_for(job.rule_settings) if name in known}

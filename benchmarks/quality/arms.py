@@ -240,6 +240,13 @@ ROTATING_LEFT: Fields = {**ROTATING, "rule_settings": LEFT}
 BY_RANK = {"learning_rate_by_rank": True}
 FALLING = {"learning_rate_last": 0.1}
 A_FASTER = {"learning_rate_a": 4.0}
+ADDED: Mapping[str, Fields] = {
+    "momentum 0.5": {"momentum": 0.5},
+    "error feedback": {"error_feedback": True},
+    "weights by loss reduction": {"weights": "loss-reduction"},
+    "weights by discrepancy": {"weights": "discrepancy"},
+}
+"""Settings of a rule that are off by default."""
 EQUAL = ceil(fmean(RANKS))
 """The rank at which devices that are all alike train about as many directions as the fleet."""
 TWICE = {"steps": 2 * Schedule().steps}
@@ -313,14 +320,10 @@ def _arms() -> dict[str, Arm]:
     arms["anchored, rotating, by rank, left split, A faster"] = _rule(
         "anchored", ROTATING_LEFT, training={**BY_RANK, **A_FASTER}
     )
-    more: Mapping[str, Fields] = {
-        "momentum 0.3": {"momentum": 0.3},
-        "momentum 0.5": {"momentum": 0.5},
-        "error feedback": {"error_feedback": True},
-    }
-    for name, settings in more.items():
-        arms[f"anchored, rotating, by rank, {name}"] = _rule(
-            "anchored", {**ROTATING, "rule_settings": {**BALANCED, **settings}}, training=BY_RANK
+    for name, settings in ADDED.items():
+        arms[f"{DEFAULT}, {name}"] = replace(
+            arms[DEFAULT],
+            job={**arms[DEFAULT].job, "rule_settings": {**BALANCED, **settings}},
         )
     return arms
 

@@ -17,8 +17,10 @@ from edge_client.data.pack import (
     StreamState,
     block_causal_mask,
     evaluation_batches,
+    label_histogram,
     pack,
     packing_efficiency,
+    step_sample,
     text_batches,
 )
 from edge_client.data.read import Problem, Reading, check_paths, read_examples
@@ -43,10 +45,12 @@ __all__ = [
     "block_causal_mask",
     "check_paths",
     "evaluation_batches",
+    "label_histogram",
     "pack",
     "packing_efficiency",
     "read_examples",
     "split_examples",
+    "step_sample",
     "text_batches",
     "tokenize",
 ]

@@ -12,7 +12,7 @@ Positions restart at 0 with each sequence. So a row's loss is that of its sequen
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_client.data.tokenize import IGNORED, TokenSequence
 from edge_client.errors import DataError
+from protocol.metrics import token_histogram
 
 FILLER_ID = 0
 """The token in filler; any that the model knows, for nothing looks at it."""
@@ -126,6 +127,20 @@ def packing_efficiency(rows: Sequence[PackedRow]) -> float:
     if not rows:
         return 0.0
     return float(np.mean([np.count_nonzero(row.segments) / len(row.segments) for row in rows]))
+
+
+def label_histogram(rows: Iterable[PackedRow]) -> tuple[int, ...]:
+    """Return how many labels fall in each bucket of `protocol.metrics.token_histogram`, (16,)."""
+    counts = [token_histogram(row.labels[row.labels >= 0]) for row in rows]
+    return tuple(np.sum(counts, axis=0).tolist())
+
+
+def step_sample(rows: list[PackedRow], tokens_per_step: int) -> list[PackedRow]:
+    """Return the rows on which a round's losses before and after it are compared.
+
+    They are the first, about as many tokens as a step takes.
+    """
+    return rows[: max(1, tokens_per_step // len(rows[0].ids))] if rows else rows
 
 
 def block_causal_mask(segments: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -41,7 +41,6 @@ from protocol.errors import TunefleetError
 from protocol.factors import Trained
 from protocol.messages import Probe as PublicProbe
 from protocol.messages import Pruning, Training
-from protocol.metrics import token_histogram
 from protocol.probe import TopLogits
 
 if TYPE_CHECKING:
@@ -157,7 +156,13 @@ class Worker:
         return report
 
     def _read(self, tokenizer: Any, text: Text, seq_len: int) -> TextReport:
-        from edge_client.data import pack, read_examples, split_examples, tokenize
+        from edge_client.data import (
+            label_histogram,
+            pack,
+            read_examples,
+            split_examples,
+            tokenize,
+        )
 
         reading = read_examples(text.paths, self._go_on)
         splits = split_examples(reading.examples, seed=text.seed, problems=reading.problems)
@@ -169,7 +174,7 @@ class Worker:
             _tokens(self._rows["train"]),
             _tokens(self._rows["held_out"]),
             tuple(str(problem) for problem in reading.problems),
-            _histogram(self._rows["train"]),
+            label_histogram(self._rows["train"]),
         )
 
     def load(self, trained: Adapter | None, frozen: Adapter | None) -> None:
@@ -202,7 +207,7 @@ class Worker:
             TrainingPaused: it has; what it had loaded is unloaded.
             TrainingDiverged: its loss is not finite; nothing of it is kept.
         """
-        from edge_client.data import BatchStream
+        from edge_client.data import BatchStream, step_sample
 
         trainer, plan = self._ready()
         rows = self._rows["train"]
@@ -214,7 +219,7 @@ class Worker:
                 rows, plan.micro_batch, seed=self._seed, drawn_rows=drawn_rows or 0
             )
         batches = self._streams[stream]
-        sample = rows[: max(1, settings.tokens_per_step // plan.seq_len)]
+        sample = step_sample(rows, settings.tokens_per_step)
         before = kept.loss_before if kept else self._loss(sample) if sampling else None
         pausing = False
 
@@ -328,13 +333,6 @@ def _settle() -> None:
 
 def _tokens(rows: Iterable[Any]) -> int:
     return int(sum((row.labels >= 0).sum() for row in rows))
-
-
-def _histogram(rows: Iterable[Any]) -> tuple[int, ...]:
-    import numpy as np
-
-    counts = [token_histogram(row.labels[row.labels >= 0]) for row in rows]
-    return tuple(np.sum(counts, axis=0).tolist())
 
 
 def serve(connection: Connection) -> None:

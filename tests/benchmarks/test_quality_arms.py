@@ -8,7 +8,7 @@ import torch
 
 from base_tiny import PATH
 from benchmarks.quality import demo
-from benchmarks.quality.arms import ARMS, DEFAULT, LARGEST, Schedule
+from benchmarks.quality.arms import ADDED, ARMS, DEFAULT, LARGEST, Schedule
 from benchmarks.quality.full_weights import FullWeights
 from benchmarks.quality.store import Case
 from benchmarks.simulation import Setting, SimulatedDevice, Simulation
@@ -54,6 +54,14 @@ def test_an_arm_learns_and_leaves_the_base_alone(fleet, arm):
     assert set(result.devices) == {"d0", "d1", "d2"}
     assert len(result.curve) == SCHEDULE.rounds
     assert fleet.losses(None) == before
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_off_by_default_changes_what_comes_of_a_fleet(fleet, name):
+    with_it, without = (
+        ARMS[arm].run(fleet, SCHEDULE, 4e-3) for arm in (f"{DEFAULT}, {name}", DEFAULT)
+    )
+    assert with_it.held_out != without.held_out
 
 
 def test_where_full_weights_are_averaged_all_of_them_learn(fleet):
