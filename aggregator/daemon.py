@@ -136,7 +136,7 @@ class Daemon:
 
     def start(self) -> None:
         """Check that the job can be served, and only then make the state folder this job's."""
-        job, settings = self._job.job, self._job.model_dump_json()
+        job = self._job.job
         self.check()
         if not self._connect(self._link):
             return
@@ -147,7 +147,7 @@ class Daemon:
             self._link.unsubscribe([unused])  # of an earlier start: the session is kept
             self._link.subscribe([topics.subscription("status", job=job), uploads])
         fault_point("aggregator.start.connected")
-        self._store.bind_job(settings)
+        self._store.bind_job(self._job)
         self._store.set_policy(self._operator.policy)
         if self._store.round().version == 0:
             first = self._versions.write(first_version(self._job), version=1, parent=None)
@@ -181,7 +181,7 @@ class Daemon:
             StoreError: it is not, or somebody does.
             TransportError: the broker can't be reached.
         """
-        self._store.check_job(self._job.model_dump_json())
+        self._store.check_job(self._job)
         if not self._certified:
             # A fleet's broker takes jobs from the fleet's aggregator alone, which has one key for
             # all. It would also give a scout the aggregator's own session, by its certificate.

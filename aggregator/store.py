@@ -34,11 +34,11 @@ from aggregator.uploads import SCHEMA as UPLOADS_SCHEMA
 from aggregator.uploads import Uploads
 from aggregator.window import SCHEMA as WINDOW_SCHEMA
 from aggregator.window import StoredWindow
+from protocol.begun import difference
 from protocol.database import FULL, Database, DatabaseDamaged
 from protocol.errors import os_words
 from protocol.faults import fault_point
-from protocol.messages import GlobalManifest
-from protocol.mistakes import first_difference
+from protocol.messages import GlobalManifest, Job
 
 RESERVE_BYTES = 64 << 20
 """Left free of uploads, for versions, the database, and what else is on that disk."""
@@ -161,27 +161,27 @@ class Store:
 
     # -- where the job stands --------------------------------------------------------------------
 
-    def check_job(self, job: str) -> None:
-        """Refuse a job, as JSON, that this store is not of.
+    def check_job(self, job: Job) -> None:
+        """Refuse a job that this store is not of.
 
         Raises:
             StoreError: it belongs to a job with other settings.
         """
         known = self._meta("job")
-        if known is not None and known != job:
+        if known is not None and (other := difference(known, job)):
             raise StoreError(
-                f"{self.folder} belongs to job {first_difference(known, job)}; name another "
+                f"{self.folder} belongs to job {other}; name another "
                 "--state folder and another job, or go on with what it was begun with"
             )
 
-    def bind_job(self, job: str) -> None:
+    def bind_job(self, job: Job) -> None:
         """Remember whose store this is.
 
         Raises:
             StoreError: it belongs to a job with other settings.
         """
         self.check_job(job)
-        self._set_meta("job", job)
+        self._set_meta("job", job.model_dump_json())
 
     def job(self) -> str | None:
         """Return the job this store belongs to, as JSON."""

@@ -45,7 +45,7 @@ def made_fleet(
     job = made_job("trust-predictions" if trust else "anchored", name=name)
     store = Store(folder)
     with store.transaction():
-        store.bind_job(job.model_dump_json())
+        store.bind_job(job)
         store.set_policy(Policy(quorum=max(1, devices // 2), deadline_s=3600))
         versions = Versions(job, store)
         for number in range(max(1, rounds - 8), rounds + 2):

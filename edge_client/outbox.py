@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from edge_client.errors import StorageError
 from edge_client.storage import keeping
+from protocol.begun import difference
 from protocol.database import Database
 from protocol.errors import Replayed
 from protocol.faults import fault_point
@@ -225,10 +226,9 @@ class Outbox:
         row = self._db.one("SELECT settings FROM jobs WHERE job = ?", job.job)
         if row is None:
             self._db.run("INSERT INTO jobs VALUES (?, ?)", job.job, job.model_dump_json())
-        elif Job.model_validate_json(row[0]) != job:
+        elif other := difference(row[0], job):
             raise Replayed(
-                f"job {job.job!r} has other settings than this device has begun it with; new "
-                "settings need another job name"
+                f"this device has begun job {other}; other settings need another job name"
             )
 
     def check_round(self, now: Round) -> None:

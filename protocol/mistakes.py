@@ -93,29 +93,6 @@ def _dotted(table: str, name: str) -> str:
     return f"{table}.{name}" if table else name
 
 
-def first_difference(known: str, given: str) -> str:
-    """Return the name of the first of two unlike jobs, as JSON, and what is not as in the second.
-
-    For example "'notes', where training.steps is 50, not 60", or "'notes', not 'letters'".
-    """
-    was, is_now = json.loads(known), json.loads(given)
-    if was["job"] != is_now["job"]:
-        return f"{was['job']!r}, not {is_now['job']!r}"
-    before, now = _flat(was), _flat(is_now)
-    name = next(n for n in {**before, **now} if n not in before or before[n] != now.get(n))
-    one, other = (_shown(of[name]) if name in of else "unset" for of in (before, now))
-    return f"{was['job']!r}, where {name} is {one}, not {other}"
-
-
-def _flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
-    """Return nested settings by their names with dots."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{within}{name}.") if inner else {f"{within}{name}": value}
-    return flat
-
-
 def setting_name(path: Sequence[str | int]) -> str:
     """Return a setting's name: "training.steps", or "ladder[1]" for the second entry of a list."""
     name = ""
@@ -142,9 +119,9 @@ def _instead(mistake: ErrorDetails) -> str:
         return ""
     if not isinstance(value, str | int | float):
         return ""
-    return f", not {_shown(value)}"
+    return f", not {shown(value)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     shown = json.dumps(value, ensure_ascii=not str(value).isprintable())
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"

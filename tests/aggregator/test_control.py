@@ -48,7 +48,7 @@ class Served:
     def __init__(self, folder: Path, job: Job | None = None) -> None:
         self.folder, self.job, self.now = folder, job or make_job(), 1000.0
         self.store = Store(folder)
-        self.store.bind_job(self.job.model_dump_json())
+        self.store.bind_job(self.job)
         versions = Versions(self.job, self.store)
         for number in range(1, 5):
             made = versions.write(first_version(self.job), version=number, parent=number - 1)

@@ -124,7 +124,7 @@ def test_a_state_folder_without_a_version(tmp_path: Path) -> None:
     store = Store(tmp_path / "state")
     with pytest.raises(StoreError, match=r"no job has been served from .*state yet"):
         export_adapter(tmp_path / "state", out)
-    store.bind_job(make_job().model_dump_json())
+    store.bind_job(make_job())
     with pytest.raises(StoreError, match=r"no version in .*state yet: .*aggregator serve"):
         export_adapter(tmp_path / "state", out)
     assert not out.exists()

@@ -191,7 +191,7 @@ def test_an_intake_is_of_the_job_that_is_served_and_by_its_policy(
     tmp_path: Path, mosquitto: BrokerAddress
 ) -> None:
     store, key = Store(tmp_path), SigningKey.generate()
-    store.bind_job(JOB.model_dump_json())
+    store.bind_job(JOB)
     events = EventLog(as_json=True)
     said = f"is the state of job {JOB.job!r}, the job file of 'other'"
     with pytest.raises(ConfigError, match=said):

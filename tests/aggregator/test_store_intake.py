@@ -329,7 +329,7 @@ def test_a_device_that_plans_is_known_and_not_waited_for(aggregator: Aggregator)
 
 
 def test_a_store_belongs_to_one_job(aggregator: Aggregator) -> None:
-    aggregator.store.bind_job(aggregator.job.model_dump_json())
+    aggregator.store.bind_job(aggregator.job)
     for other, said in (
         (make_job(seed=1), "job 'notes', where seed is 0, not 1;"),
         (make_job(training={"steps": 60}), "job 'notes', where training.steps is 12, not 60;"),
@@ -337,7 +337,7 @@ def test_a_store_belongs_to_one_job(aggregator: Aggregator) -> None:
         (make_job(job="letters", seed=1), "job 'notes', not 'letters';"),
     ):
         with pytest.raises(StoreError, match=re.escape(said)):
-            aggregator.store.bind_job(other.model_dump_json())
+            aggregator.store.bind_job(other)
 
 
 def test_a_damaged_store_is_not_to_be_had_in_another_folder(aggregator: Aggregator) -> None:

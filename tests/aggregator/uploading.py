@@ -47,7 +47,7 @@ class Aggregator:
         self.folder, self.job, self.policy = folder, job, policy
         self.device_key, self.key = SigningKey.generate(), SigningKey.generate()
         self.store = Store(folder)
-        self.store.bind_job(job.model_dump_json())
+        self.store.bind_job(job)
         first = Versions(job, self.store).write(first_version(job), version=1, parent=None)
         self.store.add_version(first)
         self.store.set_round(OPEN)

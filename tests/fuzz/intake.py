@@ -34,7 +34,7 @@ class IntakeUnderFire:
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
         self.store._db.run("PRAGMA synchronous = OFF")  # nobody pulls the plug here
-        self.store.bind_job(corpus.JOB.model_dump_json())
+        self.store.bind_job(corpus.JOB)
         versions = Versions(corpus.JOB, self.store)
         self.store.add_version(versions.write(first_version(corpus.JOB), version=1, parent=None))
         self.store.set_round(OPEN)
