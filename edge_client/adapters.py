@@ -10,6 +10,7 @@ from edge_client.fetch import Fetch
 from edge_client.holding import Holding
 from edge_client.learning import Learning
 from edge_client.outbox import Outbox
+from edge_client.plans import Reach
 from edge_client.traffic import traffic_of
 from edge_client.trying import PATIENCE_TICKS, SPLIT, Trying, can_be_told, to_try
 from protocol.adapter import Adapter
@@ -24,8 +25,8 @@ from protocol.topics import Match
 class Adapters:
     """Fetch what a round needs: a manifest, the adapter to go on with, those to be tried.
 
-    `reach` says which rank the device has now, and how many directions it can hold;
-    `download_bytes` what its link affords for a version (default: as the settings have it).
+    `reach` says what the device can do now, `download_bytes` what its link affords for a version
+    (default: as the settings have it).
     """
 
     def __init__(
@@ -36,14 +37,13 @@ class Adapters:
         outbox: Outbox,
         learner: Learning,
         events: EventLog,
-        reach: Callable[[], tuple[int, int]],
+        reach: Callable[[], Reach],
         download_bytes: Callable[[], float] | None = None,
     ) -> None:
         self._download_bytes = download_bytes or (lambda: settings.download_bytes)
         self.held = Holding(job, settings.name)
         self.trying: Trying | None = None
         self._settings, self._job = settings, job
-        self._traffic = traffic_of(settings, job)
         self._link, self._outbox, self._learner = link, outbox, learner
         self._events = events
         self._reach = reach
@@ -145,14 +145,14 @@ class Adapters:
         return None
 
     def _bands(self) -> tuple[Band, ...]:
-        rank, held = self._reach()
-        budget = self._byte_budget()
-        return tuple(wanted_bands(self._job, rank=rank, held=held, byte_budget=budget))
+        now, budget = self._reach(), self._byte_budget()
+        return tuple(wanted_bands(self._job, rank=now.rank, held=now.held, byte_budget=budget))
 
     def _byte_budget(self) -> float:
         """Return what a version may take, by the link and the owner."""
-        rank, _ = self._reach()
-        return min(self._download_bytes(), self._traffic.left_to_download(rank))
+        now = self._reach()
+        traffic = traffic_of(self._settings, self._job, now.blocks)
+        return min(self._download_bytes(), traffic.left_to_download(now.rank))
 
     def _use(self, fetch: Fetch, now: Round) -> None:
         """Go on with what has been fetched, or see how it does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from edge_client.errors import EdgeError
 from edge_client.outbox import Outbox
@@ -10,6 +11,17 @@ from edge_client.plan import Plan
 from edge_client.prepare import Equipment
 from protocol.events import EventLog
 from protocol.messages import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Say what a device can do with a job."""
+
+    rank: int
+    held: int
+    """Directions that it can hold."""
+    blocks: int = 0
+    """The last so many are trained; 0: all."""
 
 
 class Plans:
@@ -37,9 +49,9 @@ class Plans:
         """The rank now: the plan's, or what self-pruning has left of it."""
         return min(self.now.rank, self._outbox.rank(self._job.job, self.now.rank))
 
-    def reach(self) -> tuple[int, int]:
-        """The rank now, and how many directions the device can hold."""
-        return self.rank, self.now.held
+    def reach(self) -> Reach:
+        """Return what the device can do now."""
+        return Reach(self.rank, self.now.held, self.now.blocks)
 
     def step_down(self, before: Plan, why: str) -> Plan:
         """Take a smaller plan in place of one under which training was killed for its memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,22 @@ from edge_client.adapters import Adapters
 from edge_client.config import Settings
 from edge_client.download import Source
 from edge_client.outbox import Outbox
+from edge_client.plans import Reach
+from edge_client.policy.owner import Policy
 from protocol import topics
-from protocol.adapter import Adapter, Factors, initial_adapter
+from protocol.adapter import Adapter, Factors, initial_adapter, parameter_count
 from protocol.bands import bands, cut, to_tensors
 from protocol.chunks import split
 from protocol.events import EventLog
 from protocol.messages import GlobalManifest, Round, describe_file
 from protocol.signing import SigningKey
-from protocol.tensors import encode
+from protocol.tensors import bytes_each, encode
 from protocol.transport import BrokerAddress, MqttTransport
-from tests.edge_client.test_outbox_download import MODULES, make_job
+from tests.edge_client.test_outbox_download import make_job
 
-JOB = make_job(rule="trust-validation", ladder=[2, 4])
+MODULES = {"0.q": (400, 300), "1.k": (5, 300)}
+BASE = {"name": "toy", "sha256": "0" * 64, "parameters": 1000, "modules": MODULES}
+JOB = make_job(rule="trust-validation", ladder=[2, 4], base=BASE)
 EVERY = tuple(bands(JOB.ladder))
 DEVICE = "phone"
 NOW = Round(job="notes", number=2, state="open", version=2)
@@ -39,7 +44,7 @@ def adapter_of(level: float) -> Adapter:
 
 
 def level_of(adapter: Adapter) -> float:
-    return float(adapter.layers["q"].b[0, 0])
+    return float(adapter.layers["0.q"].b[0, 0])
 
 
 class LevelLearner:
@@ -98,14 +103,16 @@ class Shop:
 class Phone:
     """A device that does nothing but fetch and try."""
 
-    def __init__(self, broker: BrokerAddress, state: Path) -> None:
+    def __init__(
+        self, broker: BrokerAddress, state: Path, *, policy: Policy | None = None, blocks: int = 0
+    ) -> None:
         self.link = MqttTransport(broker, "test-phone", temporary=True)
         self.link.connect()
         self._said = io.StringIO()
         self.learner = LevelLearner()
-        settings = Settings(
-            DEVICE, broker, (), state, state, load_profile("laptop-16gb"), job="notes"
-        )
+        profile = load_profile("laptop-16gb")
+        settings = Settings(DEVICE, broker, (), state, state, profile, job="notes")
+        settings = replace(settings, policy=policy or settings.policy)
         self.outbox = Outbox(state)
         events = EventLog(as_json=True, stream=self._said)
         self.adapters = Adapters(
@@ -115,7 +122,7 @@ class Phone:
             self.outbox,
             self.learner,  # type: ignore[arg-type]
             events,
-            reach=lambda: (2, JOB.rank),
+            reach=lambda: Reach(2, JOB.rank, blocks),
         )
 
     def settle(self, now: Round) -> None:
@@ -191,6 +198,27 @@ def test_what_is_broken_or_never_comes_is_left_out_and_the_others_are_tried(
     assert why["candidate 1 of version 2"] == "nothing of it has come"
     assert "not finite" in why["candidate 2 of version 2"]
     assert why["candidate 3 of version 2"] == "its loss is 10000000.0"
+
+
+@pytest.mark.parametrize(("blocks", "held"), [(0, 2), (1, 4)])
+def test_what_an_update_of_some_blocks_leaves_of_a_rounds_traffic_is_downloaded(
+    shop: Shop, mosquitto: BrokerAddress, tmp_path: Path, blocks: int, held: int
+) -> None:
+    every = parameter_count(MODULES, JOB.rank) * bytes_each(JOB.encoding_down)
+    update = {
+        n: parameter_count({n: s}, 2) * bytes_each(JOB.encoding_up) for n, s in MODULES.items()
+    }
+    limit = every + (update["1.k"] + sum(update.values())) / 2
+    phone = Phone(
+        mosquitto, tmp_path / "phone", policy=Policy(mib_a_round=limit / (1 << 20)), blocks=blocks
+    )
+    try:
+        shop.put(source("global"), 0.125)
+        phone.settle(NOW)
+        adapter = phone.adapters.held.adapter
+        assert adapter is not None and adapter.rank == held
+    finally:
+        phone.close()
 
 
 def test_a_device_that_has_to_hold_less_measures_all_anew(shop: Shop, phone: Phone) -> None:

@@ -13,7 +13,7 @@ import pytest
 from edge_client.errors import EdgeError, NoPlanFits
 from edge_client.outbox import Outbox
 from edge_client.plan import Plan
-from edge_client.plans import Plans
+from edge_client.plans import Plans, Reach
 from protocol.events import EventLog
 from tests.aggregator.uploading import make_job
 
@@ -45,7 +45,7 @@ def plans(folder: Path, memory: Memory, held: list[int], stop: bool = False) -> 
 def test_a_plan_follows_the_memory_there_is_both_ways(tmp_path: Path) -> None:
     memory, held = Memory(8), []
     found, said = plans(tmp_path, memory, held)
-    assert (found.now.rank, found.rank, found.reach()) == (8, 8, (8, 8))
+    assert (found.now.rank, found.rank, found.reach()) == (8, 8, Reach(8, 8))
     assert found.anew() is None
     memory.rank = 2
     plan = found.anew()
