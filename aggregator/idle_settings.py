@@ -59,11 +59,11 @@ def _too_few(settings: RuleSettings, policy: Policy) -> Iterator[str]:
     if isinstance(settings, KrumSettings):
         needed["byzantine"] = krum_needs(settings.byzantine)
     lever = "buffer" if policy.buffer else "quorum"
-    for name, updates in needed.items():
-        if least < updates:
+    for name, devices in needed.items():
+        if least < devices:
             yield (
                 f"rule_settings.{name} = {getattr(settings, name)} leaves nobody out of a round of "
-                f"fewer than {updates} updates: raise policy.{lever} to that; it is {least}"
+                f"fewer than {devices} devices: raise policy.{lever} to that; it is {least}"
             )
 
 

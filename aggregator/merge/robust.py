@@ -18,6 +18,7 @@ from aggregator.merge.sums import Float64Array
 
 Reweigh = Callable[[Float64Array, Float64Array, Sequence[str], Any], tuple[Float64Array, list[str]]]
 """Gram (K, K), shares (K,), names of the devices, settings → shares, and what to warn of."""
+LEVER = "raise policy.quorum, in buffered rounds policy.buffer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,12 @@ def krum(
     if isinstance(assumed, float):
         assumed = part_of(count, assumed)
         if count < (least := krum_needs(settings.byzantine)):
-            why = f"krum leaves nobody out of {count} updates; that takes {least}"
-            warnings.append(f"{why}: raise policy.quorum")
+            why = f"krum leaves nobody out of {count} devices; that takes {least}"
+            warnings.append(f"{why}: {LEVER}")
     f = min(assumed, max((count - 3) // 2, 0))
     if f < assumed and not warnings:
-        why = f"krum against {assumed} dishonest devices needs {2 * assumed + 3} updates"
-        warnings.append(f"{why}, the round has {count}: it withstands {f}; raise policy.quorum")
+        why = f"krum against {assumed} dishonest devices needs {2 * assumed + 3}"
+        warnings.append(f"{why}, the round has {count}: it withstands {f}; {LEVER}")
     norms = np.diag(gram)
     squares = np.maximum(norms[:, None] + norms - 2 * gram, 0.0)
     np.fill_diagonal(squares, np.inf)
@@ -102,28 +103,33 @@ def krum_needs(byzantine: float) -> int:
 
 
 def without_opposed(
-    gram: Float64Array, shares: Float64Array, devices: Sequence[str], most: float
-) -> Float64Array:
+    gram: Float64Array, shares: Float64Array, devices: Sequence[str], settings: RuleSettings
+) -> tuple[Float64Array, list[str]]:
     """Return the shares with those of devices whose changes point against the others' at 0.
 
     A device agrees with the others by the mean cosine of its change with each of theirs. While the
     least of these is below zero its device is left out, and the rest are asked anew: for who
-    mirrors an honest device makes that one look opposed too. At most the part `most` of all is left
-    out; ties go by name. Lengths play no part, they are for `clip`. Compare the cosines to the mean
-    in Muñoz-González et al., arXiv 1909.05125.
+    mirrors an honest device makes that one look opposed too. At most the part `opposed` of those
+    that have a share is left out; ties go by name. Lengths play no part, they are for `clip`.
+    Compare the cosines to the mean in Muñoz-González et al., arXiv 1909.05125.
     """
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     lengths = np.where(norms > 0, norms, 1.0)
     cosines = gram / lengths / lengths[:, None]
     np.fill_diagonal(cosines, 0.0)
     kept = shares > 0
-    for _ in range(part_of(len(shares), most)):
+    count, warnings = int(kept.sum()), list[str]()
+    most = part_of(count, settings.opposed)
+    if not most:
+        why = f"opposed = {settings.opposed:g} leaves nobody out of {count} devices"
+        warnings.append(f"{why}; that takes {opposed_needs(settings.opposed)}")
+    for _ in range(most):
         agreement = np.where(kept, cosines @ kept, np.inf).round(9)  # (K,)
         worst = min(range(len(shares)), key=lambda k: (agreement[k], devices[k]))
         if agreement[worst] >= 0:
             break
         kept[worst] = False
-    return np.asarray(np.where(kept, shares, 0.0) / shares[kept].sum())
+    return np.asarray(np.where(kept, shares, 0.0) / shares[kept].sum()), warnings
 
 
 GEOMED = Robust(geometric_median, GeomedSettings)

@@ -14,11 +14,12 @@ import numpy as np
 
 from aggregator.errors import MergeError
 from aggregator.merge.lowrank import gram
-from aggregator.merge.robust import opposed_needs, part_of, without_opposed
+from aggregator.merge.robust import without_opposed
 from aggregator.merge.round_view import RoundView, change_norms, changed
 from aggregator.merge.settings import RuleSettings
 from aggregator.merge.sums import Float64Array
 from aggregator.merge.told import NotTold, discrepancy_share, loss_reduction_share
+from aggregator.merge.voters import voters_of
 from aggregator.merge.weighting import ColumnWeights, Weighting, equal_share, sample_share
 
 
@@ -43,24 +44,30 @@ def cast_votes(view: RoundView, weighting: Weighting, settings: RuleSettings) ->
     if settings.clip is not None:
         norms = change_norms(view) * votes.counted
         votes = replace(votes, counted=votes.counted * clipping(norms, settings.clip))
-    if weighting.robust is not None or settings.opposed:
-        products = gram([changed(u, view.previous) for u in view.updates])
-        products *= np.outer(votes.counted, votes.counted)
-        devices = [update.device for update in view.updates]
-        shares, said = votes.shares, list[str]()
-        if settings.opposed:
-            shares = without_opposed(products, shares, devices, settings.opposed)
-            if not part_of(len(devices), settings.opposed):
-                why = f"opposed = {settings.opposed:g} leaves nobody out of {len(devices)} updates"
-                said.append(f"{why}; that takes {opposed_needs(settings.opposed)}")
-        if weighting.robust is not None:
-            shares, more = weighting.robust.reweigh(products, shares, devices, settings)
-            said += more
-        votes = Votes(shares, votes.counted, (*votes.warnings, *said))
-    if settings.cap is not None:
-        shares, left = capped(votes.shares, settings.cap)
-        votes = replace(votes, shares=shares, counted=votes.counted * left)
+    if settings.opposed or weighting.robust is not None or settings.cap is not None:
+        votes = _among_devices(view, weighting, settings, votes)
     return votes
+
+
+def _among_devices(
+    view: RoundView, weighting: Weighting, settings: RuleSettings, votes: Votes
+) -> Votes:
+    """Return votes once what bounds devices has been heard: opposed, robust, cap."""
+    voters = voters_of(view, votes.shares)
+    shares, counted, said = voters.shares(votes.shares), votes.counted, list(votes.warnings)
+    if settings.opposed or weighting.robust is not None:
+        products = gram([changed(u, view.previous) for u in view.updates])
+        products = voters.gram(products * np.outer(counted, counted))
+        if settings.opposed:
+            shares, more = without_opposed(products, shares, voters.names, settings)
+            said += more
+        if weighting.robust is not None:
+            shares, more = weighting.robust.reweigh(products, shares, voters.names, settings)
+            said += more
+    if settings.cap is not None:
+        shares, left = capped(shares, settings.cap)
+        counted = counted * left
+    return Votes(voters.of_updates(shares), counted, tuple(said))
 
 
 def _own_shares(view: RoundView, weighting: Weighting, settings: RuleSettings) -> Votes:

@@ -8,6 +8,7 @@ stack, where the previous global may take part as one more contributor. Whatever
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,8 +55,12 @@ def sample_share(view: RoundView) -> Float64Array:
 
 
 def equal_share(view: RoundView) -> Float64Array:
-    """Return p_k = 1/K: robust rules start here, for a device says itself how much it has."""
-    return np.full(len(view.updates), 1 / len(view.updates))
+    """Return the same share for each device, in equal parts on its updates: 1/K where it has one.
+
+    Robust rules start here, for a device says itself how much it has.
+    """
+    sent = Counter(update.device for update in view.updates)
+    return np.array([1 / (len(sent) * sent[update.device]) for update in view.updates])
 
 
 def norm_share(view: RoundView) -> Float64Array:

@@ -48,14 +48,14 @@ def said(**fields: Any) -> list[str]:
         ),
         ({"rule": "trust-weights", "rule_settings": {"candidates": 3}}, '"trust-validation"'),
         ({"probe": {"text": "one two three"}}, '[probe] does nothing without rule = "trust-pred'),
-        ({"rule": "krum"}, "byzantine = 0.2 leaves nobody out of a round of fewer than 5 updates"),
+        ({"rule": "krum"}, "byzantine = 0.2 leaves nobody out of a round of fewer than 5 devices"),
         (
             {"rule": "krum", "rule_settings": {"byzantine": 3}, "policy": {"quorum": 8}},
-            "fewer than 9 updates: raise policy.quorum to that; it is 8",
+            "fewer than 9 devices: raise policy.quorum to that; it is 8",
         ),
         (
             {"rule_settings": {"opposed": 0.1}, "policy": BUFFERED},
-            "fewer than 10 updates: raise policy.buffer to that; it is 2",
+            "fewer than 10 devices: raise policy.buffer to that; it is 2",
         ),
         ({**FEDAVG, "layers": "fit"}, "down to nothing; rules that do not: anchored, segment, ge"),
     ],

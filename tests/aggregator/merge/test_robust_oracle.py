@@ -188,8 +188,8 @@ def test_krum_in_a_small_round_says_what_it_withstands() -> None:
     )
     np.testing.assert_allclose(weights, third(4))
     assert warnings == [
-        "krum against 1 dishonest devices needs 5 updates, the round has 4: it withstands 0; "
-        "raise policy.quorum"
+        "krum against 1 dishonest devices needs 5, the round has 4: it withstands 0; "
+        "raise policy.quorum, in buffered rounds policy.buffer"
     ]
 
 
@@ -199,7 +199,8 @@ def test_a_share_of_a_round_that_is_nobody_is_said(count: int) -> None:
     weights, warnings = krum(points, shares, names(count), KrumSettings())
     np.testing.assert_allclose(weights, shares)
     assert warnings == [
-        f"krum leaves nobody out of {count} updates; that takes 5: raise policy.quorum"
+        f"krum leaves nobody out of {count} devices; that takes 5: "
+        "raise policy.quorum, in buffered rounds policy.buffer"
     ]
     assert krum(points, shares, names(count), KrumSettings(byzantine=0))[1] == []
 
@@ -214,7 +215,7 @@ def test_opposed_says_too_that_a_round_is_too_small() -> None:
         view = RoundView(updates[0].adapter, updates, {"m": shape}, 2, 0)
         return merge("anchored", view, settings={"opposed": 0.2}).warnings
 
-    assert warnings(4) == ("opposed = 0.2 leaves nobody out of 4 updates; that takes 5",)
+    assert warnings(4) == ("opposed = 0.2 leaves nobody out of 4 devices; that takes 5",)
     assert warnings(5) == ()
 
 
