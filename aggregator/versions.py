@@ -79,4 +79,8 @@ class Versions:
             data = self._store.band_file(place, band.name).read_bytes()
             ranks = band_ranks(shapes, band)
             parts[band] = read_adapter(data, shapes, ranks, scale, self._job.encoding_down)
-        return join(parts, scale)
+        found = join(parts, scale)
+        for factors in found.layers.values():  # kept, so that nobody may write into it: no rule
+            factors.a.setflags(write=False)
+            factors.b.setflags(write=False)
+        return found

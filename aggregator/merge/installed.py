@@ -31,6 +31,8 @@ One that has a method `read` is asked by it, when a job is read, whether it can 
 settings: it raises `BadRuleSettings` if not.
 """
 T = TypeVar("T")
+RAISED = (Exception, SystemExit)
+"""What another's code may raise and a daemon goes on; not Ctrl-C, which is the operator's."""
 
 
 def installed_names() -> set[str]:
@@ -42,14 +44,19 @@ def installed_rule(name: str) -> MergeRule | None:
     """Return a rule of another package by its exact name, or None.
 
     Raises:
-        MergeError: there is one, and what it names can't be loaded or is no rule.
+        MergeError: there is one, and what it names can't be loaded or is no rule; or two packages
+            bring one of that name.
     """
-    if (point := _installed().get(name)) is None:
+    if not (points := _installed().get(name)):
         return None
+    point = points[0]
+    if len(points) > 1:
+        both = " and ".join(sorted(point.value for point in points))
+        raise MergeError(f"rule {name!r} comes from two packages, {both}: remove one of them")
     where = f"rule {name!r} ({point.value})"
     try:
         loaded: object = point.load()
-    except Exception as error:  # another's code: whatever it raises is said in one line
+    except RAISED as error:  # another's code: whatever it raises is said in one line
         raise MergeError(
             f"{where} cannot be loaded: {told(error)}; mend or remove the package that brings it"
         ) from error
@@ -60,8 +67,13 @@ def installed_rule(name: str) -> MergeRule | None:
     return Foreign(where, loaded)
 
 
-def _installed() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+def _installed() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        same = found.setdefault(point.name, [])
+        if point.value not in {other.value for other in same}:
+            same.append(point)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +101,12 @@ class Foreign:
         Raises:
             BadRuleSettings: it can't.
         """
-        ask = getattr(self.rule, "read", None)
-        if ask is not None:
-            _named(self.where, lambda: ask(settings))
+
+        def ask() -> None:
+            if (read := getattr(self.rule, "read", None)) is not None:
+                read(settings)
+
+        _named(self.where, ask)
 
     def __call__(self, view: RoundView, settings: Settings) -> Merged:
         """Merge by the rule."""
@@ -107,7 +122,7 @@ def _named(where: str, call: Callable[[], T]) -> T:
         raise MergeError(why, device=error.device, module=error.module) from error
     except AggregatorError:
         raise
-    except (Exception, SystemExit) as error:
+    except RAISED as error:
         raise MergeError(f"{where} failed: {told(error)}") from error
 
 
@@ -124,7 +139,7 @@ def checked(where: str, view: RoundView, merged: object) -> Merged:
     except MergeError as error:
         why = str(error).removeprefix("cannot merge: ")
         raise MergeError(f"{where} returned what is no result: {why}") from error
-    except Exception as error:  # to look at it is to run another's code
+    except RAISED as error:  # to look at it is to run another's code
         raise MergeError(f"{where} returned what can't be read: {told(error)}") from error
 
 
@@ -191,4 +206,8 @@ def _warnings(warnings: object) -> tuple[str, ...]:
 
 def told(error: BaseException) -> str:
     """Return an error of unknown origin in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        said = str(error)
+    except RAISED:
+        said = "it can't say why"
+    return " ".join(f"{type(error).__name__}: {said}".split())

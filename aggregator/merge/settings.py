@@ -21,17 +21,21 @@ NO_SETTINGS: Settings = MappingProxyType({})
 Weights = Literal["samples", "equal", "loss-reduction", "discrepancy"]
 
 
+MOST_DEVICES = 1_000_000
+
+
 def _clip(value: object) -> object:
     if value is not None and value != "median" and not _positive(value):
-        raise ValueError(f"must be a positive number or 'median', not {value!r}")
+        raise ValueError(f"must be a number over 0 and below 1e30 or 'median', not {value!r}")
     return value
 
 
 def _byzantine(value: object) -> object:
-    count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000
+    count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_DEVICES
     if not count and not (isinstance(value, float) and 0 <= value < 0.5):
         raise ValueError(
-            f"must be a whole number of devices, or a share from 0 to below 0.5, not {value!r}"
+            f"must be a whole number of devices, at most {MOST_DEVICES}, or a share from 0 to "
+            f"below 0.5, not {value!r}"
         )
     return value
 
@@ -49,8 +53,8 @@ class RuleSettings(BaseModel):
     """How singular values lie on the factors of a product, see `lowrank.split_factors`."""
     weights: Weights | None = None
     """What a device's share goes by, instead of what the rule takes by itself."""
-    discrepancy_slope: Annotated[float, Field(ge=0)] = 0.5
-    discrepancy_offset: Annotated[float, Field(ge=0)] = 0.1
+    discrepancy_slope: Annotated[float, Field(ge=0, le=1e6)] = 0.5
+    discrepancy_offset: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     cap: Annotated[float, Field(gt=0, le=1)] | None = None
     """Largest share of one device."""
     clip: Annotated[float | Literal["median"] | None, BeforeValidator(_clip)] = None
@@ -84,12 +88,14 @@ class KrumSettings(RuleSettings):
     """How many devices, or what share of a round's, may be dishonest at most."""
 
 
-_OWNERS: Mapping[str, str] = {
-    name: rule
-    for rule, its in (("geomed", GeomedSettings), ("krum", KrumSettings))
-    for name in set(its.model_fields) - set(RuleSettings.model_fields)
+OWNERS: Mapping[str, str] = {
+    **dict.fromkeys(RuleSettings.model_fields, "a merge rule"),
+    **dict.fromkeys(GeomedSettings.__annotations__, "geomed"),
+    **dict.fromkeys(KrumSettings.__annotations__, "krum"),
+    "temperature": "a rule for personal adapters",
+    "candidates": "trust-validation",
 }
-"""Rules that have a setting of their own, by its name."""
+"""What has a setting that not every rule has, by its name."""
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -101,8 +107,8 @@ def read_settings(kind: type[Kind], given: Settings) -> Kind:
     """
     known = [*kind.model_fields]
     for name in sorted(set(given) - set(known)):
-        owner = _OWNERS.get(name)
-        hint = f"it is one of {owner}" if owner else did_you_mean(nearest(name, known), known)
+        owner = OWNERS.get(name)
+        hint = f"only {owner} has it" if owner else did_you_mean(nearest(name, known), known)
         raise BadRuleSettings(f"the rule has no setting {name!r}; {hint}")
     try:
         return kind.model_validate(dict(given))

@@ -17,7 +17,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 def _temperature(value: object) -> object:
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6
     if value != "auto" and not number:
-        raise ValueError(f"must be a positive number or 'auto', not {value!r}")
+        raise ValueError(f"must be a number over 0 and below 1e6 or 'auto', not {value!r}")
     return value
 
 

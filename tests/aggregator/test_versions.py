@@ -53,6 +53,15 @@ def test_a_version_is_loaded_as_it_was_published(store: Store) -> None:
         assert_loads(Versions(JOB, store), number, adapters[number])
 
 
+def test_nobody_can_write_into_a_version(store: Store) -> None:
+    versions = Versions(JOB, store)
+    versions.write(first_version(JOB), version=1, parent=None)
+    for factors in versions.load(1).layers.values():
+        for values in (factors.a, factors.b):
+            with pytest.raises(ValueError, match="read-only"):
+                values[:] = 5
+
+
 def test_the_last_version_read_is_read_once(store: Store) -> None:
     versions = Versions(JOB, store)
     versions.write(first_version(JOB), version=1, parent=None)

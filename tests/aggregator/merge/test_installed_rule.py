@@ -82,9 +82,34 @@ def broken(module):
     raise ZeroDivisionError("a mistake in it")
 
 
+def leaving(module):
+    raise SystemExit(4)
+
+
 class Unreadable(dict):
     def items(self):
         raise ValueError("a mistake in it")
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+def unspeakable(view, settings):
+    raise Unspeakable
+
+
+class NeverAsked:
+    @property
+    def read(self):
+        raise RuntimeError("a mistake in it")
+
+    def __call__(self, view, settings):
+        return Merged(view.previous, {}, 0.0)
+
+
+never_asked = NeverAsked()
 
 
 def odd(view, settings):
@@ -111,6 +136,7 @@ def odd(view, settings):
         "no module's name": {"adapter": Adapter({None: Factors(a, b)}, scale)},
         "listed layers": {"adapter": Adapter([a, b], scale)},
         "lazy": {"adapter": Adapter(LazyLayers(("m",), broken), scale)},
+        "leaving": {"adapter": Adapter(LazyLayers(("m",), leaving), scale)},
         "unreadable": {"adapter": Adapter(Unreadable(m=1), scale)},
         "two lines": {"warnings": ["one\\nand two"]},
         "wide": {"adapter": Adapter({"m": Factors(a.astype("f8"), b.astype("f2"))}, scale)},
@@ -123,6 +149,9 @@ text = fleet_rules_example:text
 nothing = fleet_rules_example:nothing
 spoiled = fleet_rules_example:spoiled
 leaves = fleet_rules_example:leaves
+unspeakable = fleet_rules_example:unspeakable
+never-asked = fleet_rules_example:never_asked
+leaves-at-once = fleet_rules_leaving:rule
 class = fleet_rules_example:Asked
 asked = fleet_rules_example:asked
 odd = fleet_rules_example:odd
@@ -139,6 +168,7 @@ gone = no_such_package:rule
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lay a package and its metadata down as pip does."""
     (tmp_path / "fleet_rules_example.py").write_text(PACKAGE)
+    (tmp_path / "fleet_rules_leaving.py").write_text("raise SystemExit(7)")
     metadata = tmp_path / "fleet_rules_example-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fleet-rules-example\n")
@@ -192,6 +222,8 @@ def test_built_from_halves_it_has_the_settings_of_every_rule() -> None:
         ("nothing", "fleet_rules_example:nothing.* returned NoneType, not Merged"),
         ("spoiled", "spoiled.* returned what is no result: .*module m: the shared adapter has"),
         ("leaves", "fleet_rules_example:leaves.* failed: SystemExit: 3"),
+        ("unspeakable", "unspeakable.* failed: Unspeakable: it can't say why"),
+        ("leaves-at-once", "fleet_rules_leaving:rule.* cannot be loaded: SystemExit: 7"),
         ("class", "fleet_rules_example:Asked.* is not a function"),
         ("twice", "rule 'twice' .*shares .1.0, 1.0. are not 2 numbers of 0 or more whose sum is 1"),
         ("untold", "fleet_rules_example:untold.* failed: KeyError: 'loss'"),
@@ -243,10 +275,15 @@ def test_what_is_no_result_is_said_in_the_name_of_the_rule(what: str, said: str)
 
 
 @pytest.mark.parametrize(
-    ("what", "error"), [("lazy", "ZeroDivisionError"), ("unreadable", "ValueError")]
+    ("what", "error"),
+    [
+        ("lazy", "ZeroDivisionError: a mistake in it"),
+        ("unreadable", "ValueError: a mistake in it"),
+        ("leaving", "SystemExit: 4"),
+    ],
 )
 def test_what_fails_when_its_result_is_read_is_said_in_its_name(what: str, error: str) -> None:
-    said = rf"rule 'odd' .*returned what can't be read: {error}: a mistake in it"
+    said = rf"rule 'odd' .*returned what can't be read: {error}"
     with pytest.raises(MergeError, match=said):
         merge("odd", a_round(), settings={"what": what})
 
@@ -268,3 +305,18 @@ def test_a_job_with_a_rule_that_does_not_fit_is_refused_when_it_is_read() -> Non
         build_job({**fields, "rule_settings": {"typo": 1}}, "job.toml")
     with pytest.raises(ConfigError, match=r"job.toml: rule 'gone' .*mend or remove the package"):
         build_job({**fields, "rule": "gone"}, "job.toml")
+    with pytest.raises(ConfigError, match=r"'never-asked' .*failed: RuntimeError: a mistake in it"):
+        build_job({**fields, "rule": "never-asked"}, "job.toml")
+
+
+def test_a_name_that_two_packages_bring_is_refused(tmp_path: Path) -> None:
+    metadata = tmp_path / "other_rules_example-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-rules-example\n")
+    (metadata / "entry_points.txt").write_text("[tunefleet.rules]\nasked = other:rule\n")
+    with pytest.raises(
+        MergeError,
+        match="'asked' comes from two packages, fleet_rules_example:asked and other:rule: remove",
+    ):
+        merge("asked", a_round())
+    assert merge("longest", a_round()).weights

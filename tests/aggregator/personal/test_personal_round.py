@@ -193,8 +193,8 @@ def test_candidates_are_those_offered_longest_ago() -> None:
 def test_settings_say_what_is_wrong() -> None:
     assert read_trust_settings({"temperature": 0.5}).temperature == 0.5
     for given, why in (
-        ({"temperature": 0}, "positive number or 'auto'"),
-        ({"temperature": True}, "positive number or 'auto'"),
+        ({"temperature": 0}, "over 0 and below 1e6 or 'auto'"),
+        ({"temperature": True}, "over 0 and below 1e6 or 'auto'"),
         ({"candidates": 65}, "candidates"),
         ({"temprature": 1}, "did you mean 'temperature'"),
     ):
