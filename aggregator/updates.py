@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from aggregator.merge import Update
-from aggregator.merge.lowrank import gram
+from aggregator.merge.round_view import change_norm
 from aggregator.personal.refusals import probe_limit
 from aggregator.versions import Versions
 from protocol.adapter import Adapter, Factors, LazyLayers, add, module_directions, select
@@ -16,7 +16,7 @@ from protocol.bands import Stack, read_adapter, stacks, stored_layers
 from protocol.errors import BadTensors, ProtocolError
 from protocol.factors import trained_factors
 from protocol.layers import from_bitmap, only
-from protocol.messages import Job, UploadManifest
+from protocol.messages import Job, Limits, UploadManifest
 from protocol.metrics import wrong_metric
 from protocol.notify import alive
 from protocol.probe import TopLogits, decode_probe
@@ -43,10 +43,19 @@ def verify(job: Job, bases: Bases, manifest: UploadManifest, data: bytes) -> Ver
         read_probe(job, manifest, data)
     except BadTensors as error:
         return Verified(str(error))
-    change, limit = update_norm(bases, manifest, update), job.limits.update_norm
-    largest = max(change, factor_norm(update))
-    wrong = "" if largest <= limit else f"its norm {largest:.3g} is over {limit:.3g}"
-    return Verified(wrong, change)
+    change, factors = change_norm(update, bases.base(manifest)), factor_norm(update)
+    return Verified(_too_large(job.limits, change, factors), change)
+
+
+def _too_large(limits: Limits, change: float, factors: float) -> str:
+    """Say which of a job's limits is exceeded; empty if none is."""
+    if not change <= limits.update_norm:
+        moves = f"it moves the scaled product by {change:.3g}"
+        return f"{moves}, over limits.update_norm = {limits.update_norm:g}"
+    if not factors <= limits.factor_norm:
+        large = f"its factors are as large as {factors:.3g}"
+        return f"{large}, over limits.factor_norm = {limits.factor_norm:g}"
+    return ""
 
 
 def unfit(job: Job, manifest: UploadManifest) -> str:
@@ -154,13 +163,6 @@ def read_probe(job: Job, manifest: UploadManifest, data: bytes) -> TopLogits | N
     if not manifest.probe_bytes or job.probe is None:
         return None
     return decode_probe(data[len(data) - manifest.probe_bytes :], job.probe)
-
-
-def update_norm(versions: Bases, manifest: UploadManifest, update: Update) -> float:
-    """Return ‖s·(B'A' − BA)‖_F over all modules: by how much an update moves the product."""
-    before = select(versions.base(manifest), update.directions)
-    products = gram([update.adapter, before])
-    return float(np.sqrt(max(0.0, products[0, 0] + products[1, 1] - 2 * products[0, 1])))
 
 
 def factor_norm(update: Update) -> float:

@@ -99,8 +99,8 @@ def _rounds(
         )  # fmt: skip
         refused = [d for d in devices if draw.random() < 0.01]
         db.executemany(
-            "INSERT INTO refused VALUES (?, ?, 1, 'its norm is 3e+05, beyond 1e+04', ?)",
-            [(number, d, at) for d in refused],
+            "INSERT INTO refused VALUES (?, ?, 1, ?, ?)",
+            [(number, d, "its factors are as large as 3e+05", at) for d in refused],
         )
         ended = None if is_open else at + 500
         db.execute("INSERT OR REPLACE INTO times VALUES (?, ?, ?, '')", [number, at, ended])

@@ -122,6 +122,8 @@ class Limits(Message, strict=True):
     upload_bytes: Annotated[Count, Field(ge=1)] = CHUNK_BYTES * MAX_CHUNKS
     update_norm: Positive = 1e4
     """Largest Frobenius norm of an upload's change of the scaled product, over all modules."""
+    factor_norm: Positive = 1e4
+    """Largest norm of its factors A' or s·B', whole: one of zeros hides the other."""
 
 
 class Probe(Message, strict=True):

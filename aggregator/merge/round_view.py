@@ -176,14 +176,14 @@ def changed(update: Update, held: Adapter) -> Adapter:
     return Adapter(LazyLayers(tuple(held.layers), change), 1.0)
 
 
+def change_norm(update: Update, held: Adapter) -> float:
+    """Return ‖ΔW_k − ΔW_g restricted to the directions of k‖_F, over all modules."""
+    return float(np.linalg.norm([norm(f) for f in changed(update, held).layers.values()]))
+
+
 def change_norms(view: RoundView) -> Float64Array:
-    """Return ‖ΔW_k − ΔW_g restricted to the directions of k‖_F (K,), over all modules."""
-    return np.array(
-        [
-            np.linalg.norm([norm(f) for f in changed(update, view.previous).layers.values()])
-            for update in view.updates
-        ]
-    )
+    """Return the `change_norm` of each device (K,)."""
+    return np.array([change_norm(update, view.previous) for update in view.updates])
 
 
 def check(view: RoundView) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aggregator.merge.round_view import change_norm
 from aggregator.places import Place
-from aggregator.updates import read_probe, read_update, update_norm
+from aggregator.updates import read_probe, read_update
 from aggregator.versions import Versions, first_version
 from protocol import topics
 from protocol.messages import TrustLosses, UploadManifest
@@ -91,7 +92,7 @@ def test_an_update_is_read_against_the_devices_own_adapter(own: Aggregator) -> N
     np.testing.assert_allclose(after.a, held.a[at] + changed["A.64x260"][0], atol=1e-3)
     np.testing.assert_allclose(after.b, held.b[:, at] + changed["B.300x64"][0], atol=1e-6)
     moved = 2.0 * np.linalg.norm(after.b @ after.a - held.b[:, at] @ held.a[at])
-    assert update_norm(versions, manifest, found) == pytest.approx(moved, rel=0.05)
+    assert change_norm(found, versions.base(manifest)) == pytest.approx(moved, rel=0.05)
 
 
 @pytest.mark.parametrize(
