@@ -98,7 +98,7 @@ def run(
     if scenario or (fleet is not None and fleet.suffix != ".toml"):
         from dataclasses import replace
 
-        from device_profiles.fleet import for_rule, parse_settings
+        from device_profiles.fleet import parse_settings
         from device_profiles.virtual.command import run_traces
         from device_profiles.virtual.options import Options as TraceOptions
         from device_profiles.virtual.options import parse_speed, read_fields
@@ -118,7 +118,7 @@ def run(
             seed=seed,
             speed=parse_speed(speed),
             resolution_s=resolution,
-            job=for_rule(job),
+            job=_as_published(job),
             policy=str(policy or ""),
             data=tuple(map(str, data or [])),
             pool=str(pool or ""),
@@ -189,7 +189,6 @@ def run_fleet(
     from aggregator.probe_text import with_probe_text
     from device_profiles.fleet import (
         demo_fleet,
-        for_rule,
         merge_settings,
         parse_settings,
         read_fleet,
@@ -207,7 +206,7 @@ def run_fleet(
     if rounds:
         job["rounds"] = rounds
     model = str(job.pop("model", found.model))
-    found = replace(found, model=model, job=for_rule(merge_settings(found.job, job)))
+    found = replace(found, model=model, job=_as_published(merge_settings(found.job, job)))
     if backend is not None:
         wanted: Any = "auto" if backend is Backend.mixed else backend.value
         found = with_backend(found, wanted)
@@ -222,6 +221,15 @@ def run_fleet(
         with Watch(as_json=as_json, live=sys.stdout.isatty()) as watch:
             summary = replay(found, options, watch.take)
     watch.finish(summary, name_latest(folder))
+
+
+def _as_published(job: dict[str, Any]) -> dict[str, Any]:
+    from device_profiles.fleet import for_rule
+
+    whole, note = for_rule(job)
+    if note:
+        typer.echo(f"note: {note}", err=True)
+    return whole
 
 
 def main() -> None:

@@ -130,23 +130,30 @@ def read_fleet(path: Path) -> Fleet:
     return Fleet(str(local) if local.is_dir() else model, devices, fields)
 
 
-def for_rule(job: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what a published rule goes with, where the job does not say otherwise.
+PUBLISHED = ("fedavg", "hetlora", "flexlora", "flora", "segment")
+"""Rules of papers in which devices cut the shared adapter to their own rank."""
 
-    Every merge rule but the anchored one was published for devices that cut the shared adapter to
-    their own rank: the remainder dropped, the top directions trained, one learning rate for all.
-    Trust strategies mix whole adapters.
+
+def for_rule(job: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Fill in what a published rule goes with, and say what that is; "" where it is nothing.
+
+    It is: the remainder dropped, the top directions trained, one learning rate for all. What the
+    job says goes before it, and so does what does not go together with it.
     """
-    from aggregator.personal import STRATEGIES
-
-    if job.get("rule", "anchored") in ("anchored", *STRATEGIES):
-        return job
-    published = {
-        "remainder": "dropped",
-        "directions": "top",
-        "training": {"learning_rate_by_rank": False},
-    }
-    return merge_settings(published, job)
+    rule, training = job.get("rule"), job.get("training")
+    if rule not in PUBLISHED:
+        return job, ""
+    filled: dict[str, Any] = {}
+    frozen = job.get("layers") == "fit" or job.get("directions") == "rotating"
+    if not frozen:
+        filled |= {"remainder": "dropped", "directions": "top"}
+    filled = {name: value for name, value in filled.items() if name not in job}
+    said = [f'{name} = "{value}"' for name, value in filled.items()]
+    if not isinstance(training, dict) or "learning_rate_by_rank" not in training:
+        filled["training"] = {"learning_rate_by_rank": False}
+        said.append("training.learning_rate_by_rank = false")
+    note = f"{rule} as published: {', '.join(said)}; --set changes them" if said else ""
+    return merge_settings(filled, job), note
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from device_profiles.processes import Event
@@ -19,6 +20,7 @@ class History:
         self.plans: dict[str, Event] = {}
         self.finished: dict[str, Event] = {}
         self.pruned: list[Event] = []
+        self._rejected: dict[str, tuple[int, str]] = {}
 
     def take(self, event: Event) -> None:
         """Take in one event; those that don't matter here change nothing."""
@@ -34,7 +36,10 @@ class History:
             row["loss"] = event["loss"]
             row["bytes_down"] = self._down[device] - self._down_before[device]
             self._down_before[device] = self._down[device]
+        elif kind == "rejected":
+            self._rejected[device] = event["round"], event["reason"]
         elif kind == "counted":
+            self._rejected.pop(device, None)
             row = self._row(event["round"], device)
             row |= {
                 "rank": event["rank"],
@@ -55,6 +60,13 @@ class History:
             self._round(event["round"])["trust"] = {key: event[key] for key in kept}
         elif kind == "finished":
             self.finished[device] = event
+
+    def all_refused(self, devices: Sequence[str]) -> str:
+        """Return why the round can't come to its end: no device's update is taken; "" if one is."""
+        newest = [self._rejected.get(device, (0, "")) for device in devices]
+        if (number := newest[0][0]) == 0 or any(its != number for its, _ in newest):
+            return ""
+        return f"every device's update of round {number} was refused: {newest[0][1]}"
 
     def rounds(self) -> list[dict[str, Any]]:
         """Return the rounds in order, as summaries write them."""

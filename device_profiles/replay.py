@@ -99,6 +99,8 @@ def replay(fleet: Fleet, options: Options, on_event: OnEvent) -> dict[str, Any]:
                 continue
             history.take(event)
             on_event(event)
+            if event["event"] == "rejected" and (why := history.all_refused(names)):
+                raise ReplayError(why)
             if event["event"] == "serving":
                 for device in fleet.devices:
                     arguments = _device_arguments(device, fleet, options, event, scale, onnx)

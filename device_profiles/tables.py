@@ -270,11 +270,16 @@ def _measuring_text(event: Event) -> str:
     return f"measuring {adapters} adapters on {texts} texts"
 
 
+NOTABLE = frozenset({"warning", "held", "rejected", "refused", "quarantined", "idle-setting"})
+"""Events that are told as a line beside the live view, which has no place for them."""
+
+
 def plain_line(event: Event) -> str | None:
     """Return the line that tells an event where there is no terminal, or None if it needs none.
 
-    Told are plans, the last step of each round, cuts of rank, held-out losses and merges; what
-    takes long besides (planning, training alone, measuring) when it begins or now and then.
+    Told are plans, the last step of each round, cuts of rank, held-out losses and merges, and what
+    went wrong; what takes long besides (planning, training alone, measuring) when it begins or now
+    and then.
     """
     device = event.get("device", "")
     loss = _number(event.get("loss"), ".3f")
@@ -305,8 +310,15 @@ def plain_line(event: Event) -> str | None:
             return f"{device}: did not try {event.get('adapter')}: {event.get('reason')}"
         case "merged":
             return f"round {_number(event.get('round'))}: {_merge_text(event)}"
-        case "warning":
+        case "warning" | "held":
             return f"round {_number(event.get('round'))}: {event.get('reason')}"
+        case "rejected" if event.get("process") != device:  # the device says it too
+            number = _number(event.get("round"))
+            return f"round {number}: the update of {device} was refused: {event.get('reason')}"
+        case "refused":
+            return f"{event.get('process')}: a message was refused: {event.get('reason')}"
+        case "quarantined":
+            return f"{device}: nothing more is taken from it for a while, too much was refused"
         case "idle-setting":
             return f"note: {event.get('reason')}"
     return None

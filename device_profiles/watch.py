@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 
 from device_profiles.processes import Event
-from device_profiles.tables import LiveFleet, loss_table, plain_line
+from device_profiles.tables import NOTABLE, LiveFleet, loss_table, plain_line
 
 
 class Watch:
@@ -47,6 +47,8 @@ class Watch:
             )
         elif self._live is not None:
             self._fleet.update(event)
+            if event["event"] in NOTABLE and (line := plain_line(event)):
+                self._console.print(line, markup=False, highlight=False)
         elif line := plain_line(event):
             print(line, flush=True)
 

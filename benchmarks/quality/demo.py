@@ -56,7 +56,7 @@ def arms(fleet: Simulation) -> dict[str, Callable[[float], Losses]]:
     """Return each arm as a function of its learning rate."""
 
     def job(rate: float, rule: str = "anchored") -> Job:
-        fields = for_rule({"rule": rule, "training": {**DEMO_TRAINING, "learning_rate": rate}})
+        fields, _ = for_rule({"rule": rule, "training": {**DEMO_TRAINING, "learning_rate": rate}})
         return fleet.job(**merge_settings({}, fields))
 
     def federated(rule: str) -> Callable[[float], Losses]:

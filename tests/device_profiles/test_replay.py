@@ -123,6 +123,24 @@ def test_a_fleet_learns_through_mosquitto(tmp_path: Path, mosquitto: BrokerAddre
     assert (out / "latest" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.timeout(600)  # 60 s where nobody else uses the machine
+def test_a_replay_whose_every_update_is_refused_says_so_and_ends(
+    tmp_path: Path, mosquitto: BrokerAddress
+) -> None:
+    write_demo_text(tmp_path / "text", seed=0)
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    done = fleet_replay(
+        "run", tmp_path / "fleet.toml", "--broker", f"mqtt://{mosquitto.host}:{mosquitto.port}",
+        "--set", "limits.update_norm=1e-6", "--rule", "hetlora", "--out", tmp_path / "runs",
+    )  # fmt: skip
+    assert done.returncode != 0
+    why = r"over limits.update_norm = 1e-06"
+    assert re.search(rf"round 1: the update of small was refused: it moves .*{why}", done.stdout)
+    assert re.search(rf"error: every device's update of round 1 was refused: .*{why}", done.stderr)
+    assert 'note: hetlora as published: remainder = "dropped"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.timeout(600)  # 90 s where nobody else uses the machine
 def test_a_replay_measures_the_devices_own_adapters(
     tmp_path: Path, mosquitto: BrokerAddress

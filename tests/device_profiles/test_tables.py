@@ -195,6 +195,15 @@ def test_the_view_can_be_drawn_before_any_event_and_on_a_narrow_terminal() -> No
     assert "pi4" in shown(fed(*EVENTS), width=60)
 
 
+REJECTED = {
+    "event": "rejected",
+    "process": "aggregator",
+    "device": "pi4",
+    "round": 2,
+    "reason": "too large",
+}
+
+
 @pytest.mark.parametrize(
     ("event", "line"),
     [
@@ -209,6 +218,17 @@ def test_the_view_can_be_drawn_before_any_event_and_on_a_narrow_terminal() -> No
         (EVENTS[6] | {"devices": 1}, "round 1: merged 1 device in 0.18 s"),
         ({"event": "warning", "round": 2, "reason": "f is 0"}, "round 2: f is 0"),
         ({"event": "idle-setting", "reason": "x does nothing"}, "note: x does nothing"),
+        ({"event": "held", "round": 2, "reason": "a rule failed"}, "round 2: a rule failed"),
+        (REJECTED, "round 2: the update of pi4 was refused: too large"),
+        (REJECTED | {"process": "pi4"}, None),
+        (
+            {"event": "refused", "process": "pi4", "reason": "no JSON"},
+            "pi4: a message was refused: no JSON",
+        ),
+        (
+            {"event": "quarantined", "device": "pi4", "until": 1.0},
+            "pi4: nothing more is taken from it for a while, too much was refused",
+        ),
         (
             {"event": "serving", "rounds": 6},
             "6 rounds; devices plan: the first time they measure, for a minute or so",
