@@ -11,7 +11,9 @@ from aggregator.merge.rules import RULES
 from aggregator.merge.settings import KrumSettings, RuleSettings
 from aggregator.merge.weighting import evenly
 from aggregator.rounds import Policy
-from protocol.messages import Job
+from protocol.messages import Job, Pruning
+
+UNDISCOUNTED = "counts a late update as if it were of today"
 
 
 def idle_settings(job: Job, policy: Policy) -> Iterator[str]:
@@ -23,10 +25,15 @@ def idle_settings(job: Job, policy: Policy) -> Iterator[str]:
     training, rule = job.training, RULES.get(job.rule)
     if training.optimizer == "adafactor" and "clip_norm" in training.model_fields_set:
         yield 'training.clip_norm does nothing with optimizer = "adafactor"'
+    if training.learning_rate_last != 1 and job.rounds == 1:
+        yield "training.learning_rate_last does nothing with rounds = 1"
+    yield from _of_pruning(job)
     if job.probe is not None and job.rule != "trust-predictions":
         yield '[probe] does nothing without rule = "trust-predictions"'
     if "candidates" in job.rule_settings and job.rule in ("trust-weights", "trust-predictions"):
         yield 'rule_settings.candidates does nothing without rule = "trust-validation"'
+    if job.is_personal and policy.late_updates:
+        yield f'policy.late_updates with rule = "{job.rule}" {UNDISCOUNTED}'
     if rule is None:
         return
     settings = rule.read(job.rule_settings)
@@ -45,11 +52,21 @@ def idle_settings(job: Job, policy: Policy) -> Iterator[str]:
             f"to nothing; rules that do not: {kept}"
         )
     if policy.late_updates and not policy.buffer and not settings.staleness:
-        yield (
-            "policy.late_updates without rule_settings.staleness = true counts a late update as if "
-            "it were of today"
-        )
+        yield f"policy.late_updates without rule_settings.staleness = true {UNDISCOUNTED}"
     yield from _too_few(settings, policy)
+
+
+def _of_pruning(job: Job) -> Iterator[str]:
+    pruning, usual = job.pruning, Pruning()
+    if not pruning.enabled:
+        for name in ("gamma", "penalty", "rank_min"):
+            if getattr(pruning, name) != getattr(usual, name):
+                yield f"pruning.{name} does nothing with pruning.enabled = false"
+    elif pruning.rank_min > job.rank:
+        yield (
+            f"pruning cuts nothing: pruning.rank_min = {pruning.rank_min} is over the job's "
+            f"largest rank, {job.rank}"
+        )
 
 
 def _too_few(settings: RuleSettings, policy: Policy) -> Iterator[str]:

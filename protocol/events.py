@@ -108,6 +108,10 @@ class Seldom:
         return True
 
 
+SENTENCES, ROW = 500, 120
+"""How many characters of a text, and of a list or table, people are shown."""
+
+
 def shown(value: object) -> str:
     """Return a value as people read it: short, and with no terminal sequence of its own."""
     if isinstance(value, float):
@@ -115,4 +119,5 @@ def shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     if not text.isprintable():  # a peer chose it: no line or terminal sequence of its own
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= 120 else text[:117] + "..."
+    most = SENTENCES if isinstance(value, str) else ROW  # what to do stands at a sentence's end
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -46,6 +46,19 @@ def said(**fields: Any) -> list[str]:
             {**FEDAVG, "rule_settings": {"clip": 1.0}},
             "bounds nothing with rule = ",
         ),
+        (
+            {"pruning": {"enabled": False, "gamma": 0.5}},
+            "pruning.gamma does nothing with pruning.enabled = false",
+        ),
+        ({"pruning": {"rank_min": 65}}, "pruning cuts nothing: pruning.rank_min = 65 is over"),
+        (
+            {"training": {"learning_rate_last": 0.1}, "rounds": 1},
+            "training.learning_rate_last does nothing with rounds = 1",
+        ),
+        (
+            {"rule": "trust-weights", "policy": {"late_updates": 1}},
+            'rule = "trust-weights" counts a late update as if it were of today',
+        ),
         ({"rule": "trust-weights", "rule_settings": {"candidates": 3}}, '"trust-validation"'),
         ({"probe": {"text": "one two three"}}, '[probe] does nothing without rule = "trust-pred'),
         ({"rule": "krum"}, "byzantine = 0.2 leaves nobody out of a round of fewer than 5 devices"),
@@ -73,6 +86,8 @@ def test_a_setting_that_does_nothing_is_said(fields: dict[str, Any], why: str) -
         {"rule_settings": {"memory_rank": 2, "momentum": 0.3}},
         {"rule_settings": {"memory_rank": 2, "error_feedback": True}},
         {"rule_settings": {"split": "left"}},
+        {"pruning": {"enabled": False}, "training": {"learning_rate_last": 0.1}},
+        {"pruning": {"rank_min": 64}},
         {"rule_settings": {"split": "left"}, "layers": "fit"},
         {**FEDAVG, "rule_settings": {"split": "left", "momentum": 0.3}},
         {**FEDAVG, "rule_settings": {"split": "left"}, "policy": BUFFERED},
