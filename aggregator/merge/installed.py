@@ -61,7 +61,7 @@ def installed_rule(name: str) -> MergeRule | None:
             f"{where} cannot be loaded: {told(error)}; mend or remove the package that brings it"
         ) from error
     if isinstance(loaded, Rule):
-        return ForeignRule(loaded.weighting, loaded.combination, where)
+        return ForeignRule(loaded.weighting, loaded.combination, loaded.momentum, where)
     if not callable(loaded) or isinstance(loaded, type):
         raise MergeError(f"{where} is not a function")
     return Foreign(where, loaded)
@@ -78,9 +78,9 @@ def _installed() -> dict[str, list[EntryPoint]]:
 
 @dataclass(frozen=True, slots=True)
 class ForeignRule(Rule):
-    """Merge by another's weighting and combination."""
+    """Merge by another's weighting and combination; `where` names it."""
 
-    where: str
+    where: str = ""
 
     def __call__(self, view: RoundView, settings: Settings, engine: Engine = IN_PROCESS) -> Merged:
         """Merge by the rule."""

@@ -72,10 +72,14 @@ def merge_module(task: ModuleTask) -> MergedModule:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Merge by a weighting and a combination; see `settings` for what a job may say to it."""
+    """Merge by a weighting and a combination; see `settings` for what a job may say to it.
+
+    `momentum` is the rule's own, where a job says nothing of it.
+    """
 
     weighting: Weighting
     combination: Combination
+    momentum: float = 0.0
 
     def read(self, settings: Settings) -> RuleSettings:
         """Return the settings that a job gives the rule, checked.
@@ -84,7 +88,8 @@ class Rule:
             BadRuleSettings: the rule has no such setting, or cannot use its value.
         """
         robust = self.weighting.robust
-        return read_settings(robust.settings if robust else RuleSettings, settings)
+        kind = robust.settings if robust else RuleSettings
+        return read_settings(kind, {"momentum": self.momentum, **settings})
 
     def __call__(self, view: RoundView, settings: Settings, engine: Engine = IN_PROCESS) -> Merged:
         """Merge module by module: memory is that of the largest module, or of those under way."""

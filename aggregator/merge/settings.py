@@ -64,7 +64,7 @@ class RuleSettings(BaseModel):
     staleness: bool = False
     """Count (1+τ)^−½ of a change that starts from a version τ behind."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """β: how much of the last round's change is added again."""
+    """β: how much of the last round's change is added again; a rule may have its own default."""
     error_feedback: bool = False
     """Whether what the rank could not hold is added to the next round."""
     memory_rank: Annotated[int, Field(ge=1)] | None = None

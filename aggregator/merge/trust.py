@@ -87,12 +87,19 @@ def prediction_scores(distance: Float64Array, tau: float | None = None) -> Float
     return np.asarray(-(10 / devices if tau is None else tau) * relative)
 
 
-def personal(view: RoundView, rows: Float64Array, *, split: Split = "balanced") -> list[Adapter]:
-    """Merge one adapter for each row: i is the best rank-R form of Σ_j rows[i, j]·ΔW_j.
+def personal(
+    view: RoundView,
+    rows: Float64Array,
+    pushed: Float64Array | None = None,
+    *,
+    split: Split = "balanced",
+) -> list[Adapter]:
+    """Merge one adapter for each row: i is the best rank-R form of Σ_j rows[i, j]·ΔW_j + β_i·v.
 
-    `rows` (M, K) has a column for each update, in their order. The stacks are decomposed once a
-    module (see `lowrank.StackBasis`), then each row costs one small eigenproblem and two thin
-    products. The previous global takes no part: for the anchored form give updates that are
+    `rows` (M, K) has a column for each update, in their order; `pushed` (M,) has β (default: 0 for
+    all) of what `view.memory` has as momentum, v (0 where it has none). The stacks are decomposed
+    once a module (see `lowrank.StackBasis`), then each row costs one small eigenproblem and two
+    thin products. The previous global takes no part: for the anchored form give updates that are
     `round_view.completed`.
 
     Raises:
@@ -104,23 +111,28 @@ def personal(view: RoundView, rows: Float64Array, *, split: Split = "balanced") 
         raise MergeError(f"trust rows must have {devices} columns and not be negative")
     if not np.allclose(rows.sum(axis=1), 1.0):
         raise MergeError("a row of trust weights does not sum to 1")
+    momentum = view.memory.momentum
+    if momentum is not None and pushed is not None and pushed.any():
+        rows = np.column_stack([rows, pushed])
+    else:
+        momentum = None
     results: list[dict[str, Factors]] = [{} for _ in rows]
     for module in view.shapes:
         for layers, factors in zip(
-            results, _personal_layer(view, module, rows, split), strict=True
+            results, _personal_layer(view, module, momentum, rows, split), strict=True
         ):
             layers[module] = as_float32(factors, module)
     return [Adapter(layers, view.previous.scale) for layers in results]
 
 
 def _personal_layer(
-    view: RoundView, module: str, rows: Float64Array, split: Split
+    view: RoundView, module: str, momentum: Adapter | None, rows: Float64Array, split: Split
 ) -> list[Factors]:
-    """Return one module's factors for each device."""
-    layers = [update.adapter.layers[module] for update in view.updates]
-    terms = [
-        Term(f, np.full(f.rank, u.adapter.scale)) for f, u in zip(layers, view.updates, strict=True)
-    ]
+    """Return one module's factors for each row, which has a column for each adapter."""
+    adapters = [update.adapter for update in view.updates]
+    adapters += [momentum] if momentum is not None else []
+    layers = [adapter.layers[module] for adapter in adapters]
+    terms = [Term(f, np.full(f.rank, a.scale)) for f, a in zip(layers, adapters, strict=True)]
     basis = stack_basis(terms)
     rank, scale = view.previous.layers[module].rank, view.previous.scale
     seed = module_seed(view.seed, module)

@@ -59,15 +59,17 @@ def personal_round(
 ) -> PersonalRound:
     """Merge a round whose updates are full adapters (`round_view.completed`), one a device.
 
-    `version` is the one that is made. After the `last` round there are no candidates, and a trial
-    is what a device may keep, not what it answers about. All adapters come from one decomposition
-    of the stacks.
+    What the common adapter moved in the last round, `view.memory.momentum`, goes on in it and in
+    all mixtures. `version` is the one that is made. After the `last` round there are no candidates,
+    and a trial is what a device may keep, not what it answers about. All adapters come from one
+    decomposition of the stacks.
 
     Raises:
         MergeError: the round cannot be merged.
     """
     state = before.heard(answers)
-    common = RULES[COMMON](view, {"split": settings.split})
+    momentum = settings.momentum
+    common = RULES[COMMON](view, {"split": settings.split, "momentum": momentum})
     devices = tuple(update.device for update in view.updates)
     scores = round_scores(strategy, view, state, probes)
     mixed = [i for i in range(len(devices)) if np.isfinite(np.delete(scores[i], i)).any()]
@@ -88,7 +90,8 @@ def personal_round(
     )
     alone = np.eye(len(devices))[[devices.index(device) for device in offered]]
     wanted = np.concatenate([rows[mixed], np.reshape(trials, (-1, len(devices))), alone])
-    adapters = iter(personal(view, wanted, split=settings.split))
+    pushed = np.repeat([momentum, 0.0], [len(mixed) + len(tried), len(offered)])
+    adapters = iter(personal(view, wanted, pushed, split=settings.split))
     return PersonalRound(
         common,
         devices,

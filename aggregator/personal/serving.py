@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from aggregator.issued import TrustMatrix
+from aggregator.memory import read_memory
 from aggregator.merge import RoundView, Update
 from aggregator.merge.round_view import completed
 from aggregator.merge.sums import Float64Array
@@ -55,6 +56,7 @@ def merge_personal(
         job.base.modules,
         job.rank,
         seed=job.seed + state.number,
+        memory=read_memory(store),
     )
     before = store.issued.trust_state()
     mixed = personal_round(

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from aggregator.merge.lowrank import Split
+from aggregator.merge.rules import MOMENTUM
 from aggregator.merge.settings import Settings, read_settings
 from protocol.messages import PersonalRule
 
@@ -30,6 +31,8 @@ class TrustSettings(BaseModel):
     """How singular values lie on the factors of a product, see `lowrank.split_factors`."""
     temperature: Annotated[float | Literal["auto"], BeforeValidator(_temperature)] = "auto"
     """Trust is softmax(score / temperature); `auto` lets every device's move by trial."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = MOMENTUM
+    """β: how much of what the common adapter moved in the last round is added to all again."""
     candidates: Annotated[int, Field(ge=1, le=64)] = 8
     """Adapters offered a round, to all devices alike (`trust-validation`)."""
 

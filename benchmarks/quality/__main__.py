@@ -119,7 +119,7 @@ class Bench:
         """Run arms on one seed; the rate is the one that is best on the trust splits of seed 0."""
         for arm in arms:
             rate = ARMS[arm].start
-            if search and ARMS[arm].kind != "base":
+            if search and ARMS[arm].searched and ARMS[arm].kind != "base":
                 rate = best_rate(partial(self._trust, arm, 0), rate)
             self._trust(arm, seed, rate)
 

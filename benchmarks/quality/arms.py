@@ -21,7 +21,7 @@ from benchmarks.quality.personal import PersonalRun
 from benchmarks.simulation import SimulatedDevice, Simulation
 from edge_client.memory import Activations, Optimizer, Way, predict_mib
 from protocol.adapter import Adapter
-from protocol.messages import Job, PersonalRule
+from protocol.messages import Job, PersonalRule, Training
 from protocol.mistakes import nearest
 
 Kind = Literal["base", "alone", "common", "personal", "full weights"]
@@ -72,7 +72,7 @@ class Arm:
     `strategy`, or the common adapter where it is None; with `private` each device then trains a
     private adapter of its own rank beside it, with as many steps as it had, and mixes the two.
     With `fits` a device's rank says how much memory it has; see `fitting`.
-    `start` is the learning rate at which the search for the arm's best begins.
+    `start` is the learning rate at which the search for the arm's best begins, if it is `searched`.
     """
 
     kind: Kind
@@ -84,6 +84,7 @@ class Arm:
     private: bool = False
     fits: bool = False
     start: float = 8e-3
+    searched: bool = True
 
     @property
     def steps(self) -> Literal["as many", "twice as many"]:
@@ -231,8 +232,9 @@ _RUNS = {
     "full weights": _full_weights,
 }
 
-LEFT: Fields = {"split": "left"}
-BALANCED: Fields = {"split": "balanced"}
+LEFT: Fields = {"split": "left", "momentum": 0.0}
+BALANCED: Fields = {"split": "balanced", "momentum": 0.0}
+MOMENTUM: Fields = {"split": "balanced", "momentum": 0.5}
 PUBLISHED: Fields = {"remainder": "dropped", "directions": "top", "rule_settings": LEFT}
 FROZEN: Fields = {"remainder": "frozen", "directions": "top", "rule_settings": BALANCED}
 ROTATING: Fields = {"remainder": "frozen", "directions": "rotating", "rule_settings": BALANCED}
@@ -241,7 +243,6 @@ BY_RANK = {"learning_rate_by_rank": True}
 FALLING = {"learning_rate_last": 0.1}
 A_FASTER = {"learning_rate_a": 4.0}
 ADDED: Mapping[str, Fields] = {
-    "momentum 0.5": {"momentum": 0.5},
     "error feedback": {"error_feedback": True},
     "weights by loss reduction": {"weights": "loss-reduction"},
     "weights by discrepancy": {"weights": "discrepancy"},
@@ -284,7 +285,8 @@ def _arms() -> dict[str, Arm]:
         "anchored, frozen, by rank": _rule("anchored", FROZEN, training=BY_RANK),
         "anchored, rotating": _rule("anchored", ROTATING),
         "anchored, rotating, by rank": default,
-        DEFAULT: replace(default, fits=True),
+        FITS: replace(default, fits=True),
+        DEFAULT: replace(default, job={**default.job, "rule_settings": MOMENTUM}, fits=True),
         f"all train {EQUAL} of {largest}": _rule(
             "anchored", ROTATING, training=BY_RANK, trained=EQUAL
         ),
@@ -293,6 +295,9 @@ def _arms() -> dict[str, Arm]:
         "trust-validation": _personal_arm("trust-validation"),
         "trust-predictions": _personal_arm("trust-predictions"),
         "trust-validation, optimiser that fits": _personal_arm("trust-validation", fits=True),
+        PERSONAL: _personal_arm(
+            "trust-validation", {**ROTATING, "rule_settings": MOMENTUM}, fits=True
+        ),
         "shared and private": _personal_arm(None, private=True),
         "trust-validation and private": _personal_arm("trust-validation", private=True),
         "local only, optimiser that fits": Arm("alone", training=BY_RANK, fits=True),
@@ -320,19 +325,31 @@ def _arms() -> dict[str, Arm]:
     arms["anchored, rotating, by rank, left split, A faster"] = _rule(
         "anchored", ROTATING_LEFT, training={**BY_RANK, **A_FASTER}
     )
+    arms[f"{LARGEST}, momentum 0.5"] = _rule(
+        "anchored", {**PUBLISHED, "rule_settings": {**LEFT, "momentum": 0.5}}, rank=largest
+    )
     for name, settings in ADDED.items():
-        arms[f"{DEFAULT}, {name}"] = replace(
-            arms[DEFAULT],
-            job={**arms[DEFAULT].job, "rule_settings": {**BALANCED, **settings}},
+        arms[f"{FITS}, {name}"] = replace(
+            arms[FITS], job={**arms[FITS].job, "rule_settings": {**BALANCED, **settings}}
         )
+    arms[UNTOUCHED] = replace(
+        arms[DEFAULT],
+        job={**arms[DEFAULT].job, "pruning": {"enabled": True}},
+        start=Training().learning_rate,
+        searched=False,
+    )
     return arms
 
 
-DEFAULT = "anchored, rotating, by rank, optimiser that fits"
-"""What a job does by default, without pruning."""
-ARMS: Mapping[str, Arm] = MappingProxyType(_arms())
+FITS = "anchored, rotating, by rank, optimiser that fits"
+DEFAULT = f"{FITS}, momentum 0.5"
+"""What a job does by default, without pruning and at the best learning rate."""
+UNTOUCHED = "a job's defaults"
+"""The same with pruning, and at the learning rate that a job has."""
+PERSONAL = "trust-validation, optimiser that fits, momentum 0.5"
 LARGEST = f"all at rank {max(RANKS)}"
 """The bound: what no fleet of these devices could run."""
+ARMS: Mapping[str, Arm] = MappingProxyType(_arms())
 
 
 def unknown_arm(name: str) -> str:

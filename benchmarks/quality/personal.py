@@ -12,7 +12,7 @@ from statistics import fmean
 
 import torch
 
-from aggregator.merge import RoundView, Update
+from aggregator.merge import Memory, RoundView, Update
 from aggregator.merge.round_view import completed
 from aggregator.personal.answers import Answer
 from aggregator.personal.mixing import PersonalRound, personal_round
@@ -60,7 +60,9 @@ class PersonalRun:
             answers = {d.name: self._answer(d, self._given) for d in self._fleet.devices}
             full = [self._trained(device, number) for device in self._fleet.devices]
             seed = self._job.seed + number
-            view = RoundView(self._common, full, self._job.base.modules, self._job.rank, seed)
+            shapes, rank = self._job.base.modules, self._job.rank
+            memory = self._given.common.memory if self._given else Memory()
+            view = RoundView(self._common, full, shapes, rank, seed, memory)
             self._given = personal_round(
                 self._strategy,
                 view,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.claims import Claim, write_claims
-from benchmarks.quality.arms import ARMS, DEFAULT, LARGEST, Result
+from benchmarks.quality.arms import ARMS, DEFAULT, LARGEST, PERSONAL, Result
 from benchmarks.quality.paired import Comparison, compare, interval
 
 PUBLISHED_RULES = ("fedavg", "hetlora", "flexlora")
@@ -164,7 +164,6 @@ def _claim(claim: str, found: Comparison, target: str, met: bool) -> Claim:
     return Claim(claim, str(found), target, met)
 
 
-PERSONAL = "trust-validation, optimiser that fits"
 CURVES = (LOCAL, "hetlora", "flexlora", DEFAULT, LARGEST, PERSONAL)
 
 

@@ -34,7 +34,8 @@ class Case:
     def path(self) -> Path:
         """The file of its result."""
         arm_fields = asdict(ARMS[self.arm])
-        arm_fields.pop("start")
+        for name in ("start", "searched"):
+            arm_fields.pop(name)
         # Only what is set: a setting that arms get later, and do not use, changes no name.
         arm_fields = {name: _set(value) for name, value in arm_fields.items() if value}
         settled = {"arm": arm_fields, "schedule": asdict(self.schedule)}
@@ -80,7 +81,7 @@ def write_published(folder: Path, results: Mapping[str, Result]) -> None:
 
 
 def _set(value: Any) -> Any:
-    return {n: v for n, v in value.items() if v} if isinstance(value, dict) else value
+    return {n: _set(v) for n, v in value.items() if v} if isinstance(value, dict) else value
 
 
 def best_rate(loss: Callable[[float], float], start: float) -> float:

@@ -36,7 +36,10 @@ def said(**fields: Any) -> list[str]:
     [
         ({"rule_settings": {"discrepancy_slope": 1}}, 'without weights = "discrepancy"'),
         ({"rule_settings": {"discrepancy_offset": 0}}, 'without weights = "discrepancy"'),
-        ({"rule_settings": {"memory_rank": 2}}, "without momentum or error_feedback"),
+        (
+            {"rule_settings": {"memory_rank": 2, "momentum": 0.0}},
+            "without momentum or error_feedback",
+        ),
         ({**FEDAVG, "rule_settings": {"split": "left"}}, SPLIT),
         ({**FEDAVG, "rule": "hetlora", "rule_settings": {"split": "balanced"}}, SPLIT),
         ({"training": {"optimizer": "adafactor", "clip_norm": 0.1}}, 'optimizer = "adafactor"'),
@@ -83,7 +86,8 @@ def test_a_setting_that_does_nothing_is_said(fields: dict[str, Any], why: str) -
     [
         {},
         {"rule_settings": {"discrepancy_slope": 1, "weights": "discrepancy"}},
-        {"rule_settings": {"memory_rank": 2, "momentum": 0.3}},
+        {"rule_settings": {"memory_rank": 2}},
+        {"rule": "flexlora", "rule_settings": {"memory_rank": 2, "momentum": 0.3}},
         {"rule_settings": {"memory_rank": 2, "error_feedback": True}},
         {"rule_settings": {"split": "left"}},
         {"pruning": {"enabled": False}, "training": {"learning_rate_last": 0.1}},
@@ -107,7 +111,7 @@ def test_what_does_something_is_not(fields: dict[str, Any]) -> None:
 
 def test_it_is_said_where_the_job_is_checked(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(
-        'job = "notes"\nmodel = "base-tiny"\n[rule_settings]\nmemory_rank = 2\n'
+        'job = "notes"\nmodel = "base-tiny"\n[rule_settings]\nmemory_rank = 2\nmomentum = 0.0\n'
     )
     settings = tmp_path / "fleet.toml"
     settings.write_text('jobs = ["job.toml"]\n')
@@ -119,7 +123,7 @@ def test_it_is_said_where_the_job_is_checked(tmp_path: Path) -> None:
 def test_it_is_said_where_the_job_is_served(
     tmp_path: Path, mosquitto: BrokerAddress, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job: Job = make_job(rule_settings={"memory_rank": 2})
+    job: Job = make_job(rule_settings={"memory_rank": 2, "momentum": 0.0})
     store, key = Store(tmp_path / "state"), SigningKey.load_or_create(tmp_path / "key")
     daemon = Daemon(job, Policy(), store, mosquitto, EventLog(as_json=True), key=key)
     daemon.start()

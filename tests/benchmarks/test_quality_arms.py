@@ -8,7 +8,7 @@ import torch
 
 from base_tiny import PATH
 from benchmarks.quality import demo
-from benchmarks.quality.arms import ADDED, ARMS, DEFAULT, LARGEST, Schedule
+from benchmarks.quality.arms import ADDED, ARMS, DEFAULT, FITS, LARGEST, Schedule
 from benchmarks.quality.full_weights import FullWeights
 from benchmarks.quality.store import Case
 from benchmarks.simulation import Setting, SimulatedDevice, Simulation
@@ -58,9 +58,7 @@ def test_an_arm_learns_and_leaves_the_base_alone(fleet, arm):
 
 @pytest.mark.parametrize("name", ADDED)
 def test_what_is_off_by_default_changes_what_comes_of_a_fleet(fleet, name):
-    with_it, without = (
-        ARMS[arm].run(fleet, SCHEDULE, 4e-3) for arm in (f"{DEFAULT}, {name}", DEFAULT)
-    )
+    with_it, without = (ARMS[arm].run(fleet, SCHEDULE, 4e-3) for arm in (f"{FITS}, {name}", FITS))
     assert with_it.held_out != without.held_out
 
 

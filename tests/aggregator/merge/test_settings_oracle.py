@@ -140,7 +140,7 @@ OPTIONS = st.fixed_dictionaries(
 @given(view=rounds(), given_=OPTIONS)
 @settings(max_examples=60, deadline=None)
 def test_products_equal_the_oracle(rule: str, view: RoundView, given_: dict[str, Any]) -> None:
-    merged = merge(rule, view, settings=given_)
+    merged = merge(rule, view, settings={**given_, "momentum": 0.0})
     sums, votes = oracle(rule, view, given_)
     assert_best(merged.adapter, sums, view)
     np.testing.assert_allclose([*merged.weights.values()], votes, atol=1e-9)
@@ -259,6 +259,18 @@ def test_momentum_is_off_the_first_round_and_goes_on_in_the_next(rule: str) -> N
     second = merge(rule, after, settings={"momentum": 0.9, "memory_rank": 12}).adapter
     x, y, z = (dense(a.layers["m"], 1.0) for a in (view.previous, first.adapter, second))
     np.testing.assert_allclose(z, best(y + 0.9 * (y - x), 6), atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_the_rule_that_is_our_own_has_momentum_unless_it_is_given(rule: str) -> None:
+    view = with_memory(plain_round(0, [6, 2, 4]), 0, 3)
+    own = merge(rule, view)
+    same, other = (merge(rule, view, settings={"momentum": beta}) for beta in (0.5, 0.0))
+    if rule != "anchored":
+        same, other = other, same
+    assert (own.adapter.layers["m"].b == same.adapter.layers["m"].b).all()
+    assert (own.adapter.layers["m"].b != other.adapter.layers["m"].b).any()
+    assert (own.memory.momentum is None) == (rule != "anchored")
 
 
 def test_error_feedback_brings_back_what_the_rank_lost() -> None:

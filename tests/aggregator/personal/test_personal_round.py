@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aggregator.errors import BadRuleSettings
-from aggregator.merge import RoundView, Update
+from aggregator.merge import Memory, RoundView, Update
 from aggregator.merge.lowrank import inner
 from aggregator.personal import (
     Answer,
@@ -23,6 +23,7 @@ from aggregator.personal.scores import round_scores
 from aggregator.personal.temperature import FURTHEST, Temperature
 from protocol.adapter import Adapter, Factors
 from protocol.probe import TopLogits
+from tests.aggregator.merge.made_rounds import best, dense
 from tests.aggregator.merge.made_rounds import draw as draw_factors
 
 SHAPES = {"one": (9, 8), "two": (4, 12)}
@@ -69,6 +70,29 @@ def test_who_has_not_answered_gets_the_common_adapter() -> None:
     np.testing.assert_allclose(own[0] / own[1], np.e)  # 0.4 nats at a temperature of 0.4
     shares = np.array([second.common.weights[d] for d in second.devices])
     np.testing.assert_allclose(second.rows[[0, 2, 3]], [shares] * 3)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_what_the_common_adapter_moved_goes_on_in_all_but_candidates(beta: float) -> None:
+    view = full_round()
+    rng = np.random.default_rng(1)
+    moved = Adapter({n: draw_factors(rng, s, 2) for n, s in SHAPES.items()}, 0.5)
+    view = replace(view, memory=Memory(moved))
+    answers = {"d1": Answer(received=2.0, own=1.9, candidates={"d0": 1.5, "d3": 2.5})}
+    settings = TrustSettings(momentum=beta)
+    state = TrustState()
+    made = personal_round("trust-validation", view, answers, {}, state, settings, version=3)
+    full = [u.adapter for u in view.updates]
+    shares = np.array([made.common.weights[d] for d in made.devices])
+    pairs = [(made.common.adapter, shares, beta), (made.mixtures["d1"], made.rows[1], beta)]
+    pairs += [(a, np.eye(4)[int(d[1])], 0.0) for d, a in made.candidates.items()]
+    for adapter, weights, pushed in pairs:
+        for name in SHAPES:
+            total = pushed * dense(moved.layers[name], 0.5)
+            total += sum(w * dense(a.layers[name], 1.0) for w, a in zip(weights, full, strict=True))
+            ours = dense(adapter.layers[name], adapter.scale)
+            np.testing.assert_allclose(ours, best(total, RANK), atol=1e-4)
+    assert (made.common.memory.momentum is not None) == (beta > 0)
 
 
 def test_losses_are_remembered_as_differences_of_one_round() -> None:

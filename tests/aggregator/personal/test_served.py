@@ -46,7 +46,9 @@ def trained(device: PersonalDevice, held: Adapter, number: int) -> Adapter:
 
 def test_everybody_goes_on_from_its_own(fleet_of: Begin) -> None:
     """So sharp that each trusts itself alone: what it had is what it gets, round after round."""
-    fleet = fleet_of("trust-weights", rounds=3, rule_settings={"temperature": 1e-6})
+    fleet = fleet_of(
+        "trust-weights", rounds=3, rule_settings={"temperature": 1e-6, "momentum": 0.0}
+    )
     fleet.serve()
     for name in EVERYBODY:
         fleet.join(name)
