@@ -183,7 +183,8 @@ def test_a_served_job_merges_on_ray(
 ) -> None:
     """A real aggregator with a cluster of its own: its last version is what a merge here makes."""
     pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
-    job = make_job(rounds=2, ladder=[2, 4], encoding_down="f32")
+    plain = {"momentum": 0.0}  # so that a round can be merged again by itself
+    job = make_job(rounds=2, ladder=[2, 4], encoding_down="f32", rule_settings=plain)
     file, state = tmp_path / "job.json", tmp_path / "state"
     file.write_text(json.dumps({**job.model_dump(), "policy": {"min_devices": 2, "quorum": 2}}))
     arguments = ["serve", file, "--state", state, "--broker", mosquitto, "--engine", "ray"]

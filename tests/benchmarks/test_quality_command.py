@@ -64,7 +64,7 @@ def test_an_arm_that_there_is_not(
 ) -> None:
     code, _, err = said(monkeypatch, capsys, "--data", "any", "--arms", name)
     assert code == 2 and meant in err
-    listed = [line for line in err.splitlines() if line.startswith("  '")]
+    listed = [line for line in err.splitlines() if line.startswith(("  '", '  "'))]
     assert len(listed) == len(ARMS)
     assert f"  {DEFAULT!r}, the default of a job" in listed
 

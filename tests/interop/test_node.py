@@ -134,7 +134,8 @@ def test_a_device_in_node_takes_part(
     aggregator("init", place, "--host", "localhost", "--bind", "127.0.0.1", *ports)
     base = {"name": "toy", "sha256": "0" * 64, "parameters": 1000, "modules": MODULES}
     rounds = 3 if factors == "alternating" else 2
-    settings = {"training": {"factors": factors}}
+    settings: dict[str, Any] = {"training": {"factors": factors}}
+    settings["rule_settings"] = {"momentum": 0.0}  # each round moves by what the device sent
     settings |= {"rounds": rounds, "ladder": LADDER, "encoding_up": up, "encoding_down": down}
     job.write_text(json.dumps({"job": JOB, "base": base, **settings}))
     stack.enter_context(running_broker(FleetFolder(place)))
