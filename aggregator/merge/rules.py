@@ -24,7 +24,7 @@ from aggregator.merge.weighting import (
 )
 
 MOMENTUM = 0.5
-"""β of the rules that are this project's: it made them better on all that docs/results.md lists."""
+"""β of the rules that are this project's: better by measurement, see docs/results.md."""
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "fedavg": Rule(Weighting(sample_share), factor_average),
