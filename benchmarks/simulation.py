@@ -41,7 +41,7 @@ from protocol.adapter import (
 )
 from protocol.factors import Trained, trained_factors
 from protocol.messages import BaseModelInfo, Job, Training
-from protocol.metrics import LOSS_BEFORE, asked_for
+from protocol.metrics import LOSS_BEFORE, TOKEN_BUCKETS, asked_for
 from protocol.tensors import round_trip
 
 NOTHING = Adapter({}, 1.0)
@@ -279,7 +279,8 @@ class Simulation:
         held = shared.truncated(max(device.held, rank) if job.remainder == "frozen" else rank)
 
         rows = self._rows[device.name]["train"]
-        sampling = LOSS_BEFORE in asked_for(job.rule_settings)
+        asked = asked_for(job.rule_settings)
+        sampling = LOSS_BEFORE in asked
         sample = list(evaluation_batches(step_sample(rows, job.training.tokens_per_step), 4))
 
         def train(received: Adapter, frozen: Adapter | None) -> tuple[Adapter, TrainReport]:
@@ -303,7 +304,8 @@ class Simulation:
 
         learned = learn(job, device.name, held, rank, number, train, blocks=device.blocks)
         absolute = add(select(shared, learned.directions), rounded(learned.change, job))
-        metrics = asked_metrics(job, learned.report, label_histogram(rows))
+        histogram = label_histogram(rows) if TOKEN_BUCKETS[0] in asked else ()
+        metrics = asked_metrics(job, learned.report, histogram)
         examples = learned.report.tokens
         return Update(device.name, absolute, learned.directions, examples, metrics), learned.rank
 

@@ -17,8 +17,9 @@ from aggregator.merge.settings import GeomedSettings, KrumSettings, RuleSettings
 from aggregator.merge.sums import Float64Array
 
 Reweigh = Callable[[Float64Array, Float64Array, Sequence[str], Any], tuple[Float64Array, list[str]]]
-"""Gram (K, K), shares (K,), names of the devices, settings → shares, and what to warn of."""
+"""Gram (K, K) and shares (K,) of devices, their names, settings → shares, and what to warn of."""
 LEVER = "raise policy.quorum, in buffered rounds policy.buffer"
+"""What an operator does about a round of too few devices."""
 
 
 @dataclass(frozen=True, slots=True)
